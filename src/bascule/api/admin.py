@@ -1,0 +1,37 @@
+"""The operator's HTTP application, on a port of its own: the cluster's state."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from bascule.api.app import application, health, json_response
+from bascule.router.backend import Backend
+from bascule.types import ClusterState, WorkerStatus
+
+
+def create_admin_app(backend: Backend) -> Starlette:
+    """The application that operators and scripts talk to."""
+
+    async def state(_request: Request) -> Response:
+        return json_response(_state_fields(backend.state()))
+
+    return application([Route("/admin/state", state), Route("/health", health)])
+
+
+def _state_fields(state: ClusterState) -> dict[str, object]:
+    return {
+        "queued": state.queued,
+        "active": state.active,
+        "integrity_violations": sum(worker.load.integrity_violations for worker in state.workers),
+        "workers": [_worker_fields(worker) for worker in state.workers],
+    }
+
+
+def _worker_fields(worker: WorkerStatus) -> dict[str, object]:
+    """A worker's fields and those of its load, side by side."""
+    load = {name: getattr(worker.load, name) for name in worker.load.__struct_fields__}
+    status = {name: getattr(worker, name) for name in worker.__struct_fields__ if name != "load"}
+    return {**status, **load}

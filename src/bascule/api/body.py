@@ -1,0 +1,56 @@
+"""Reads a request's body: bounded, valid UTF-8, strict JSON, an object."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+
+from bascule.api.errors import ClientGone
+from bascule.api.fields import type_name
+from bascule.errors import InvalidRequest, TooLarge
+
+
+async def read_object(request: Request, limit: int) -> dict[str, object]:
+    """The JSON object in the body of at most `limit` bytes.
+
+    Raises TooLarge as soon as that is known, InvalidRequest for anything but a JSON object, and ClientGone.
+    """
+    return _decode(await _read(request, limit))
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _decode(body: bytes) -> dict[str, object]:
+    try:
+        value = msgspec.json.decode(body)
+    except UnicodeDecodeError as error:
+        raise _malformed("it is not valid UTF-8") from error
+    except msgspec.DecodeError as error:
+        raise _malformed(str(error)) from error
+    except RecursionError as error:
+        raise _malformed("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {type_name(value)}.", code="invalid_type")
+    return value
+
+
+def _malformed(why: str) -> InvalidRequest:
+    return InvalidRequest(f"The body cannot be read as JSON: {why}.", code="invalid_json")
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than {limit} bytes, this server's limit (--max-body).", code="body_too_large")

@@ -1,0 +1,138 @@
+"""Answers a request for tokens, at once or as a stream: the same steps for completions and chat."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bascule.api.body import read_object
+from bascule.api.calls import together
+from bascule.api.context import ROUTE, Context, backend_id_of, timeout_of
+from bascule.api.errors import ClientGone, internal_error
+from bascule.api.events import EventStream
+from bascule.api.fields import Fields
+from bascule.api.forms import Writer, join
+from bascule.api.outputs import Output, Outputs, outputs_of
+from bascule.api.prompts import Call, Served
+from bascule.api.tokens import Tokenizer
+from bascule.errors import RequestError
+from bascule.observe.metrics import Outcome
+from bascule.types import Placement
+
+log = logging.getLogger(__name__)
+
+Read = Callable[[Fields, Served, Tokenizer], Awaitable[Call]]
+"""Checks a body and makes a call of it; raises InvalidRequest or NotFound."""
+
+
+class TokenEndpoint:
+    """An ASGI endpoint that reads a call from the body and answers it.
+
+    Errors before the first token are HTTP statuses; later ones are an error event, after which the stream ends.
+    """
+
+    def __init__(self, context: Context, read: Read) -> None:
+        self._context = context
+        self._read = read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = self._context.clock.now()
+        events = EventStream(send)
+        outcome = Outcome.FAILED
+        try:
+            request = Request(scope, receive)
+            fields = Fields(await read_object(request, self._context.max_body))
+            await self._context.calls.run(self._answer(request, fields, received, events, send), receive)
+            outcome = Outcome.COMPLETED
+        except ClientGone:
+            outcome = Outcome.CANCELLED
+        except RequestError as error:
+            outcome = _outcome(error)
+            if not events.opened:
+                raise
+            await events.fail(error)
+        except Exception:
+            if not events.opened:
+                raise
+            log.exception("request %s failed", scope["state"]["request_id"])
+            await events.fail(internal_error(scope["state"]["request_id"]))
+        finally:
+            self._context.metrics.ended(outcome)
+
+    async def _answer(self, request: Request, fields: Fields, received: float, events: EventStream, send: Send) -> None:
+        context = self._context
+        served = context.served()
+        call = await self._read(fields, served, context.tokenizer)
+        request_id: str = request.state.request_id
+        if unknown := fields.unknown():
+            log.debug("request %s has fields that are not known here: %s", request_id, ", ".join(unknown))
+        timeout = timeout_of(request.headers, context.timeout)
+        context.check_ready()
+        timers = [context.metrics.timer(received) for _ in range(len(call.prompts) * call.parameters.n)]
+        base = backend_id_of(request.headers, request_id)
+        outputs = outputs_of(call, base, timeout, context.tokenizer, timers)
+        writer = _writer(call, request_id, served)
+        try:
+            headers = {ROUTE: _route(await outputs.start(context.backend))}
+            if call.parameters.delivery.stream:
+                await events.open(headers)
+                await _stream(call, outputs, writer, events)
+            else:
+                pieces = await together(output.all_pieces() for output in outputs.items)
+                body = writer.answer([join(output) for output in pieces], outputs.usage)
+                await Response(body, headers=headers, media_type="application/json")(
+                    request.scope, request.receive, send
+                )
+        finally:
+            outputs.cancel()
+
+
+async def _stream(call: Call, outputs: Outputs, writer: Writer, events: EventStream) -> None:
+    await together(_stream_output(call, output, writer, events) for output in outputs.items)
+    if call.parameters.delivery.include_usage:
+        await events.write(writer.usage_chunk(outputs.usage))
+    await events.done()
+
+
+async def _stream_output(call: Call, output: Output, writer: Writer, events: EventStream) -> None:
+    """Send one output's chunks: one a delta if chunks say more than their text, else one where there is text."""
+    head = writer.opening(output.index)
+    every_delta = call.parameters.chunk_per_delta
+    running_usage = call.parameters.delivery.continuous_usage
+    async for piece in output.pieces():
+        if piece.text or piece.finish is not None or every_delta:
+            chunk = writer.chunk(output.index, piece, output.usage if running_usage else None)
+            await events.write(head + chunk)
+            head = b""
+
+
+def _writer(call: Call, request_id: str, served: Served) -> Writer:
+    delivery = call.parameters.delivery
+    return Writer(
+        call.form,
+        request_id,
+        int(time.time()),
+        served.card.name,
+        token_ids=delivery.token_ids,
+        usage=delivery.include_usage,
+    )
+
+
+def _route(placement: Placement) -> str:
+    if placement.remote:
+        return f"remote;prefill={placement.prefill};decode={placement.decode}"
+    return f"local;decode={placement.decode}"
+
+
+def _outcome(error: RequestError) -> Outcome:
+    if error.status == HTTPStatus.TOO_MANY_REQUESTS:
+        return Outcome.REJECTED
+    if error.status == HTTPStatus.GATEWAY_TIMEOUT:
+        return Outcome.TIMEOUT
+    return Outcome.INVALID if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.FAILED

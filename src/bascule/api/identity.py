@@ -1,0 +1,48 @@
+"""The outermost layer: gives every request an id, every response that id, and every exception OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bascule.api.context import REQUEST_ID, request_id_of
+from bascule.api.errors import ClientGone, error_response, internal_error
+from bascule.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class IdentityMiddleware:
+    """ASGI middleware; the id is in `request.state.request_id` for what lies below."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_of(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            return
+        except RequestError as error:
+            await error_response(error)(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if started:
+                raise
+            await error_response(internal_error(request_id))(scope, receive, send_with_id)

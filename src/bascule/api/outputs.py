@@ -1,0 +1,118 @@
+"""The outputs of one HTTP request under way: each is one request to the backend, read as pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from bascule.api.calls import together
+from bascule.api.forms import Usage
+from bascule.api.prompts import Call, Prompt
+from bascule.api.text import OutputText, Piece
+from bascule.api.tokens import Tokenizer
+from bascule.errors import WorkerFailure
+from bascule.observe.metrics import OutputTimer
+from bascule.router.backend import Backend, Generation
+from bascule.types import Placement, Request, RequestId
+
+
+class Output:
+    """One choice of the answer, from the backend's start to its last piece."""
+
+    def __init__(self, index: int, request: Request, text: OutputText, timer: OutputTimer) -> None:
+        self.index = index
+        self._request = request
+        self._text = text
+        self._timer = timer
+        self._generation: Generation | None = None
+        self._cached_tokens = 0
+
+    async def start(self, backend: Backend) -> Placement:
+        """Returns where it was placed, once its first tokens are there; raises RequestError."""
+        self._generation = await backend.start(self._request)
+        return self._generation.placement
+
+    def cancel(self) -> None:
+        """Stop it wherever it runs; does nothing once it has ended."""
+        if self._generation is not None:
+            self._generation.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The text as it comes, the last piece with `finish`; a stop string ends the backend's work too."""
+        if self._generation is None:
+            raise RuntimeError("an output must be started before it is read")
+        async for delta in self._generation:
+            self._timer.delivered()
+            self._cached_tokens = delta.cached_tokens
+            piece = self._text.push(delta)
+            if piece.finish is not None:
+                self.cancel()
+                self._timer.ended(self._text.tokens)
+            yield piece
+            if piece.finish is not None:
+                return
+        raise WorkerFailure("The output ended before it was finished. Send the request again.")
+
+    async def all_pieces(self) -> list[Piece]:
+        return [piece async for piece in self.pieces()]
+
+
+class Outputs:
+    """All outputs of one HTTP request: `n` of each prompt, prompt by prompt, as OpenAI numbers them."""
+
+    def __init__(self, items: Sequence[Output], n: int) -> None:
+        self.items = items
+        self._n = n
+
+    async def start(self, backend: Backend) -> Placement:
+        """Start all of them together; returns the first one's placement. The first failure ends them all."""
+        placements = await together(output.start(backend) for output in self.items)
+        return placements[0]
+
+    def cancel(self) -> None:
+        for output in self.items:
+            output.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the whole answer; a prompt counts once, however many outputs it has."""
+        usages = [output.usage for output in self.items]
+        prompts = usages[:: self._n]
+        return Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in prompts),
+        )
+
+
+def outputs_of(call: Call, base: str, timeout: float, tokenizer: Tokenizer, timers: Sequence[OutputTimer]) -> Outputs:
+    """The outputs that `call` asks for, not yet started; their request ids begin with `base`."""
+    n = call.parameters.n
+    several = len(call.prompts) * n > 1
+    items = []
+    for position, prompt in enumerate(call.prompts):
+        for choice in range(n):
+            index = position * n + choice
+            request = _request(call, prompt, choice, f"{base}-{index}" if several else base, timeout)
+            text = OutputText(
+                tokenizer,
+                request.sampling,
+                call.parameters.stop,
+                include_stop=call.parameters.include_stop,
+                echo=prompt.echo,
+            )
+            items.append(Output(index, request, text, timers[index]))
+    return Outputs(items, n)
+
+
+def _request(call: Call, prompt: Prompt, choice: int, request_id: str, timeout: float) -> Request:
+    return Request(
+        id=RequestId(request_id),
+        prompt=prompt.tokens,
+        sampling=call.parameters.sampling_of(choice, prompt.max_tokens),
+        timeout=timeout,
+    )

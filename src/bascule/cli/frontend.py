@@ -1,0 +1,105 @@
+"""The router's process: worker socket, request service and HTTP, composed in one asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from bascule.api.admin import create_admin_app
+from bascule.api.app import create_app
+from bascule.api.calls import Calls
+from bascule.api.context import Context
+from bascule.api.server import HttpServer
+from bascule.api.tokens import ModelTokenizer
+from bascule.clock import WallClock
+from bascule.config import HttpConfig, RoutingConfig
+from bascule.models import LoadedModel
+from bascule.observe.metrics import Metrics
+from bascule.router.link import RouterLink
+from bascule.router.membership import Membership
+from bascule.router.service import Service
+from bascule.router.view import ClusterView
+
+_PREFILL_WINDOW = 4096
+"""Prompt tokens in flight to one worker: a few steps' work, so that the choice of a worker is made late."""
+_DRAIN_S = 30.0
+
+
+class Frontend:
+    """Everything of the router's process but the workers."""
+
+    def __init__(self, loaded: LoadedModel, name: str, routing: RoutingConfig, http: HttpConfig, bind: str) -> None:
+        """Listens for workers at `bind`; HTTP starts with `serve_http`."""
+        clock = WallClock()
+        self.service = Service(ClusterView(_PREFILL_WINDOW), routing, clock)
+        self.link = RouterLink(bind)
+        self.membership = Membership(self.link, self.service, routing, clock)
+        self.stop_asked = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._http = http
+        self._context = Context(
+            backend=self.service,
+            tokenizer=ModelTokenizer(loaded.tokenizer, loaded.chat_template, name),
+            clock=clock,
+            metrics=Metrics(self.service.state, clock),
+            timeout=routing.request_timeout,
+            max_body=http.max_body_bytes,
+        )
+        self._servers: list[HttpServer] = []
+
+    def catch_signals(self) -> None:
+        """The first SIGTERM or SIGINT drains, the second stops at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self._stop_now if self.stop_asked.is_set() else self.stop_asked).set()
+
+    async def serve_http(self) -> tuple[str, str]:
+        """Start listening; returns the URLs of the API and of the admin API. Raises ConfigError for a taken port."""
+        admin = create_admin_app(self.service)
+        api = await HttpServer.start(create_app(self._context), self._context.calls, self._http.host, self._http.port)
+        self._servers.append(api)
+        operators = await HttpServer.start(admin, Calls(), "127.0.0.1", self._http.admin_port)
+        self._servers.append(operators)
+        return api.url, operators.url
+
+    async def drain(self, say: Callable[[str], None]) -> None:
+        """Take no new requests and let those under way end, for a while or until told to stop at once."""
+        if not self._servers:
+            return
+        api, *others = self._servers
+        if self.service.active:
+            say(f"finishing {self.service.active} requests; once more to stop at once")
+        stopping = asyncio.create_task(api.stop(_DRAIN_S))
+        at_once = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait({stopping, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        at_once.cancel()
+        await asyncio.gather(api.stop(), *(server.stop() for server in others))
+        await stopping
+
+    def write_ready_file(self, url: str, admin_url: str, model: str) -> None:
+        """Tell scripts where we listen; written whole or not at all."""
+        path: Path | None = self._http.ready_file
+        if path is None:
+            return
+        workers = [
+            {"id": status.id, "role": status.role, "pid": status.pid, "class": status.device}
+            for status in self.service.view.statuses()
+        ]
+        content = {"url": url, "admin_url": admin_url, "model": model, "pid": os.getpid(), "workers": workers}
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(content))
+        part.replace(path)
+
+    def close(self) -> None:
+        self.link.close()
+        if self._http.ready_file is not None:
+            with contextlib.suppress(OSError):
+                self._http.ready_file.unlink(missing_ok=True)

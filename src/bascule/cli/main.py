@@ -1,0 +1,88 @@
+"""The `bascule` command: finds the subcommand, merges the config file in, and turns our errors into one line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from cyclopts import App
+
+from bascule import __version__
+from bascule.config import (
+    EngineConfig,
+    HandoffConfig,
+    HttpConfig,
+    ModelConfig,
+    PoolConfig,
+    RoutingConfig,
+    read_config_file,
+)
+from bascule.errors import BasculeError, ConfigError
+
+app = App(
+    name="bascule",
+    version=__version__,
+    help="Disaggregated LLM inference: prefill and decode on separate workers, the KV cache handed off between them.",
+)
+# By name, so that a process imports only what its own command needs.
+app.command("bascule.cli.serve:serve", name="serve")
+app.command("bascule.cli.router:router", name="router")
+app.command("bascule.cli.worker:worker", name="worker")
+app.command("bascule.cli.models:app", name="models")
+app.command("bascule.cli.doctor:doctor", name="doctor")
+
+_STRUCTS = {
+    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig),
+    "router": (ModelConfig, RoutingConfig, HttpConfig),
+    "worker": (ModelConfig, EngineConfig, HandoffConfig),
+}
+
+
+def main() -> None:
+    """Run the command line; exit code 2 means wrong use or a setting that cannot work."""
+    try:
+        app(with_config_file(sys.argv[1:]))
+    except ConfigError as error:
+        _fail(error, 2)
+    except BasculeError as error:
+        _fail(error, 1)
+
+
+def with_config_file(arguments: list[str]) -> list[str]:
+    """The command line with the keys of `--config FILE` added as flags, where it does not set them itself.
+
+    A file may hold the keys of all commands, so that one file serves a router and its workers; a command takes those
+    it knows.
+    """
+    if not arguments or arguments[0] not in _STRUCTS:
+        return arguments
+    path = _value_of("--config", arguments)
+    if path is None:
+        return arguments
+    values = read_config_file(Path(path), _STRUCTS["serve"])
+    mine = {field.name.replace("_", "-") for struct in _STRUCTS[arguments[0]] for field in fields(struct)}
+    given = {argument.split("=")[0] for argument in arguments}
+    extra: list[str] = []
+    for key, value in values.items():
+        if key not in mine or f"--{key}" in given or f"--no-{key}" in given:
+            continue
+        if isinstance(value, bool):
+            extra.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            extra.append(f"--{key}={value}")
+    return [arguments[0], *extra, *arguments[1:]]
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
+
+
+def _fail(error: BasculeError, code: int) -> None:
+    print(f"bascule: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,64 @@
+"""`bascule router`: the router and API alone; workers join from wherever they run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import uvloop
+from rich.console import Console
+from rich.logging import RichHandler
+
+from bascule.cli.frontend import Frontend
+from bascule.cli.worker import Flat
+from bascule.config import HttpConfig, ModelConfig, RoutingConfig
+from bascule.models import load
+
+console = Console(stderr=True)
+
+
+def router(
+    model: str = "smollm2",
+    /,
+    *,
+    bind: str = "tcp://127.0.0.1:8100",
+    routing: Annotated[RoutingConfig, Flat] = RoutingConfig(),
+    http: Annotated[HttpConfig, Flat] = HttpConfig(),
+    model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
+    config: Path | None = None,
+) -> None:
+    """Run a router without workers; needs no torch.
+
+    Example: bascule router smollm2 --bind tcp://127.0.0.1:8100
+
+    Parameters
+    ----------
+    model
+        Whose tokenizer to use: `smollm2`, a directory in Hugging Face format, a GGUF file or a hub id.
+    bind
+        Where workers join (`bascule worker --join` takes this address).
+    config
+        TOML file with the same keys as these flags.
+    """
+    logging.basicConfig(
+        level=http.log_level.upper(), format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    uvloop.run(_run(model, bind, routing, http, model_config))
+
+
+async def _run(model: str, bind: str, routing: RoutingConfig, http: HttpConfig, model_config: ModelConfig) -> None:
+    front = Frontend(load(model), model_config.model_name or model, routing, http, bind)
+    front.catch_signals()
+    running = asyncio.create_task(front.membership.run())
+    try:
+        url, admin_url = await front.serve_http()
+        front.write_ready_file(url, admin_url, model_config.model_name or model)
+        console.print(f"API at {url}; start workers with: bascule worker {model} --join {front.link.address} --id NAME")
+        await front.stop_asked.wait()
+        await front.drain(console.print)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        front.close()

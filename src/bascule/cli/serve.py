@@ -1,0 +1,171 @@
+"""`bascule serve`: a router and its workers on this machine, from one command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import uvloop
+from cyclopts import Parameter
+from rich.console import Console
+from rich.logging import RichHandler
+
+from bascule.cli.frontend import Frontend
+from bascule.cli.models import pull_with_progress
+from bascule.cli.worker import Flat, flags_of
+from bascule.config import EngineConfig, HandoffConfig, HttpConfig, ModelConfig, PoolConfig, RoutingConfig
+from bascule.control.actuators.process import ProcessActuator, WorkerPlan
+from bascule.control.devices import deal_out
+from bascule.errors import ConfigError
+from bascule.models import LoadedModel, catalog, load
+from bascule.types import Role, WorkerId
+
+console = Console(stderr=True)
+
+_DEFAULT_POOLS = {"single": (0, 0, 1), "replicated": (0, 0, 2), "disaggregated": (1, 1, 0)}
+
+
+def serve(
+    model: str = "smollm2",
+    /,
+    *,
+    pools: Annotated[PoolConfig, Flat] = PoolConfig(),
+    routing: Annotated[RoutingConfig, Flat] = RoutingConfig(),
+    http: Annotated[HttpConfig, Flat] = HttpConfig(),
+    model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
+    engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
+    handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
+    config: Annotated[Path | None, Parameter()] = None,
+) -> None:
+    """Serve a model from this machine over an OpenAI-compatible API.
+
+    Example: bascule serve smollm2 --policy disaggregated --prefill 1 --decode 1
+
+    Parameters
+    ----------
+    model
+        `smollm2`, a directory in Hugging Face format, a GGUF file or a hub id.
+    config
+        TOML file with the same keys as these flags.
+    """
+    logging.basicConfig(
+        level=http.log_level.upper(),
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
+    )
+    plans = plan_workers(pools, routing, flags_of(model_config, engine_config, handoff_config))
+    if model in catalog.CATALOG:
+        pull_with_progress(model)
+    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config)
+    uvloop.run(deployment.run())
+
+
+def plan_workers(pools: PoolConfig, routing: RoutingConfig, flags: tuple[str, ...]) -> list[WorkerPlan]:
+    """Ids, roles and devices of the workers asked for; raises ConfigError where the policy cannot use them."""
+    counts = dict(zip(Role, _DEFAULT_POOLS[routing.policy], strict=True))
+    asked = {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.MIXED: pools.mixed}
+    if any(count is not None for count in asked.values()):
+        counts = {role: asked[role] or 0 for role in Role}
+    if sum(counts.values()) == 0:
+        raise ConfigError("no workers asked for; give --prefill and --decode, or --mixed")
+    if routing.policy == "single" and sum(counts.values()) != 1:
+        raise ConfigError(f"policy single runs 1 worker, not {sum(counts.values())}; use --policy replicated")
+    if routing.policy == "disaggregated" and not (
+        counts[Role.PREFILL] + counts[Role.MIXED] and counts[Role.DECODE] + counts[Role.MIXED]
+    ):
+        raise ConfigError("policy disaggregated needs at least one --prefill and one --decode worker")
+    names = [(role, index) for role in Role for index in range(counts[role])]
+    devices = deal_out(pools.devices, len(names))
+    return [
+        WorkerPlan(WorkerId(f"{role.value}-{index}"), role, device, flags)
+        for (role, index), device in zip(names, devices, strict=True)
+    ]
+
+
+class Deployment:
+    """One `serve` from start to stop."""
+
+    def __init__(
+        self,
+        model: str,
+        loaded: LoadedModel,
+        plans: list[WorkerPlan],
+        pools: PoolConfig,
+        routing: RoutingConfig,
+        http: HttpConfig,
+        model_config: ModelConfig,
+    ) -> None:
+        self._model = model
+        self._name = model_config.model_name or model
+        self._loaded = loaded
+        self._plans = plans
+        self._pools = pools
+        self._routing = routing
+        self._http = http
+
+    async def run(self) -> None:
+        front = Frontend(self._loaded, self._name, self._routing, self._http, bind="tcp://127.0.0.1:*")
+        front.catch_signals()
+        actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
+        running = [asyncio.create_task(front.membership.run()), asyncio.create_task(actuator.run())]
+        try:
+            url, admin_url = await front.serve_http()
+            if await self._until_ready(front, running):
+                self._announce(url)
+                front.write_ready_file(url, admin_url, self._name)
+            await _first_of(running, front.stop_asked)
+            await front.drain(console.print)
+        finally:
+            await actuator.stop()
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            front.close()
+        console.print("stopped")
+
+    async def _until_ready(self, front: Frontend, running: list[asyncio.Task[None]]) -> bool:
+        """Show what the workers do until all have joined; False if asked to stop before."""
+        deadline = asyncio.get_running_loop().time() + self._pools.start_timeout
+        with console.status("starting") as status:
+            while len(front.service.view.members) < len(self._plans):
+                waiting = [plan.worker for plan in self._plans if plan.worker not in front.service.view.members]
+                stages = [f"{worker}: {front.membership.stages.get(worker, 'starting')}" for worker in waiting]
+                status.update(", ".join(stages))
+                if asyncio.get_running_loop().time() > deadline:
+                    raise ConfigError(
+                        f"not ready after {self._pools.start_timeout:g} s: {', '.join(stages)}; "
+                        "see the messages above, or give more time with --start-timeout"
+                    )
+                await _first_of(running, front.stop_asked, timeout=0.1)
+                if front.stop_asked.is_set():
+                    return False
+        return True
+
+    def _announce(self, url: str) -> None:
+        console.print(f"[bold]{self._name}[/bold] at [bold]{url}[/bold], policy {self._routing.policy}")
+        for plan in self._plans:
+            console.print(f"  {plan.worker:<12} {plan.role.value:<8} on {plan.device}")
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = json.dumps({"model": self._name, "messages": [question]})
+        console.print("try:", highlight=False)
+        console.print(
+            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+
+async def _first_of(running: list[asyncio.Task[None]], event: asyncio.Event, timeout: float | None = None) -> None:
+    """Wait for the event, or the time; raises what ended a running task."""
+    waiter = asyncio.create_task(event.wait())
+    done, _ = await asyncio.wait({waiter, *running}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    for task in done & set(running):
+        try:
+            task.result()
+        except* ConfigError as group:
+            raise group.exceptions[0] from None

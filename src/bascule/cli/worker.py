@@ -1,0 +1,99 @@
+"""`bascule worker`: one worker that joins a router."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig
+from bascule.control.devices import parse_device
+from bascule.errors import ConfigError
+from bascule.types import Role, WorkerId
+from bascule.worker.process import WorkerSettings, run
+
+Flat = Parameter(name="*")
+
+
+def worker(
+    model: str = "smollm2",
+    /,
+    *,
+    join: str,
+    id: str,
+    role: Role = Role.MIXED,
+    device: str = "cpu",
+    host: str = "127.0.0.1",
+    parent: Annotated[int | None, Parameter(show=False)] = None,
+    log_level: str = "info",
+    model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
+    engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
+    handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
+    config: Path | None = None,
+) -> None:
+    """Run one worker and join a router.
+
+    Example: bascule worker smollm2 --join tcp://127.0.0.1:8100 --id decode-0 --role decode --device cpu:1
+
+    Parameters
+    ----------
+    model
+        `smollm2`, a directory in Hugging Face format, a GGUF file or a hub id; the same as the router's.
+    join
+        Address of the router's worker socket, as it prints it.
+    id
+        Name of this worker, unique in the cluster.
+    role
+        What this worker is asked to do.
+    device
+        `cpu:0`, `cpu:0+1` (two cores), `cpu` (all cores) or `cuda:0`.
+    host
+        Address that peers reach this worker at.
+    log_level
+        debug, info, warning or error.
+    config
+        TOML file with the same keys as these flags.
+    """
+    logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {id} %(levelname)s %(message)s")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id):
+        raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
+    if not re.fullmatch(r"(tcp|ipc)://\S+", join):
+        raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
+    place = parse_device(device)
+    run(
+        WorkerSettings(
+            model=model,
+            join=join,
+            worker=WorkerId(id),
+            role=role,
+            device_kind=place.kind,
+            device_index=place.index,
+            cores=place.cores,
+            device_name=str(place),
+            host=host,
+            model_config=model_config,
+            engine_config=engine_config,
+            handoff_config=handoff_config,
+            parent=parent,
+        )
+    )
+
+
+def flags_of(*structs: Any) -> tuple[str, ...]:
+    """Config structs as the command line flags that make them again; defaults are left out."""
+    flags: list[str] = []
+    for struct in structs:
+        for field in fields(struct):
+            value = getattr(struct, field.name)
+            name = field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                flags.append(f"--{name}={value}")
+    return tuple(flags)

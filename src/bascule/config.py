@@ -1,0 +1,196 @@
+"""Settings as small frozen structs; flags of the CLI and keys of a config file are these fields, name for name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from bascule.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    unit + "B": 10 ** (3 * power) for power, unit in enumerate("KMGT", 1)
+}
+_UNITS |= {unit + "IB": 1 << (10 * power) for power, unit in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str, key: str) -> int:
+    """Bytes from `1.5GiB`, `512MB` or `4096`; raises ConfigError that names `key`."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{key}: {text!r} is not a size; write for example 512MiB, 2GiB or 4GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key.replace('_', '-')} is {value}, but must be {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and in what form it is computed."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of weights and KV cache; float32 is exact and slower."""
+    model_name: str | None = None
+    """Name under which the API serves the model (default: as given on the command line)."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens (default: what the model was trained for)."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_model_len is None or self.max_model_len > 0, "max_model_len", self.max_model_len, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """One worker's engine."""
+
+    engine: Literal["torch", "mock"] = "torch"
+    """What computes: torch, or a mock timed by a cost model (for tests and simulation)."""
+    cost_model: Path | None = None
+    """JSON file that times the mock engine."""
+    kv_memory: str = "1GiB"
+    """Memory for KV blocks in each worker."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    chunk_tokens: int = 512
+    """Most prompt tokens of one sequence in one step."""
+    step_tokens: int = 512
+    """Most tokens of all sequences in one step."""
+    max_sequences: int = 64
+    """Most sequences that a worker runs at once."""
+    prefix_cache: bool = True
+    """Keep computed blocks and reuse them for prompts that begin alike."""
+
+    def __post_init__(self) -> None:
+        parse_size(self.kv_memory, "kv-memory")
+        for key in ("block_size", "chunk_tokens", "step_tokens", "max_sequences"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "positive")
+        _require(self.block_size <= 1024, "block_size", self.block_size, "at most 1024")
+        _require(
+            self.engine == "mock" or self.cost_model is None, "cost_model", self.cost_model, "left out but for mock"
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        return parse_size(self.kv_memory, "kv-memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandoffConfig:
+    """How KV goes from a prefill worker to a decode worker."""
+
+    transfer: Literal["auto", "shm", "tcp"] = "auto"
+    """Transport: shared memory where both workers are on one host, else TCP; or one of them always."""
+    reserve_timeout: float = 5.0
+    """Seconds that a handoff waits for blocks on the decode worker; then the request decodes where it prefilled."""
+    handoff_timeout: float = 30.0
+    """Seconds without a sign of life after which either side gives a handoff up."""
+
+    def __post_init__(self) -> None:
+        _require(self.reserve_timeout > 0, "reserve_timeout", self.reserve_timeout, "positive")
+        _require(self.handoff_timeout > 0, "handoff_timeout", self.handoff_timeout, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Where requests go, and when workers count as lost."""
+
+    policy: Literal["single", "replicated", "disaggregated"] = "disaggregated"
+    """single: one worker does all; replicated: whole requests over mixed workers; disaggregated: prefill and decode
+    workers, with the KV handed over."""
+    balance: Literal["least-loaded", "round-robin"] = "least-loaded"
+    """How a worker is picked within a pool."""
+    queue_limit: int = 1024
+    """Requests that may wait for a worker; more are answered 429."""
+    request_timeout: float = 600.0
+    """Seconds after which a request ends with an error (header X-Request-Timeout overrides it)."""
+    suspect_after: float = 3.0
+    """Seconds without a heartbeat after which a worker gets no new requests."""
+    dead_after: float = 10.0
+    """Seconds without a heartbeat after which a worker's requests go elsewhere, for good."""
+
+    def __post_init__(self) -> None:
+        _require(self.queue_limit >= 0, "queue_limit", self.queue_limit, "0 or more")
+        _require(self.request_timeout > 0, "request_timeout", self.request_timeout, "positive")
+        _require(self.suspect_after > 0, "suspect_after", self.suspect_after, "positive")
+        _require(self.dead_after > self.suspect_after, "dead_after", self.dead_after, "longer than suspect-after")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The listening side of the router."""
+
+    host: str = "127.0.0.1"
+    """Address that the API listens on."""
+    port: int = 8000
+    """Port of the API (0: a free one)."""
+    admin_port: int = 0
+    """Port of the admin API, on loopback (0: a free one)."""
+    max_body: str = "16MiB"
+    """Largest request body."""
+    ready_file: Path | None = None
+    """Written (as JSON) once requests can be answered."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much to say on standard error."""
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_body, "max-body")
+        for key in ("port", "admin_port"):
+            _require(0 <= getattr(self, key) <= 65535, key, getattr(self, key), "between 0 and 65535")
+
+    @property
+    def max_body_bytes(self) -> int:
+        return parse_size(self.max_body, "max-body")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """The workers that `serve` starts on this machine."""
+
+    prefill: int | None = None
+    """Prefill workers (default: 1 for policy disaggregated, else 0)."""
+    decode: int | None = None
+    """Decode workers (default: 1 for policy disaggregated, else 0)."""
+    mixed: int | None = None
+    """Mixed workers (default: 1 for policy single, 2 for replicated, else 0)."""
+    devices: str | None = None
+    """A device for each worker, prefill first, then decode, then mixed: for example `cpu:0,cpu:1`, `cpu:0+1` (two
+    cores) or `cuda:0,cuda:0` (default: this machine's cores dealt out evenly)."""
+    start_timeout: float = 180.0
+    """Seconds that the workers may take to be ready."""
+
+    def __post_init__(self) -> None:
+        for key in ("prefill", "decode", "mixed"):
+            count = getattr(self, key)
+            _require(count is None or count >= 0, key, count, "0 or more")
+
+
+def read_config_file(path: Path, structs: tuple[type, ...]) -> dict[str, Any]:
+    """Keys and values of a TOML file, checked against the fields of `structs`.
+
+    Keys are written as in flags (`kv-memory`) or with underscores. Raises ConfigError that names the file, the key and,
+    for an unknown one, the nearest known key.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    known = {field.name.replace("_", "-") for struct in structs for field in fields(struct)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = key.replace("_", "-")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"{path}: {key} must be a single value, not a {type(value).__name__}")
+        values[name] = value
+    return values

@@ -1,0 +1,104 @@
+"""Workers as processes of this machine: started, watched, started again when they die, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bascule.control.devices import Device
+from bascule.errors import ConfigError
+from bascule.types import Role, WorkerId
+
+log = logging.getLogger(__name__)
+
+_RESTARTS = 5
+"""A worker that has died this often is left dead."""
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One worker to be run: its id, role, device and the command line flags beside those."""
+
+    worker: WorkerId
+    role: Role
+    device: Device
+    flags: tuple[str, ...]
+
+    def command(self, model: str, join: str) -> list[str]:
+        """What a person would type to start this worker by hand."""
+        return [
+            *(sys.executable, "-m", "bascule", "worker", model, "--join", join),
+            *("--id", self.worker, "--role", self.role.value, "--device", str(self.device)),
+            *self.flags,
+        ]
+
+
+class ProcessActuator:
+    """Runs each plan as a child process; a child dies with this process, whatever ends it."""
+
+    def __init__(
+        self, model: str, join: str, plans: Sequence[WorkerPlan], on_death: Callable[[WorkerId, str], None]
+    ) -> None:
+        """`on_death` is told which worker's process ended unasked, and how, in words."""
+        self._model = model
+        self._join = join
+        self._plans = list(plans)
+        self._on_death = on_death
+        self._children: dict[WorkerId, asyncio.subprocess.Process] = {}
+        self._stopping = False
+
+    @property
+    def pids(self) -> dict[WorkerId, int]:
+        return {worker: child.pid for worker, child in self._children.items()}
+
+    async def run(self) -> None:
+        """Start all workers and keep them running; raises ConfigError when one cannot be kept up."""
+        async with asyncio.TaskGroup() as group:
+            for plan in self._plans:
+                group.create_task(self._keep(plan))
+
+    async def _keep(self, plan: WorkerPlan) -> None:
+        for restart in range(_RESTARTS + 1):
+            child = await asyncio.create_subprocess_exec(
+                *plan.command(self._model, self._join),
+                *("--parent", str(os.getpid())),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._children[plan.worker] = child
+            code = await child.wait()
+            if self._stopping:
+                return
+            how = f"died: {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            self._on_death(plan.worker, how)
+            if code == 2:
+                raise ConfigError(f"worker {plan.worker} could not start; its message is above")
+            log.error("worker %s (pid %d) %s; starting it again", plan.worker, child.pid, how)
+            await asyncio.sleep(min(5.0, 0.2 * 2**restart))
+        raise ConfigError(f"worker {plan.worker} died {_RESTARTS + 1} times; its messages are above")
+
+    async def stop(self) -> None:
+        """End all workers: asked first, killed if they do not answer."""
+        self._stopping = True
+        for child in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+        waits = [asyncio.create_task(child.wait()) for child in self._children.values()]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=_GRACE_S)
+            if late:
+                self.kill()
+                await asyncio.wait(waits)
+
+    def kill(self) -> None:
+        self._stopping = True
+        for child in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()

@@ -1,0 +1,267 @@
+"""The engine: a runner, the books of its KV memory and a scheduler, stepped by one thread and steered by any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Tokens
+from itertools import count
+from threading import Lock
+
+from msgspec import Struct
+
+from bascule.engine.protocol import Runner, Sampled, Slice
+from bascule.engine.scheduler import EngineLimits, Grant, Scheduler
+from bascule.engine.sequence import Key, Output, Phase, Progress, Sequence, Work, blocks_for
+from bascule.errors import InvalidRequest
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books, Lease
+from bascule.kv.hashing import BlockHasher
+from bascule.types import RequestId
+
+__all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Output", "Progress", "StepResult", "Work"]
+
+logger = logging.getLogger(__name__)
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """A sequence that is gone because its step failed."""
+
+    request: RequestId
+    attempt: int
+    message: str
+
+
+class StepResult(Struct, frozen=True, kw_only=True):
+    """What one step brought; `executed` is False where there was nothing to run."""
+
+    outputs: list[Output] = []
+    progress: list[Progress] = []
+    """Handoffs that came further. One whose request ended with its first token is gone and not among them."""
+    failed: list[Failure] = []
+    executed: bool = False
+
+
+class EngineLoad(Struct, frozen=True):
+    running: int
+    """Sequences that hold blocks, paused and parked handoffs among them."""
+    waiting: int
+    hit_tokens: int
+    """Prompt tokens found in the prefix cache since the start."""
+
+
+class Engine:
+    """Continuous batching over one runner. One thread calls `step`; everything else may be called from any thread.
+
+    No call waits for a running step: the lock is held for bookkeeping only, and the runner executes outside it.
+    `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
+    """
+
+    def __init__(self, runner: Runner, arena: Arena, books: Books, hasher: BlockHasher, limits: EngineLimits) -> None:
+        """Binds `runner` to `arena`, of whose blocks `books` keeps account."""
+        runner.bind(arena)
+        self._runner = runner
+        self._books = books
+        self._hasher = hasher if limits.prefix_cache else None
+        self._scheduler = Scheduler(books, limits)
+        self._lock = Lock()
+        self._arrivals = count()
+        self._adopted_blocks: list[int] = []
+        """Written into the arena by a peer, and not yet on the device."""
+
+    def submit(self, work: Work) -> None:
+        """Queue a request.
+
+        Raises InvalidRequest if it can never fit, ValueError if the same attempt is already here.
+        """
+        self._check_fits(work)
+        sequence = self._sequence(work)
+        with self._lock:
+            self._check_new(sequence.key)
+            self._scheduler.enqueue(sequence)
+
+    def adopt(self, work: Work, lease: Lease) -> None:
+        """Decode on from handed-over KV.
+
+        The blocks of `lease` hold the verified KV of prompt and generated tokens but the last of these, which is still
+        to be computed. The lease is the engine's from here on, unless adopt raises: InvalidRequest if the request can
+        never fit, ValueError if the blocks are too few or the same attempt is already here.
+        """
+        self._check_fits(work)
+        sequence = self._sequence(work)
+        held = blocks_for(len(sequence.tokens) - 1, self._books.block_size)
+        if not work.generated or len(lease.blocks) < held:
+            raise ValueError(
+                f"a handoff brings its first token and {held} blocks, not "
+                f"{len(work.generated)} tokens and {len(lease.blocks)} blocks"
+            )
+        with self._lock:
+            self._check_new(sequence.key)
+            self._adopted_blocks += lease.blocks[lease.cached : held]
+            sequence.take_over(lease)
+            self._scheduler.adopt(sequence)
+
+    def reserve(self, prompt: tuple[int, ...], total_tokens: int, room_tokens: int = 0) -> Lease | None:
+        """Blocks for a handoff to this engine: of `total_tokens`, with room foreseen for `room_tokens` more.
+
+        The lease starts with the blocks of `prompt` that are here already (`lease.cached` of them). None if there are
+        not enough now, keeping a block for each running sequence, or if as many sequences run as may. Release the
+        lease, or give it to `adopt`.
+        """
+        hashes = self._hasher.chain(prompt) if self._hasher else []
+        size = self._books.block_size
+        with self._lock:
+            if self._scheduler.full:
+                return None
+            return self._scheduler.acquire(
+                hashes, prompt, blocks_for(total_tokens, size), blocks_for(room_tokens, size)
+            )
+
+    def permit(self, request: RequestId, attempt: int) -> None:
+        """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is None:
+                return
+            sequence.permitted = True
+            if sequence.phase is Phase.PAUSED:
+                self._scheduler.resume(sequence)
+
+    def keep(self, request: RequestId, attempt: int) -> None:
+        """Decode here after all: a handoff becomes an ordinary sequence, whose blocks no peer may read any more."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is not None and sequence.handoff:
+                sequence.handoff = False
+                self._scheduler.resume(sequence)
+
+    def release(self, request: RequestId, attempt: int) -> None:
+        """The decode side has taken a parked handoff over: its blocks are let go (full ones remain cached)."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is not None and sequence.phase is Phase.PARKED:
+                self._scheduler.remove(sequence)
+
+    def cancel(self, request: RequestId, attempt: int) -> None:
+        """Drop a sequence without further output: now, or at the end of the running step if it is part of that."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is None:
+                return
+            sequence.cancelled = True
+            if not sequence.in_step:
+                self._scheduler.remove(sequence)
+
+    def step(self) -> StepResult:
+        """Compute one step over all sequences that can run, and say what came of it.
+
+        If the runner raises, the sequences of this step fail, and the others go on.
+        """
+        with self._lock:
+            plan = self._scheduler.plan()
+            batch = [sequence.slice(tokens) for sequence, tokens in plan]
+            handed_in = tuple(self._adopted_blocks)
+            handed_out = [block for sequence, tokens in plan for block in sequence.unpublished(tokens)]
+            for sequence, _ in plan:
+                sequence.in_step = True
+        if not plan:
+            return StepResult()
+        try:
+            sampled = self._execute(batch, handed_in, handed_out)
+        except Exception as error:
+            logger.exception("a step over %d sequences failed", len(plan))
+            with self._lock:
+                return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}")
+        with self._lock:
+            del self._adopted_blocks[: len(handed_in)]
+            return self._apply(plan, sampled)
+
+    def load(self) -> EngineLoad:
+        with self._lock:
+            waiting = len(self._scheduler.waiting)
+            return EngineLoad(len(self._scheduler.sequences) - waiting, waiting, self._scheduler.hit_tokens)
+
+    def has_work(self) -> bool:
+        """Something is runnable now; False while all that is here waits for memory, a permission or a release."""
+        with self._lock:
+            return self._scheduler.runnable
+
+    def check_integrity(self) -> list[str]:
+        """Every line names a lie in the books or in a sequence's state. Empty means clean."""
+        with self._lock:
+            return [*self._books.check_integrity(), *self._scheduler.check_integrity()]
+
+    def _sequence(self, work: Work) -> Sequence:
+        return Sequence(work, next(self._arrivals), self._books.block_size, self._hasher)
+
+    def _check_fits(self, work: Work) -> None:
+        total = len(work.prompt) + work.sampling.max_tokens
+        asked = f"{len(work.prompt)} prompt tokens and {work.sampling.max_tokens} output tokens"
+        context = self._runner.card.context
+        capacity = self._books.num_blocks * self._books.block_size
+        if not work.prompt:
+            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        if len(work.generated) >= work.sampling.max_tokens:
+            raise InvalidRequest(
+                f"{len(work.generated)} of {work.sampling.max_tokens} output tokens are there already; ask for more",
+                param="max_tokens",
+            )
+        if total > context:
+            raise InvalidRequest(
+                f"{asked} are {total}, but the model's context is {context} tokens; shorten the prompt or max_tokens",
+                code="context_length_exceeded",
+            )
+        if total > capacity:
+            raise InvalidRequest(
+                f"{asked} are {total}, but this worker's KV memory holds {capacity} tokens; "
+                "shorten them or give the worker more KV memory",
+                code="context_length_exceeded",
+            )
+
+    def _check_new(self, key: Key) -> None:
+        if key in self._scheduler.sequences:
+            raise ValueError(f"request {key.request}, attempt {key.attempt} is already in this engine")
+
+    def _execute(self, batch: list[Slice], handed_in: Tokens[int], handed_out: Tokens[int]) -> list[Sampled | None]:
+        if handed_in:
+            self._runner.absorb(handed_in)
+        sampled = self._runner.execute(batch)
+        if [token is not None for token in sampled] != [part.sampling is not None for part in batch]:
+            raise RuntimeError("the runner did not draw a token for each slice that wants one, and for no other")
+        if handed_out:
+            self._runner.publish(handed_out)
+        return sampled
+
+    def _fail(self, plan: list[Grant], message: str) -> StepResult:
+        failed = []
+        for sequence, _ in plan:
+            self._scheduler.remove(sequence)
+            if not sequence.cancelled:
+                key = sequence.key
+                failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
+        return StepResult(failed=failed, executed=True)
+
+    def _apply(self, plan: list[Grant], sampled: list[Sampled | None]) -> StepResult:
+        outputs: list[Output] = []
+        progress: list[Progress] = []
+        for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
+            sequence.in_step = False
+            if sequence.cancelled:
+                self._scheduler.remove(sequence)
+                continue
+            sequence.advance(tokens)
+            output = sequence.append(drawn, self._runner.stop_tokens) if drawn is not None else None
+            if output is not None:
+                outputs.append(output)
+            if output is not None and output.finish is not None:
+                self._scheduler.remove(sequence)
+            elif sequence.handoff:
+                progress.append(sequence.progress())
+                self._rest(sequence)
+        return StepResult(outputs=outputs, progress=progress, executed=True)
+
+    def _rest(self, sequence: Sequence) -> None:
+        """Take a handoff out of the batch after a chunk, unless it may go on with the next."""
+        if sequence.drawn > len(sequence.work.generated):
+            self._scheduler.rest(sequence, Phase.PARKED)
+        elif not sequence.permitted:
+            self._scheduler.rest(sequence, Phase.PAUSED)

@@ -1,0 +1,267 @@
+"""One request inside an engine: what is asked, how far its KV has come, and which phase it is in.
+
+    WAITING ---admit---> RUNNING ---ends---> (gone)
+       ^                 |  ^  ^
+       +----preempt------+  |  +-------------- keep -----------+
+                         |  | permit, keep                     |
+             first chunk v  |                                  |
+                        PAUSED      RUNNING --prompt done--> PARKED ---release---> (gone)
+
+PAUSED and PARKED are for handoffs only: a paused one waits for the decode side's reservation, a parked one holds its
+blocks until the decode side has taken them over.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from bascule.engine.protocol import Sampled, Slice
+from bascule.kv.books import Lease
+from bascule.kv.hashing import BlockHasher
+from bascule.types import BlockHash, FinishReason, RequestId, SamplingParams, TokenLogprobs
+
+FORESEEN_TOKENS = 256
+"""Output for which blocks are kept free behind a new sequence; most outputs are shorter than what was asked for."""
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // block_size)
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """A request for an engine. `generated` are output tokens the client already has: they are computed, not drawn."""
+
+    request: RequestId
+    attempt: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    generated: tuple[int, ...] = ()
+    handoff: bool = False
+    """Prefill here, decode elsewhere."""
+
+
+class Key(NamedTuple):
+    """What names a sequence: a request that is placed again is another sequence."""
+
+    request: RequestId
+    attempt: int
+
+
+class Output(Struct, frozen=True, kw_only=True):
+    """One drawn token. `position` counts output tokens from 0; `finish` is set on a request's last."""
+
+    request: RequestId
+    attempt: int
+    position: int
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: FinishReason | None
+    cached_tokens: int
+    """Prompt tokens whose KV was found in the prefix cache when the sequence was first admitted."""
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """A handoff's KV after one more chunk: the first `computed` tokens' lies in `blocks`, and in the arena's bytes."""
+
+    request: RequestId
+    attempt: int
+    blocks: tuple[int, ...]
+    """The sequence's block table from position 0 on; it may reach beyond `computed`."""
+    computed: int
+    last: bool
+    """The whole prompt is computed; the first token is in the same step's outputs."""
+
+
+class Phase(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    PAUSED = auto()
+    PARKED = auto()
+
+
+class Sequence:
+    """The mutable state of one request: known tokens, the prefix of them whose KV is computed, and the lease on it.
+
+    `arrival` orders the sequences of one engine. `hasher` is None where nothing is looked up in or put into the cache.
+    """
+
+    def __init__(self, work: Work, arrival: int, block_size: int, hasher: BlockHasher | None) -> None:
+        self.work = work
+        self.key = Key(work.request, work.attempt)
+        self.arrival = arrival
+        self.tokens = [*work.prompt, *work.generated]
+        self.computed = 0
+        self.phase = Phase.WAITING
+        self.handoff = work.handoff
+        """Still to be handed off; `keep` ends that."""
+        self.permitted = False
+        self.in_step = False
+        self.cancelled = False
+        """Cancelled while in the running step: to be dropped when that ends."""
+        self.cached_tokens = 0
+        """Prompt tokens found in the cache when it was first admitted."""
+        self._admitted = False
+        self._block_size = block_size
+        self._hasher = hasher
+        self._hashes: list[BlockHash] = hasher.chain(self.tokens) if hasher else []
+        self._lease: Lease | None = None
+        self._sealed = 0
+        """Leading blocks that are full and computed, and findable if there is a hasher."""
+        self._published = 0
+        """Leading blocks that are full and in the arena's bytes."""
+
+    @property
+    def behind(self) -> int:
+        """Tokens that are known and not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def blocks_known(self) -> int:
+        """Blocks that hold all known tokens."""
+        return blocks_for(len(self.tokens), self._block_size)
+
+    @property
+    def blocks_missing(self) -> int:
+        """Blocks wanted beyond the lease's, so that all known tokens can be computed."""
+        return max(0, self.blocks_known - len(self.lease.blocks))
+
+    @property
+    def blocks_foreseen(self) -> int:
+        """Blocks that the output will probably need in addition; a handoff grows elsewhere."""
+        if self.handoff:
+            return 0
+        remaining = self.work.sampling.max_tokens - self.drawn
+        return blocks_for(min(remaining, FORESEEN_TOKENS), self._block_size)
+
+    @property
+    def drawn(self) -> int:
+        """Output tokens so far, given ones included."""
+        return len(self.tokens) - len(self.work.prompt)
+
+    @property
+    def lease(self) -> Lease:
+        """The right to its blocks; only a sequence that is not waiting has it."""
+        if self._lease is None:
+            raise RuntimeError(f"{self.key} is {self.phase.name.lower()} and holds no blocks")
+        return self._lease
+
+    @property
+    def findable(self) -> list[BlockHash]:
+        """Hashes to look up in the cache; the last known token is left out, for it has to be computed to draw."""
+        return self._hashes[: (len(self.tokens) - 1) // self._block_size]
+
+    def admit(self, lease: Lease) -> int:
+        """Go on from what `lease` found in the cache; returns the prompt tokens this spares the first time."""
+        self._lease = lease
+        self.phase = Phase.RUNNING
+        self.computed = lease.cached * self._block_size
+        self._sealed = lease.cached
+        if self._admitted:
+            return 0
+        self._admitted = True
+        self.cached_tokens = min(self.computed, len(self.work.prompt))
+        return self.cached_tokens
+
+    def take_over(self, lease: Lease) -> None:
+        """Go on from KV that another engine computed: of all known tokens but the last."""
+        self.admit(lease)
+        self.computed = len(self.tokens) - 1
+        self._seal()
+
+    def give_up_blocks(self) -> None:
+        """Release the lease, if there is one, and start over from the known tokens. Sealed blocks remain cached."""
+        if self._lease is not None:
+            self._lease.release()
+        self._lease = None
+        self.phase = Phase.WAITING
+        self.computed = self._sealed = self._published = 0
+
+    def slice(self, count: int) -> Slice:
+        """The next `count` tokens to compute; drawing one more if these are the last known."""
+        end = self.computed + count
+        draws = end == len(self.tokens)
+        return Slice(
+            tokens=self.tokens[self.computed : end],
+            start=self.computed,
+            blocks=self.lease.blocks,
+            sampling=self.work.sampling if draws else None,
+            history=self.tokens if draws else (),
+            prompt_tokens=len(self.work.prompt),
+        )
+
+    def unpublished(self, count: int) -> list[int]:
+        """Blocks to publish when the next `count` tokens are computed: those a handoff's peer may read then."""
+        if not self.handoff:
+            return []
+        return self.lease.blocks[self._published : blocks_for(self.computed + count, self._block_size)]
+
+    def advance(self, count: int) -> None:
+        """`count` more tokens are computed, and published if this is a handoff."""
+        self.computed += count
+        self._published = self.computed // self._block_size
+        self._seal()
+
+    def append(self, sampled: Sampled, stop_tokens: frozenset[int]) -> Output:
+        """Take a drawn token; `stop_tokens` are the model's own end tokens."""
+        position = self.drawn
+        self.tokens.append(sampled.token)
+        return Output(
+            request=self.key.request,
+            attempt=self.key.attempt,
+            position=position,
+            token=sampled.token,
+            logprobs=sampled.logprobs,
+            finish=self._finish(sampled.token, stop_tokens),
+            cached_tokens=self.cached_tokens,
+        )
+
+    def progress(self) -> Progress:
+        return Progress(
+            request=self.key.request,
+            attempt=self.key.attempt,
+            blocks=tuple(self.lease.blocks),
+            computed=self.computed,
+            last=self.drawn > len(self.work.generated),
+        )
+
+    def check_integrity(self) -> list[str]:
+        """Every line names something that does not agree with the phase. Empty means clean."""
+        if self.phase is Phase.WAITING:
+            idle = self._lease is None and self.computed == 0 and not self.in_step
+            return [] if idle else [f"{self.key} waits, but has a lease or computed tokens"]
+        wrong = []
+        if not 0 <= self._sealed * self._block_size <= self.computed < len(self.tokens):
+            wrong.append(f"{self.key}: {self._sealed} blocks sealed, {self.computed} of {len(self.tokens)} computed")
+        if self.computed > len(self.lease.blocks) * self._block_size:
+            wrong.append(f"{self.key}: {self.computed} tokens computed in {len(self.lease.blocks)} blocks")
+        if self.phase is not Phase.RUNNING and (not self.handoff or self.in_step):
+            wrong.append(f"{self.key} is {self.phase.name.lower()}, but is not a handoff at rest")
+        if self.phase is Phase.PARKED and self.behind != 1:
+            wrong.append(f"{self.key} is parked with {self.behind} tokens not computed")
+        return wrong
+
+    def private_blocks(self) -> list[int]:
+        """Blocks it may still write: no other sequence may have them."""
+        return self.lease.blocks[self._sealed :] if self._lease else []
+
+    def _finish(self, token: int, stop_tokens: frozenset[int]) -> FinishReason | None:
+        sampling = self.work.sampling
+        ends = token in sampling.stop_token_ids or (token in stop_tokens and not sampling.ignore_eos)
+        if ends and self.drawn > sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.drawn >= sampling.max_tokens else None
+
+    def _seal(self) -> None:
+        """Put the blocks that have become full into the cache, if there is one."""
+        full = self.computed // self._block_size
+        if self._hasher and full > self._sealed:
+            if full > len(self._hashes):
+                tail = self.tokens[len(self._hashes) * self._block_size : full * self._block_size]
+                self._hashes += self._hasher.chain(tail, self._hashes[-1] if self._hashes else None)
+            tokens = self.tokens[self._sealed * self._block_size : full * self._block_size]
+            self.lease.seal(self._sealed, self._hashes[self._sealed : full], tokens)
+        self._sealed = full

@@ -1,0 +1,130 @@
+"""The torch `Runner`: a model on a CPU or a CUDA device that computes steps over KV in an arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bascule.engine.protocol import Sampled, Slice
+from bascule.engine.torch.model import Decoder
+from bascule.engine.torch.penalties import Draw
+from bascule.engine.torch.plan import plan_step
+from bascule.engine.torch.sampling import sample
+from bascule.engine.torch.weights import load_weights
+from bascule.errors import ConfigError
+from bascule.kv.arena import Arena, runs
+from bascule.models.fingerprint import fingerprint
+from bascule.models.source import ModelSource
+from bascule.models.spec import ModelSpec
+from bascule.types import KVLayout, ModelCard
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchRunner:
+    """Implements `engine.protocol.Runner`. `bind` must come before anything else."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: ModelSource,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        device: str,
+        threads: int,
+        name: str,
+        block_size: int,
+        context: int | None = None,
+    ) -> None:
+        """Load the model called `name`; takes seconds.
+
+        `device` is `cpu`, `cuda` or `cuda:N`; `threads` is the number of CPU threads torch may use in this process;
+        `context` bounds prompt plus output below the model's own limit. Raises ModelError for files that cannot be
+        read or do not fit the spec, ConfigError for a device or a context that cannot be had.
+        """
+        self._dtype = _DTYPES[dtype]
+        self._device = _usable_device(device)
+        torch.set_num_threads(threads)
+        self.card = ModelCard(
+            name=name,
+            fingerprint=fingerprint(source, spec, dtype),
+            context=_bounded_context(spec.context, context),
+            vocab=spec.vocab,
+            layout=_layout(spec, dtype, self._dtype.itemsize, block_size),
+        )
+        self.stop_tokens = frozenset(spec.eos_token_ids)
+        weights = load_weights(spec, source, self._dtype)
+        self._decoder = Decoder(spec, {key: weights.pop(key).to(self._device) for key in list(weights)})
+
+    def bind(self, arena: Arena) -> None:
+        """Keep KV in `arena` from now on: on a CPU in its very bytes, on CUDA in a device tensor of the same shape.
+
+        Raises ValueError if the arena's layout is not that of the card.
+        """
+        layout = self.card.layout
+        if arena.layout != layout:
+            raise ValueError(f"an arena of {arena.layout} for a model of {layout}")
+        slots = arena.num_blocks * layout.block_size
+        shape = (layout.planes, slots, layout.kv_heads, layout.head_dim)
+        self._staging: Tensor = torch.from_numpy(arena.bytes).view(self._dtype).view(shape)
+        self._kv = self._staging if self._device.type == "cpu" else torch.zeros_like(self._staging, device=self._device)
+
+    @torch.inference_mode()
+    def execute(self, batch: Sequence[Slice]) -> list[Sampled | None]:
+        """Compute one step (see `Runner.execute`); raises ModelError if a logit is not finite."""
+        plan = plan_step(batch, self.card.layout.block_size, self._dtype, self._device)
+        logits = self._decoder.forward(plan, self._kv)
+        draws = [Draw(part.sampling, part.history, part.prompt_tokens) for part in batch if part.sampling is not None]
+        drawn = iter(sample(logits, draws, self.stop_tokens) if draws else ())
+        return [None if part.sampling is None else next(drawn) for part in batch]
+
+    def publish(self, blocks: Sequence[int]) -> None:
+        """Copy `blocks` from the device into the arena; nothing to do on a CPU."""
+        self._copy(blocks, source=self._kv, target=self._staging)
+
+    def absorb(self, blocks: Sequence[int]) -> None:
+        """Copy `blocks` from the arena to the device; nothing to do on a CPU."""
+        self._copy(blocks, source=self._staging, target=self._kv)
+
+    def _copy(self, blocks: Sequence[int], *, source: Tensor, target: Tensor) -> None:
+        if source is target:
+            return
+        size = self.card.layout.block_size
+        for run in runs(blocks):
+            slots = slice(run.start * size, (run.start + run.count) * size)
+            target[:, slots].copy_(source[:, slots])
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} asked for, but torch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _bounded_context(own: int, asked: int | None) -> int:
+    if asked is None:
+        return own
+    if not 0 < asked <= own:
+        raise ConfigError(f"a context of {asked} tokens was asked for; the model has 1 to {own}")
+    return asked
+
+
+def _layout(spec: ModelSpec, dtype: str, itemsize: int, block_size: int) -> KVLayout:
+    return KVLayout(
+        dtype=dtype,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        block_size=block_size,
+        planes=2 * spec.layers,
+        token_bytes=spec.kv_heads * spec.head_dim * itemsize,
+    )

@@ -1,0 +1,146 @@
+"""From logits to tokens: truncation, the draw itself, and the log probabilities that are reported.
+
+A draw depends on the row's logits, its parameters and its tokens only: never on the rest of the batch, on a generator's
+state or on the order of calls. So a request that moves to another worker continues the same random stream.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+from bascule.engine.protocol import Sampled
+from bascule.engine.torch.penalties import Draw, adjust
+from bascule.errors import ModelError
+from bascule.types import TokenLogprobs
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy (as in vLLM): dividing by them would overflow."""
+_NUCLEUS_WIDTHS = (256, 4096)
+"""How many of the most likely tokens are sorted before all are; a nucleus seldom has more."""
+_SEED_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but `seed` (modulo 2**64) and `position`, with 53 random bits."""
+    digest = xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed & _SEED_MASK, position))
+    return float(digest >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, draws: Sequence[Draw], stop_tokens: frozenset[int]) -> list[Sampled]:
+    """Draw one token a row from float32 `logits` [len(draws), vocab], which are left as they are.
+
+    Raises ModelError where a row is not finite, or where nothing is left to draw.
+    """
+    _require_finite(logits)
+    adjusted = logits.clone() if any(draw.adjusts for draw in draws) else logits
+    for row, draw in zip(adjusted, draws, strict=True):
+        if draw.adjusts:
+            adjust(row, draw, stop_tokens)
+    best = adjusted.max(dim=-1)
+    if adjusted is not logits and not bool(best.values.isfinite().all()):
+        raise ModelError("logit_bias and min_tokens leave no token of the vocabulary to draw")
+    tokens = best.indices.tolist()
+    random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
+    if random:
+        drawn = _draw(adjusted[random], [draws[row] for row in random])
+        for row, token in zip(random, drawn, strict=True):
+            tokens[row] = token
+    reports = _log_probabilities(logits, draws, tokens)
+    return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
+
+
+def _require_finite(logits: Tensor) -> None:
+    finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ModelError(
+            f"the model's logits are not finite in rows {rows} of {len(logits)}: its weights or KV are damaged, or its"
+            " numbers overflow; check the model's files, or serve it in float32"
+        )
+
+
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Draw from the softmax of each row after temperature, min_p, top_k and top_p, in vLLM's order.
+
+    The inverse of the cumulative distribution in vocabulary order: where two workers' logits differ in the last bits,
+    the same random number lands on another token only if it lies within those bits of a boundary.
+    """
+    scaled = logits / _column(logits, [draw.params.temperature for draw in draws])
+    _keep_min_p(scaled, draws)
+    _keep_top_k(scaled, draws)
+    probabilities = scaled.softmax(dim=-1)
+    _keep_top_p(probabilities, draws)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    points = torch.tensor(
+        [[uniform(draw.params.seed, draw.position)] for draw in draws], dtype=torch.float64, device=logits.device
+    )
+    # Rounding must not carry the point up to the total, beyond which there is no token.
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    chosen = torch.searchsorted(cumulative, torch.minimum(points * total, below_total), right=True)
+    return [int(token) for token in chosen.flatten().tolist()]
+
+
+def _keep_min_p(scaled: Tensor, draws: Sequence[Draw]) -> None:
+    """Drop tokens less likely than `min_p` times the most likely one."""
+    if any(draw.params.min_p > 0 for draw in draws):
+        floor = scaled.amax(dim=-1, keepdim=True) + _column(scaled, [draw.params.min_p for draw in draws]).log()
+        scaled.masked_fill_(scaled < floor, float("-inf"))
+
+
+def _keep_top_k(scaled: Tensor, draws: Sequence[Draw]) -> None:
+    """Drop tokens less likely than the `top_k`-th; those that tie with it stay."""
+    vocab = scaled.shape[-1]
+    rows = [row for row, draw in enumerate(draws) if 0 < draw.params.top_k < vocab]
+    if rows:
+        counts = torch.tensor([[draws[row].params.top_k] for row in rows], device=scaled.device)
+        chosen = scaled[rows]
+        least = chosen.topk(int(counts.max()), dim=-1).values.gather(-1, counts - 1)
+        scaled[rows] = chosen.masked_fill(chosen < least, float("-inf"))
+
+
+def _keep_top_p(probabilities: Tensor, draws: Sequence[Draw]) -> None:
+    """Drop what is not in the smallest set of most likely tokens that holds `top_p`; ties with its last member stay."""
+    rows = [row for row, draw in enumerate(draws) if draw.params.top_p < 1.0]
+    if rows:
+        chosen = probabilities[rows]
+        least = _nucleus_floor(chosen, _column(chosen, [draws[row].params.top_p for row in rows]))
+        probabilities[rows] = chosen.masked_fill(chosen < least, 0.0)
+
+
+def _nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """The least probability in each row's nucleus, [rows, 1]. A token is in it if less than `top_p` comes before it."""
+    vocab = probabilities.shape[-1]
+    for width in (*_NUCLEUS_WIDTHS, vocab):
+        best = probabilities.topk(min(width, vocab), dim=-1).values
+        through = best.cumsum(dim=-1, dtype=torch.float64)
+        if width >= vocab or bool((through[:, -1:] >= top_p).all()):
+            break
+    members = (through - best < top_p).sum(dim=-1, keepdim=True)
+    return best.gather(-1, (members - 1).clamp(min=0))
+
+
+def _log_probabilities(logits: Tensor, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
+    """What the rows that ask for it report, of the model's own distribution, by row."""
+    rows = {row: draw.params.logprobs for row, draw in enumerate(draws) if draw.params.logprobs is not None}
+    if not rows:
+        return {}
+    scores = logits[list(rows)].log_softmax(dim=-1)
+    chosen = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
+    own = scores.gather(-1, chosen).flatten().tolist()
+    best = scores.topk(min(max(rows.values()), logits.shape[-1]), dim=-1)
+    found: dict[int, TokenLogprobs] = {}
+    for (row, count), score, values, ids in zip(
+        rows.items(), own, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        found[row] = TokenLogprobs(score, tuple(zip(ids[:count], values[:count], strict=True)))
+    return found
+
+
+def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(-1)

@@ -1,0 +1,157 @@
+"""The memory that KV lies in: blocks in anonymous shared memory, so that a peer on the same host can write into it."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import xxhash
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bascule.errors import BasculeError
+from bascule.types import KVLayout
+
+CHECKSUM_BYTES = 8
+_GATHER_BYTES = 4 << 20
+"""Blocks are gathered for hashing in pieces of about this size: they stay in the cache of a core, and few of them pay
+for letting the interpreter lock go."""
+_TOUCH_BYTES = 64 << 20
+
+
+class ArenaError(BasculeError):
+    """Memory that is not the arena it is said to be."""
+
+
+class Run(Struct, frozen=True):
+    """`count` adjacent blocks from `start` on."""
+
+    start: int
+    count: int
+
+
+def runs(blocks: Sequence[int]) -> list[Run]:
+    """Split a block table into its maximal runs of adjacent ascending ids, in order: [4, 5, 6, 2] -> (4, 3), (2, 1)."""
+    found: list[Run] = []
+    first = 0
+    for index in range(1, len(blocks) + 1):
+        if index == len(blocks) or blocks[index] != blocks[index - 1] + 1:
+            found.append(Run(blocks[first], index - first))
+            first = index
+    return found
+
+
+class Arena:
+    """`num_blocks` blocks of one layout, mapped from an anonymous shared file.
+
+    `bytes` is writable, [planes, num_blocks, block_size * token_bytes]. The memory lives until the last array that
+    views it is gone, in this process or in a peer's.
+    """
+
+    def __init__(self, fd: int, layout: KVLayout, num_blocks: int, memory: mmap.mmap) -> None:
+        """Use `create` or `attach`."""
+        self.fd = fd
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self._closed = False
+        shape = (layout.planes, num_blocks, layout.plane_block_bytes)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8).reshape(shape)
+        Thread(target=_touch, args=(self.bytes.reshape(-1),), name="kv-touch", daemon=True).start()
+
+    @classmethod
+    def create(cls, layout: KVLayout, num_blocks: int) -> Arena:
+        """New zeroed memory of `num_blocks * layout.block_bytes` bytes; its size is sealed.
+
+        Raises ArenaError if there is nothing to hold or the machine refuses the memory.
+        """
+        size = _size(layout, num_blocks)
+        fd = os.memfd_create("bascule-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, layout, num_blocks, mmap.mmap(fd, size, mmap.MAP_SHARED))
+        except OSError as error:
+            os.close(fd)
+            raise ArenaError(f"cannot map {size} bytes for KV ({error}); give less KV memory") from error
+
+    @classmethod
+    def attach(cls, fd: int, layout: KVLayout, num_blocks: int) -> Arena:
+        """Map a peer's arena; takes ownership of `fd`.
+
+        A child forked later does not inherit the mapping, so the end of this process is the end of its writes.
+        Raises ArenaError if the file cannot be mapped or its size is not that of `num_blocks` blocks of `layout`.
+        """
+        try:
+            size, actual = _size(layout, num_blocks), os.fstat(fd).st_size
+            if size != actual:
+                raise ArenaError(f"the peer's arena has {actual} bytes, but {num_blocks} blocks need {size}")
+            memory = mmap.mmap(fd, size, mmap.MAP_SHARED)
+            memory.madvise(mmap.MADV_DONTFORK)
+        except OSError as error:
+            os.close(fd)
+            raise ArenaError(f"cannot map the peer's arena: {error}") from error
+        except ArenaError:
+            os.close(fd)
+            raise
+        return cls(fd, layout, num_blocks, memory)
+
+    def checksum(self, block: int, tokens: int) -> bytes:
+        """xxh3_64 (8 bytes) over the first `tokens` tokens of `block` in all planes, plane after plane."""
+        return self.checksums([block], tokens)[0]
+
+    def checksums(self, blocks: Sequence[int], tokens_in_last: int) -> list[bytes]:
+        """`checksum` of each of `blocks`, all of them full but the last, which holds `tokens_in_last` tokens."""
+        if not blocks:
+            return []
+        if not 0 < tokens_in_last <= self.layout.block_size:
+            raise ValueError(f"a block holds 1 to {self.layout.block_size} tokens, not {tokens_in_last}")
+        full = blocks if tokens_in_last == self.layout.block_size else blocks[:-1]
+        digests = [xxhash.xxh3_64_digest(row.data) for piece in self._gather(full) for row in piece]
+        if len(full) < len(blocks):
+            part = self.bytes[:, blocks[-1], : tokens_in_last * self.layout.token_bytes]
+            digests.append(xxhash.xxh3_64_digest(np.ascontiguousarray(part).data))
+        return digests
+
+    def _gather(self, blocks: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """Contiguous copies of `blocks`, [a few, planes, bytes] at a time; each overwrites the one before."""
+        few = max(1, _GATHER_BYTES // self.layout.block_bytes)
+        scratch = np.empty((min(few, len(blocks)), *self.bytes[:, 0].shape), np.uint8)
+        for run in runs(blocks):
+            for start in range(run.start, run.start + run.count, few):
+                stop = min(start + few, run.start + run.count)
+                piece = scratch[: stop - start]
+                np.copyto(piece, self.bytes[:, start:stop].swapaxes(0, 1))
+                yield piece
+
+    def close(self) -> None:
+        """Give up the file and this object's view; arrays that were handed out stay valid. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.bytes = self.bytes[:, :0].copy()
+            os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _size(layout: KVLayout, num_blocks: int) -> int:
+    if num_blocks < 1 or layout.block_bytes < 1:
+        raise ArenaError(f"an arena holds at least one block of one byte, not {num_blocks} of {layout.block_bytes}")
+    return num_blocks * layout.block_bytes
+
+
+def _touch(memory: NDArray[np.uint8]) -> None:
+    """Read a byte of every page, so that the first transfer does not pay for mapping it (at a tenth of the speed)."""
+    for start in range(0, len(memory), _TOUCH_BYTES):
+        memory[start : start + _TOUCH_BYTES : mmap.PAGESIZE].max()

@@ -1,0 +1,340 @@
+"""Who holds which block: the allocator of an arena's blocks, its prefix cache, and the leases that own them."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from threading import RLock
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from msgspec import Struct
+
+from bascule.errors import BasculeError
+from bascule.kv.placement import Mask, place, reach
+from bascule.types import BlockHash
+
+_NOBODY = 0
+_UNFORESEEN_ROOM = 4
+"""Blocks to look for behind a sequence that has outgrown the room foreseen for it: it probably goes on."""
+
+
+class LeaseError(BasculeError):
+    """A lease used after its end, or in a way that would make the books lie."""
+
+
+class Counts(Struct, frozen=True):
+    """How many blocks are in each of the four states; they add up to all blocks."""
+
+    free: int
+    cached: int
+    """Held by nobody, findable by hash, evictable."""
+    held: int
+    """Named by at least one lease."""
+    quarantined: int
+    """Out of use, because a peer may still write there."""
+
+
+class _Entry(Struct, frozen=True):
+    """A block in the prefix cache and the tokens whose KV it holds."""
+
+    block: int
+    hash: BlockHash
+    tokens: tuple[int, ...]
+
+
+class _State(StrEnum):
+    HELD = "held"
+    QUARANTINED = "quarantined"
+    RELEASED = "released"
+
+
+class Books:
+    """The states of `num_blocks` blocks of `block_size` tokens. Thread-safe; no call waits for more than bookkeeping.
+
+    A block is free, cached, held (by as many leases as name it) or quarantined. Blocks enter the cache only by
+    `Lease.seal` and leave it by eviction: least recently held first, and the end of a prefix before its beginning.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"books need at least one block of one token, not {num_blocks} of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.mismatches = 0
+        """Blocks found by hash that held other tokens: misses."""
+        self.evictions = 0
+        self._lock = RLock()
+        self._free = np.ones(num_blocks, np.bool_)
+        self._room_of = np.full(num_blocks, _NOBODY, np.int64)
+        """The number of the lease that a free block is kept for, softly."""
+        self._holders = [0] * num_blocks
+        self._quarantined: set[int] = set()
+        self._by_hash: dict[BlockHash, _Entry] = {}
+        self._by_block: dict[int, _Entry] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        """Cached blocks, the next to be evicted first."""
+        self._leases: dict[int, Lease] = {}
+        """Those held or quarantined, by number."""
+        self._last_number = _NOBODY
+
+    @property
+    def counts(self) -> Counts:
+        with self._lock:
+            free, cached, quarantined = self._count_free(), len(self._evictable), len(self._quarantined)
+            return Counts(free, cached, self.num_blocks - free - cached - quarantined, quarantined)
+
+    def acquire(self, hashes: Sequence[BlockHash], tokens: Sequence[int], total: int, room: int = 0) -> Lease | None:
+        """Lease `total` blocks: the longest cached prefix of `hashes`, then fresh ones. None if there are not enough.
+
+        `tokens` are the prompt's ids; those of a block must equal the ids cached with it, else it is a miss. Whoever
+        needs the last prompt token computed leaves its block out of `hashes`. Fresh blocks are free ones, then evicted
+        ones. `room` foresees growth: as many blocks behind the last are freed and kept where possible; others get them
+        only when nothing else is left.
+        """
+        with self._lock:
+            pinned = self._cached_prefix(hashes[:total], tokens)
+            needed = total - len(pinned)
+            idle = sum(1 for block in pinned if not self._holders[block])
+            if needed > self._count_free() + len(self._evictable) - idle:
+                return None
+            self._last_number += 1
+            lease = Lease(self, self._last_number, pinned, room)
+            self._leases[self._last_number] = lease
+            for block in pinned:
+                self._holders[block] += 1
+                self._evictable.pop(block, None)
+            self._grow(lease, needed)
+            return lease
+
+    def _count_free(self) -> int:
+        return int(np.count_nonzero(self._free))
+
+    def _cached_prefix(self, hashes: Sequence[BlockHash], tokens: Sequence[int]) -> list[int]:
+        found: list[int] = []
+        for index, name in enumerate(hashes):
+            entry = self._by_hash.get(name)
+            if entry is None:
+                break
+            if entry.tokens != tuple(tokens[index * self.block_size : (index + 1) * self.block_size]):
+                self.mismatches += 1
+                break
+            found.append(entry.block)
+        return found
+
+    def _grow(self, lease: Lease, count: int) -> None:
+        """Append `count` fresh blocks, of which there are enough, and keep the lease's room behind them."""
+        behind = lease._blocks[-1] if lease._blocks else None
+        usable = self._usable(lease)
+        if behind is None or reach(usable, behind + 1, count) < count:
+            shortage = count + lease._room - int(np.count_nonzero(usable))
+            if shortage > 0:
+                self._evict(shortage)
+                usable = self._usable(lease)
+        chosen = place(usable, count, lease._room, behind)
+        if len(chosen) < count:
+            kept_for_others = np.flatnonzero(self._free & ~usable)
+            chosen.extend(kept_for_others[len(chosen) - count :].tolist())
+        self._free[chosen] = usable[chosen] = False
+        self._room_of[chosen] = _NOBODY
+        for block in chosen:
+            self._holders[block] = 1
+        lease._blocks.extend(chosen)
+        self._give_up_room(lease)
+        if lease._blocks:
+            start = lease._blocks[-1] + 1
+            lease._kept = range(start, start + reach(usable, start, lease._room))
+            self._room_of[lease._kept.start : lease._kept.stop] = lease._number
+
+    def _usable(self, lease: Lease) -> Mask:
+        """Free blocks that are not kept for other leases."""
+        usable: Mask = self._free & ((self._room_of == _NOBODY) | (self._room_of == lease._number))
+        return usable
+
+    def _give_up_room(self, lease: Lease) -> None:
+        window = self._room_of[lease._kept.start : lease._kept.stop]
+        window[window == lease._number] = _NOBODY
+        lease._kept = range(0)
+
+    def _evict(self, count: int) -> None:
+        """Free the `count` least recently held cached blocks, or all if there are fewer."""
+        for _ in range(min(count, len(self._evictable))):
+            block, _unused = self._evictable.popitem(last=False)
+            del self._by_hash[self._by_block.pop(block).hash]
+            self._free[block] = True
+            self.evictions += 1
+
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        """Drop one hold of each block, the end of the prefix first so that it is evicted first."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if block in self._by_block:
+                self._evictable[block] = None
+            else:
+                self._free[block] = True
+
+    def check_integrity(self) -> list[str]:
+        """Recompute everything from the leases; every line returned names a lie in the books. Empty means clean."""
+        with self._lock:
+            return [*self._wrong_holds(), *self._wrong_states(), *self._wrong_cache(), *self._wrong_room()]
+
+    def _wrong_holds(self) -> Iterator[str]:
+        naming: Counter[int] = Counter()
+        quarantined: Counter[int] = Counter()
+        for lease in self._leases.values():
+            (naming if lease._state is _State.HELD else quarantined).update(lease._blocks)
+            if lease._state is _State.RELEASED:
+                yield f"{lease} is released but still in the books"
+            if len(set(lease._blocks)) < len(lease._blocks):
+                yield f"{lease} names a block twice"
+        for block, holders in enumerate(self._holders):
+            if holders != naming[block]:
+                yield f"block {block} counts {holders} holders, but {naming[block]} leases name it"
+        if self._quarantined != set(quarantined) or quarantined.total() != len(quarantined):
+            yield f"quarantined are {sorted(self._quarantined)}, but leases quarantine {sorted(quarantined.elements())}"
+
+    def _wrong_states(self) -> Iterator[str]:
+        states = self._free.astype(np.int64)
+        states += np.asarray(self._holders) > 0
+        states[list(self._evictable)] += 1
+        states[list(self._quarantined)] += 1
+        for block in np.flatnonzero(states != 1):
+            yield f"block {block} is in {states[block]} states" if states[block] else f"block {block} has leaked"
+
+    def _wrong_cache(self) -> Iterator[str]:
+        if len(self._by_hash) != len(self._by_block):
+            yield f"{len(self._by_hash)} hashes name {len(self._by_block)} blocks"
+        for block, entry in self._by_block.items():
+            if entry.block != block or self._by_hash.get(entry.hash) is not entry:
+                yield f"block {block} and its hash {entry.hash.hex()} do not name each other"
+            if not self._holders[block] and block not in self._evictable:
+                yield f"block {block} is findable but neither held nor cached"
+        for block in self._evictable:
+            if block not in self._by_block:
+                yield f"block {block} is cached but not findable"
+
+    def _wrong_room(self) -> Iterator[str]:
+        for block in np.flatnonzero(self._room_of != _NOBODY):
+            lease = self._leases.get(int(self._room_of[block]))
+            if lease is None or block not in lease._kept or not self._free[block]:
+                yield f"block {block} is kept for lease {self._room_of[block]} which cannot have it"
+
+
+class Lease:
+    """The right to a sequence's blocks; made by `Books.acquire`. As a context manager it releases at the end."""
+
+    def __init__(self, books: Books, number: int, pinned: list[int], room: int) -> None:
+        self.cached = len(pinned)
+        """How many leading blocks came from the cache: shared, not to be written."""
+        self._books = books
+        self._number = number
+        self._blocks = pinned
+        self._room = room
+        self._kept = range(0)
+        self._state = _State.HELD
+
+    @property
+    def blocks(self) -> list[int]:
+        """The block table (grows in place with `extend`; not to be altered)."""
+        self._require_held("read")
+        return self._blocks
+
+    def extend(self, count: int) -> bool:
+        """Append `count` fresh blocks, directly behind the last where possible; False (nothing changed) if too few."""
+        books = self._books
+        with books._lock:
+            self._require_held("extended")
+            if count > books._count_free() + len(books._evictable):
+                return False
+            self._room = max(self._room - count, _UNFORESEEN_ROOM)
+            books._grow(self, count)
+            return True
+
+    def seal(self, start: int, hashes: Sequence[BlockHash], tokens: Sequence[int]) -> None:
+        """Make the blocks at `start`, `start + 1`, ... of the table findable under `hashes`.
+
+        They must be full, verified and never written again; `tokens` are the `block_size` ids of each of them. A hash
+        that another block already has stays with that block. Sealing a block again under its hash changes nothing.
+        """
+        books, size = self._books, self._books.block_size
+        with books._lock:
+            self._require_held("sealed")
+            if len(tokens) != len(hashes) * size or not 0 <= start <= start + len(hashes) <= len(self._blocks):
+                raise LeaseError(
+                    f"cannot seal {len(hashes)} blocks from {start} on with {len(tokens)} tokens: "
+                    f"{self} has {len(self._blocks)} blocks of {size} tokens"
+                )
+            for index, name in enumerate(hashes):
+                block = self._blocks[start + index]
+                known = books._by_block.get(block)
+                if known is not None and known.hash != name:
+                    raise LeaseError(f"block {block} is sealed as {known.hash.hex()} and cannot become {name.hex()}")
+                if name not in books._by_hash:
+                    entry = _Entry(block, name, tuple(tokens[index * size : (index + 1) * size]))
+                    books._by_hash[name] = books._by_block[block] = entry
+
+    def release(self) -> None:
+        """Let go of all blocks: sealed ones stay cached. Idempotent; what is quarantined stays so until `lift`."""
+        with self._books._lock:
+            if self._state is _State.HELD:
+                self._books._let_go(self._blocks)
+                self._end()
+
+    def quarantine(self) -> None:
+        """Put the lease's own fresh blocks out of use until `lift`, and let the pinned shared ones go. Idempotent.
+
+        Raises LeaseError if one of its own blocks is sealed: others may already read it, so it is too late.
+        """
+        books = self._books
+        with books._lock:
+            if self._state is _State.QUARANTINED:
+                return
+            self._require_held("quarantined")
+            fresh = self._blocks[self.cached :]
+            if any(block in books._by_block for block in fresh):
+                raise LeaseError(f"{self} has sealed blocks of its own, which others may read; it can only be released")
+            books._let_go(self._blocks[: self.cached])
+            books._give_up_room(self)
+            books._quarantined.update(fresh)
+            for block in fresh:
+                books._holders[block] = 0
+            self._blocks = fresh
+            self._state = _State.QUARANTINED
+
+    def lift(self) -> None:
+        """End the quarantine: nobody can write the blocks any more, they become free. Idempotent.
+
+        Raises LeaseError if the blocks are held and not quarantined.
+        """
+        books = self._books
+        with books._lock:
+            if self._state is _State.HELD:
+                raise LeaseError(f"{self} is not quarantined; quarantine it before asking whether its writer is gone")
+            if self._state is _State.QUARANTINED:
+                books._quarantined.difference_update(self._blocks)
+                books._free[self._blocks] = True
+                self._end()
+
+    def _end(self) -> None:
+        self._books._give_up_room(self)
+        del self._books._leases[self._number]
+        self._state = _State.RELEASED
+
+    def _require_held(self, verb: str) -> None:
+        if self._state is not _State.HELD:
+            raise LeaseError(f"{self} cannot be {verb}: it is {self._state}")
+
+    def __str__(self) -> str:
+        return f"lease {self._number}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

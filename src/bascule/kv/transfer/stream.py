@@ -1,0 +1,79 @@
+"""A connection that is waited for with a bound and never blocks otherwise, so that any thread can end it."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+from time import monotonic
+
+from bascule.kv.transfer.frames import Buffers
+
+DRAIN_SECONDS = 2.0
+"""How long a refused peer may take to stop: what it still sends is thrown away, so that it can read the refusal."""
+_SCRATCH_BYTES = 1 << 20
+
+
+class Stream:
+    """A connected stream socket (not owned)."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+
+    def wait(self, events: int, seconds: float | None) -> int:
+        """Wait for poll `events`; returns those that came. Raises TimeoutError after `seconds` (None: never)."""
+        poller = select.poll()
+        poller.register(self._connection, events)
+        ready = poller.poll(None if seconds is None else seconds * 1000)
+        if not ready:
+            raise TimeoutError(f"nothing moved for {seconds:g} s")
+        return ready[0][1]
+
+    def read(self, count: int, seconds: float | None) -> bytes:
+        """`count` bytes, or none where the peer has ended; raises ConnectionError if it ends in the middle."""
+        data = bytearray(count)
+        memory = Buffers([memoryview(data)])
+        while memory.left:
+            self.wait(select.POLLIN, seconds)
+            try:
+                self.receive_some(memory)
+            except ConnectionError:
+                if memory.left == count:
+                    return b""
+                raise
+        return bytes(data)
+
+    def receive_some(self, memory: Buffers) -> None:
+        """Receive what is there, without blocking. Raises ConnectionError at the peer's end."""
+        with contextlib.suppress(BlockingIOError):
+            received = self._connection.recvmsg_into(memory.pending())[0]
+            if received == 0:
+                raise ConnectionError("the peer closed the connection")
+            memory.advance(received)
+
+    def send_some(self, memory: Buffers) -> None:
+        """Send what the connection takes, without blocking."""
+        with contextlib.suppress(BlockingIOError):
+            memory.advance(self._connection.sendmsg(memory.pending()))
+
+    def write(self, memory: Buffers, seconds: float) -> None:
+        """Send all; raises TimeoutError if nothing moves for `seconds`."""
+        while memory.left:
+            self.wait(select.POLLOUT, seconds)
+            self.send_some(memory)
+
+    def drain(self) -> None:
+        """Say no more, and throw away what still comes until the peer ends, for a bounded time."""
+        self._connection.shutdown(socket.SHUT_WR)
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        deadline = monotonic() + DRAIN_SECONDS
+        with contextlib.suppress(OSError):
+            while (left := deadline - monotonic()) > 0:
+                self.wait(select.POLLIN, left)
+                self.receive_some(Buffers([scratch]))
+
+    def shut_down(self, direction: int = socket.SHUT_RDWR) -> None:
+        """End the connection (in one `direction`) and wake whoever waits for it."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(direction)

@@ -1,0 +1,49 @@
+"""What the api knows of everything below it: a place that turns requests into streams of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from bascule.types import ClusterState, Delta, ModelCard, Placement, Request
+
+
+class Generation(Protocol):
+    """A request under way. Iterating yields its deltas, the last one with `finish`; failures raise RequestError."""
+
+    @property
+    def placement(self) -> Placement:
+        """Where the request was placed."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None:
+        """Stop it everywhere by the next step boundary. Idempotent; does nothing once it has ended."""
+        ...
+
+
+class Backend(Protocol):
+    @property
+    def card(self) -> ModelCard | None:
+        """The model served; None until the first worker has registered."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True while a request could be placed."""
+        ...
+
+    @property
+    def kv_tokens(self) -> int:
+        """The longest prompt plus output that some worker's KV memory can hold, in tokens."""
+        ...
+
+    async def start(self, request: Request) -> Generation:
+        """Admit and place a request; returns once it is placed and its first delta is ready.
+
+        Raises RequestError (Overloaded, Unavailable, DeadlineExceeded, WorkerFailure, InvalidRequest).
+        """
+        ...
+
+    def state(self) -> ClusterState: ...

@@ -1,0 +1,121 @@
+"""One request on its way: which attempt counts, which token is next, and what the client is still to get."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from bascule.errors import RequestError
+from bascule.types import Delta, FinishReason, Placement, Request, WorkerId
+from bascule.wire import TokenItem
+
+
+class Flight:
+    """A request from admission to its last token; the `Generation` that the api iterates.
+
+    Only the current attempt's next position is taken: gaps are held, repeats and other attempts' tokens dropped. A
+    position that has been taken is final.
+    """
+
+    def __init__(self, request: Request, deadline: float, on_cancel: Callable[[Flight], None]) -> None:
+        self.request = request
+        self.deadline = deadline
+        self.attempt = 0
+        self.excluded: frozenset[WorkerId] = frozenset()
+        self.tokens: list[int] = []
+        """Output tokens taken so far, over all attempts."""
+        self.placed: Placement | None = None
+        """Where the current attempt runs; None while it waits at the router."""
+        self.placed_tokens = 0
+        """Tokens that the current attempt had to compute when it was placed."""
+        self.prefilling = False
+        """Placed, and no token of this attempt has come."""
+        self.ended = False
+        self._route: Placement | None = None
+        self._on_cancel = on_cancel
+        self._held: dict[int, TokenItem] = {}
+        self._fresh: list[TokenItem] = []
+        self._error: RequestError | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the request was (last) placed."""
+        if self._route is None:
+            raise RuntimeError(f"request {self.request.id} has not been placed")
+        return self._route
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that a worker has to compute before it can draw the next one."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def place(self, placement: Placement) -> None:
+        self.placed = self._route = placement
+        self.placed_tokens = self.known_tokens
+        self.prefilling = True
+
+    def retry(self, failed: WorkerId) -> None:
+        """Give the attempt up; the next one continues after the tokens taken so far."""
+        self.attempt += 1
+        self.excluded |= {failed}
+        self._held.clear()
+
+    def take(self, item: TokenItem) -> bool:
+        """Take a token if it belongs to this attempt; returns whether the output has grown."""
+        if self.ended or item.attempt != self.attempt or item.position < len(self.tokens):
+            return False
+        self._held[item.position] = item
+        grown = False
+        while not self.ended and (ready := self._held.pop(len(self.tokens), None)) is not None:
+            self.tokens.append(ready.token)
+            self._fresh.append(ready)
+            self.ended = ready.finish is not None
+            grown = True
+        if grown:
+            self._wake.set()
+        return grown
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error; tokens already taken are delivered first."""
+        if not self.ended:
+            self.ended = True
+            self._error = error
+            self._wake.set()
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._on_cancel(self)
+            self._wake.set()
+
+    async def first(self) -> None:
+        """Return when a delta can be read; raises the request's error if it ends without one."""
+        await self._wake.wait()
+        if self._error is not None and not self._fresh:
+            raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._fresh:
+                items, self._fresh = self._fresh, []
+                yield self._delta(items)
+                if items[-1].finish is not None:
+                    return
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                return
+
+    def _delta(self, items: list[TokenItem]) -> Delta:
+        finish: FinishReason | None = items[-1].finish
+        wanted = self.request.sampling.logprobs is not None
+        logprobs = tuple(item.logprobs for item in items if item.logprobs is not None) if wanted else None
+        return Delta(
+            tokens=tuple(item.token for item in items),
+            logprobs=logprobs,
+            finish=finish,
+            cached_tokens=items[0].cached_tokens,
+        )

@@ -1,0 +1,43 @@
+"""The router's socket: workers connect to it, each under its epoch as address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import zmq
+import zmq.asyncio
+
+from bascule.errors import ConfigError
+from bascule.sockets import deliver, open_socket, post
+from bascule.types import Epoch
+from bascule.wire import RouterMessage, WorkerMessage, encode, from_worker
+
+Handler = Callable[[Epoch, WorkerMessage], None]
+
+
+class RouterLink:
+    """Receives worker messages and hands them to a handler, in order; sends without waiting."""
+
+    def __init__(self, bind: str) -> None:
+        """Listen at `bind` (`tcp://host:port`, port * for a free one); raises ConfigError when that is not possible."""
+        self._context = zmq.asyncio.Context()
+        self._socket = open_socket(self._context, zmq.ROUTER, linger_ms=200)
+        try:
+            self._socket.bind(bind)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"cannot listen for workers at {bind}: {error.strerror}; choose another address"
+            ) from error
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def send(self, epoch: Epoch, message: RouterMessage) -> None:
+        """Queue a message to the worker with that epoch; one that is gone is not an error here."""
+        post(self._socket, [epoch.encode(), encode(message)])
+
+    async def serve(self, handler: Handler) -> None:
+        """Deliver messages until cancelled."""
+        await deliver(self._socket, lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1])))
+
+    def close(self) -> None:
+        self._context.destroy(linger=200)

@@ -1,0 +1,118 @@
+"""Who belongs to the cluster: registrations, heartbeats, and the verdict that a worker is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from bascule.clock import Clock
+from bascule.config import RoutingConfig
+from bascule.errors import RegistrationRefused
+from bascule.router.client import NativeClient
+from bascule.router.link import RouterLink
+from bascule.router.service import Service
+from bascule.router.view import Member
+from bascule.types import Epoch, WorkerId
+from bascule.wire import (
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Register,
+    Registered,
+    RegistrationRefusal,
+    Reregister,
+    Starting,
+    StepTokens,
+    WorkerMessage,
+)
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+TICK_S = 0.1
+
+
+class Membership:
+    """Applies worker messages to the view and tells the service who joined, who left and what they say."""
+
+    def __init__(self, link: RouterLink, service: Service, config: RoutingConfig, clock: Clock) -> None:
+        self.stages: dict[WorkerId, str] = {}
+        """What workers that are not ready yet say that they are doing."""
+        self._link = link
+        self._service = service
+        self._view = service.view
+        self._config = config
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Serve the worker socket and the clock until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.serve(self.apply))
+            group.create_task(self._watch())
+
+    def apply(self, sender: Epoch, message: WorkerMessage) -> None:
+        """One message of a worker. Nothing is taken from an epoch that is not the member's current one."""
+        if isinstance(message, Starting):
+            self.stages[message.worker] = message.stage
+        elif isinstance(message, Register):
+            self._register(sender, message)
+        elif (member := self._view.current(message.worker, message.epoch)) is None or message.epoch != sender:
+            if isinstance(message, Heartbeat):
+                self._answer_stranger(sender, message)
+        elif isinstance(message, Heartbeat):
+            was_suspect = member.suspect
+            self._view.heartbeat(member, message.load, self._clock.now())
+            if was_suspect:
+                log.warning("worker %s is back", member.id)
+        elif isinstance(message, StepTokens):
+            self._service.tokens(message)
+        elif isinstance(message, Failed):
+            self._service.failed(message)
+        elif isinstance(message, Goodbye):
+            self._lose(member, "has left")
+
+    def lost(self, worker: WorkerId, why: str) -> None:
+        """A worker is known to be gone (its process ended, say)."""
+        if (member := self._view.members.get(worker)) is not None:
+            self._lose(member, why)
+
+    def _register(self, sender: Epoch, offer: Register) -> None:
+        if (known := self._view.current(offer.worker, offer.epoch)) is not None:
+            known.last_seen = self._clock.now()
+            self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
+            return
+        try:
+            self._view.check(offer)
+        except RegistrationRefused as refusal:
+            log.error("refused a registration: %s", refusal)
+            self._link.send(sender, RegistrationRefusal(str(refusal)))
+            return
+        if (earlier := self._view.members.get(offer.worker)) is not None:
+            self._lose(earlier, "was replaced by a new incarnation")
+        member = self._view.add(offer, self._clock.now())
+        self.stages.pop(offer.worker, None)
+        self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
+        log.info("worker %s joined as %s on %s", member.id, offer.role, offer.device)
+        self._service.joined(member, NativeClient(self._link, offer.epoch))
+
+    def _answer_stranger(self, sender: Epoch, message: Heartbeat) -> None:
+        """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again."""
+        if message.epoch in self._view.burned:
+            self._link.send(
+                sender, RegistrationRefusal(f"epoch {message.epoch} was declared dead; start the worker anew")
+            )
+        else:
+            self._link.send(sender, Reregister())
+
+    def _lose(self, member: Member, why: str) -> None:
+        log.warning("worker %s (pid %d) %s", member.id, member.registration.pid, why)
+        self._view.remove(member.id)
+        self._service.lost(member, why)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            dead = self._view.overdue(self._clock.now(), self._config.suspect_after, self._config.dead_after)
+            for member in dead:
+                self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
+            self._service.tick()

@@ -1,0 +1,319 @@
+"""Handoffs that come to this worker: grant blocks, check what was written, take over, and never free memory too early.
+
+    PROMISED --blocks free--> GRANTED --Commit--> CHECKING --verified--> ACCEPTED
+        |                        |                   |
+        +------------------------+--- abort, cancel, expiry, mismatch ---> REFUSED
+
+The blocks of a refused grant go back at once only when no late write is possible; until then they are quarantined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+
+from bascule.clock import Clock
+from bascule.config import HandoffConfig
+from bascule.engine.core import Engine, Work
+from bascule.engine.sequence import Key
+from bascule.errors import RequestError
+from bascule.kv.arena import Arena
+from bascule.kv.books import Lease
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.base import Grant, Receiver
+from bascule.types import Epoch, ModelCard, TicketId
+from bascule.wire import (
+    Abort,
+    Accepted,
+    Commit,
+    HandoffRefused,
+    Manifest,
+    PeerMessage,
+    Prepare,
+    Renew,
+    Reserved,
+    Revoked,
+    TransferEndpoint,
+)
+
+log = logging.getLogger(__name__)
+
+_GROWTH_TOKENS = 256
+"""Output tokens that a reservation foresees room for."""
+
+
+class Stage(Enum):
+    PROMISED = auto()
+    GRANTED = auto()
+    CHECKING = auto()
+    ACCEPTED = auto()
+    REFUSED = auto()
+
+
+class Incoming:
+    """One ticket. Its lease is the engine's once it is accepted."""
+
+    def __init__(self, prepare: Prepare, sender: Epoch, deadline: float) -> None:
+        self.prepare = prepare
+        self.sender = sender
+        self.deadline = deadline
+        self.key = Key(prepare.request, prepare.attempt)
+        self.tokens = (*prepare.prompt, *prepare.generated)
+        self.stage = Stage.PROMISED
+        self.lease: Lease | None = None
+        self.verdict: Accepted | HandoffRefused | None = None
+
+
+class DecodeSide:
+    """All handoffs that come to this worker. Runs in the asyncio loop; only the checks run in a thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        arena: Arena,
+        hasher: BlockHasher,
+        card: ModelCard,
+        epoch: Epoch,
+        config: HandoffConfig,
+        clock: Clock,
+        answer: Callable[[Epoch, PeerMessage], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """`answer` sends to the prefill worker with that epoch; `wake` is called when a sequence may run."""
+        self.refused: Counter[str] = Counter()
+        """By kind."""
+        self.receivers: Mapping[str, Receiver] = {}
+        """By transport, in order of preference; set before the first message."""
+        self._engine = engine
+        self._arena = arena
+        self._hasher = hasher
+        self._card = card
+        self._epoch = epoch
+        self._config = config
+        self._clock = clock
+        self._answer = answer
+        self._wake = wake
+        self._tickets: dict[TicketId, Incoming] = {}
+        self._promised: deque[Incoming] = deque()
+        self._quarantined: dict[TicketId, Lease] = {}
+        self._checks: set[asyncio.Task[None]] = set()
+
+    @property
+    def promised(self) -> int:
+        """Tickets that wait for blocks."""
+        return len(self._promised)
+
+    # ------------------------------------------------------------ messages
+
+    def apply(self, sender: Epoch, message: PeerMessage) -> None:
+        """One message of a prefill worker."""
+        if isinstance(message, Prepare):
+            self._prepare(sender, message)
+        elif isinstance(message, Commit):
+            self._commit(sender, message)
+        elif isinstance(message, Abort):
+            self._aborted(message.ticket)
+        elif isinstance(message, Renew):
+            for ticket in message.tickets:
+                if (incoming := self._tickets.get(ticket)) is not None:
+                    incoming.deadline = self._next_deadline()
+
+    def cancel(self, key: Key) -> None:
+        """The router no longer wants this attempt."""
+        for incoming in [one for one in self._tickets.values() if one.key == key]:
+            self._refuse(incoming, "cancelled", "the request was cancelled")
+
+    def grant_promises(self) -> None:
+        """Memory may have become free: grant the tickets that wait, in order of arrival."""
+        while self._promised and self._grant(self._promised[0]):
+            self._promised.popleft()
+
+    def safe(self, ticket: TicketId) -> None:
+        """No late write is possible for this ticket any more: its blocks leave quarantine."""
+        if (lease := self._quarantined.pop(ticket, None)) is not None:
+            lease.lift()
+            self.grant_promises()
+            self._wake()
+
+    def expire(self) -> None:
+        """Give up tickets that nobody renewed, and forget verdicts that nobody asks for any more."""
+        now = self._clock.now()
+        for ticket, incoming in list(self._tickets.items()):
+            if incoming.deadline > now:
+                continue
+            if incoming.verdict is None:
+                self._refuse(incoming, "expired", "the prefill worker gave no sign of life in time")
+            elif ticket not in self._quarantined:
+                del self._tickets[ticket]
+        self.grant_promises()
+
+    def close(self) -> None:
+        for receiver in self.receivers.values():
+            receiver.close()
+
+    # ------------------------------------------------------------ granting
+
+    def _prepare(self, sender: Epoch, prepare: Prepare) -> None:
+        known = self._tickets.get(prepare.ticket)
+        if known is not None:
+            return
+        incoming = Incoming(prepare, sender, self._next_deadline())
+        self._tickets[prepare.ticket] = incoming
+        if (mismatch := self._mismatch(prepare)) is not None:
+            self._refuse(incoming, *mismatch)
+            return
+        self._promised.append(incoming)
+        self.grant_promises()
+
+    def _mismatch(self, prepare: Prepare) -> tuple[str, str] | None:
+        """Why KV from this worker could not be used here: kind and reason, or None."""
+        ours = self._card
+        if prepare.fingerprint != ours.fingerprint:
+            return "fingerprint", f"the KV is of model {prepare.fingerprint}, this worker serves {ours.fingerprint}"
+        if prepare.layout != ours.layout:
+            return "layout", f"the KV has layout {prepare.layout}, this worker's is {ours.layout}"
+        return None
+
+    def _grant(self, incoming: Incoming) -> bool:
+        """Lease all blocks of a promised ticket, or none; False while there are not enough."""
+        prepare = incoming.prepare
+        room = min(_GROWTH_TOKENS, max(0, prepare.sampling.max_tokens - len(prepare.generated)))
+        lease = self._engine.reserve(incoming.tokens, len(incoming.tokens) + 1, room)
+        if lease is None:
+            return False
+        incoming.lease = lease
+        incoming.stage = Stage.GRANTED
+        grant = Grant(prepare.ticket, prepare.secret, tuple(lease.blocks[lease.cached :]))
+        for receiver in self.receivers.values():
+            receiver.open(grant)
+        endpoints = [receiver.endpoint for receiver in self.receivers.values()]
+        self._answer(
+            incoming.sender,
+            Reserved(
+                ticket=prepare.ticket,
+                epoch=self._epoch,
+                blocks=tuple(lease.blocks),
+                have_blocks=lease.cached,
+                endpoints=tuple(TransferEndpoint(e.transport, e.address, e.machine) for e in endpoints),
+            ),
+        )
+        return True
+
+    # ------------------------------------------------------------ taking over
+
+    def _commit(self, sender: Epoch, commit: Commit) -> None:
+        incoming = self._tickets.get(commit.ticket)
+        if incoming is None:
+            self._answer(sender, HandoffRefused(commit.ticket, "unknown", "this ticket is not known here"))
+        elif incoming.verdict is not None:
+            self._answer(sender, incoming.verdict)
+        elif incoming.stage is Stage.GRANTED:
+            incoming.stage = Stage.CHECKING
+            check = asyncio.create_task(self._take_over(incoming, commit))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
+
+    async def _take_over(self, incoming: Incoming, commit: Commit) -> None:
+        """Check everything that was written, then decode from it."""
+        lease = incoming.lease
+        assert lease is not None
+        fault = self._manifest_fault(incoming, lease, commit.manifest)
+        if fault is None:
+            size = self._card.layout.block_size
+            held = -(-len(incoming.tokens) // size)
+            in_last = len(incoming.tokens) - (held - 1) * size
+            sent = lease.blocks[lease.cached : held]
+            found = await asyncio.to_thread(self._arena.checksums, sent, in_last)
+            if tuple(found) != commit.manifest.checksums:
+                fault = "checksum", "the blocks that arrived are not those that were computed"
+        if incoming.stage is not Stage.CHECKING:
+            return
+        if fault is not None:
+            self._refuse(incoming, *fault)
+            return
+        prepare = incoming.prepare
+        work = Work(
+            request=prepare.request,
+            attempt=prepare.attempt,
+            prompt=prepare.prompt,
+            generated=(*prepare.generated, commit.first_token),
+            sampling=prepare.sampling,
+        )
+        try:
+            self._engine.adopt(work, lease)
+        except (RequestError, ValueError) as error:
+            self._refuse(incoming, "engine", str(error))
+            return
+        for receiver in self.receivers.values():
+            receiver.finish(commit.ticket)
+        incoming.stage = Stage.ACCEPTED
+        incoming.lease = None
+        self._conclude(incoming, Accepted(commit.ticket))
+        self._wake()
+
+    def _manifest_fault(self, incoming: Incoming, lease: Lease, manifest: Manifest) -> tuple[str, str] | None:
+        """The first thing in which the manifest is not what was agreed: kind and reason, or None."""
+        tokens = len(incoming.tokens)
+        agreed = (
+            ("fingerprint", manifest.fingerprint, self._card.fingerprint),
+            ("layout", manifest.layout, self._card.layout),
+            ("epoch", manifest.source_epoch, incoming.prepare.source.epoch),
+            ("epoch", manifest.target_epoch, self._epoch),
+            ("attempt", manifest.attempt, incoming.prepare.attempt),
+            ("length", manifest.tokens, tokens),
+            ("length", manifest.have_blocks, lease.cached),
+            ("length", len(manifest.checksums), -(-tokens // self._card.layout.block_size) - lease.cached),
+            ("hashes", manifest.hashes, tuple(self._hasher.chain(incoming.tokens))),
+        )
+        for kind, theirs, ours in agreed:
+            if theirs != ours:
+                return kind, f"the manifest's {kind} does not match: {theirs!r:.80} instead of {ours!r:.80}"
+        return None
+
+    # ------------------------------------------------------------ giving up
+
+    def _aborted(self, ticket: TicketId) -> None:
+        """The prefill side gives up, and has stopped writing."""
+        incoming = self._tickets.get(ticket)
+        if incoming is not None and incoming.verdict is None:
+            self._refuse(incoming, "aborted", "the prefill worker gave up")
+        for receiver in self.receivers.values():
+            receiver.closed(ticket)
+        self.safe(ticket)
+
+    def _refuse(self, incoming: Incoming, kind: str, reason: str) -> None:
+        """End a ticket without taking over. Its blocks are freed, or quarantined while someone may still write."""
+        if incoming.verdict is not None:
+            return
+        ticket = incoming.prepare.ticket
+        if incoming.stage is Stage.PROMISED and incoming in self._promised:
+            self._promised.remove(incoming)
+        incoming.stage = Stage.REFUSED
+        if incoming.lease is not None:
+            self._give_back(ticket, incoming.lease, incoming.sender)
+            incoming.lease = None
+        if kind not in ("aborted", "cancelled"):
+            self.refused[kind] += 1
+            log.warning("refused a handoff of %s: %s", incoming.key.request, reason)
+        self._conclude(incoming, HandoffRefused(ticket, kind, reason))
+
+    def _give_back(self, ticket: TicketId, lease: Lease, sender: Epoch) -> None:
+        lease.quarantine()
+        safe = [receiver.revoke(ticket) for receiver in self.receivers.values()]
+        if all(safe):
+            lease.lift()
+        else:
+            self._quarantined[ticket] = lease
+            self._answer(sender, Revoked(ticket))
+        self._wake()
+
+    def _conclude(self, incoming: Incoming, verdict: Accepted | HandoffRefused) -> None:
+        incoming.verdict = verdict
+        incoming.deadline = self._next_deadline()
+        self._answer(incoming.sender, verdict)
+
+    def _next_deadline(self) -> float:
+        return self._clock.now() + self._config.handoff_timeout

@@ -1,0 +1,339 @@
+"""Handoffs that leave this worker: reserve, push what is computed while prefill goes on, commit, release.
+
+Each handoff is one coroutine that reads like the protocol. It tries twice; if the decode worker has no room, cannot be
+reached or refuses twice, the request decodes here, where its KV is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from bascule.config import HandoffConfig
+from bascule.engine.core import Engine, Progress
+from bascule.engine.sequence import Key
+from bascule.kv.arena import Arena
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.base import Endpoint, Move, Sender, Session, TransferError
+from bascule.types import ModelCard, TicketId
+from bascule.wire import (
+    Abort,
+    Accepted,
+    Commit,
+    HandoffRefused,
+    Manifest,
+    PeerAddress,
+    PeerMessage,
+    Prepare,
+    Renew,
+    Reserved,
+    Revoked,
+    Submit,
+)
+from bascule.worker.peers import Peers
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ROUNDS = 2
+_REPEAT_S = 1.0
+"""A commit without verdict is repeated, and leases are renewed, this often."""
+
+
+class HandoffFailed(Exception):
+    """This round did not work; `again` says whether another may."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
+class VerdictLost(Exception):
+    """The decode side may or may not have taken over: only the router can decide who goes on."""
+
+
+class Outgoing:
+    """One request on its way out: what is computed, and what the decode side has said of the current ticket."""
+
+    def __init__(self, submission: Submit, decode: PeerAddress) -> None:
+        self.submission = submission
+        self.decode = decode
+        self.key = Key(submission.request, submission.attempt)
+        self.tokens = (*submission.prompt, *submission.generated)
+        self.blocks: tuple[int, ...] = ()
+        self.checksums: list[bytes] = []
+        """Of the blocks that are computed, from block 0 on, taken as soon as they were."""
+        self.first_token: int | None = None
+        self.changed = asyncio.Event()
+        self.ticket = TicketId("")
+        self.reserved: asyncio.Future[Reserved] = asyncio.Future()
+        self.verdict: asyncio.Future[None] = asyncio.Future()
+        self.transport = ""
+        self.task: asyncio.Task[None] | None = None
+
+    def renew_ticket(self) -> None:
+        """Start a new round; replies to the earlier ticket no longer count."""
+        self.ticket = TicketId(uuid.uuid4().hex)
+        self.reserved = asyncio.Future()
+        self.verdict = asyncio.Future()
+
+
+class PrefillSide:
+    """All handoffs that leave this worker. Runs in the asyncio loop; `digest` alone is called by the step thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        arena: Arena,
+        hasher: BlockHasher,
+        card: ModelCard,
+        peers: Peers,
+        senders: Mapping[str, Sender],
+        config: HandoffConfig,
+        on_lost: Callable[[Key, str], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """`on_lost` is told of requests whose verdict was lost; `wake` is called when a sequence may run again."""
+        self.bytes_sent: Counter[str] = Counter()
+        """By transport."""
+        self._engine = engine
+        self._arena = arena
+        self._hasher = hasher
+        self._card = card
+        self._peers = peers
+        self._senders = senders
+        self._config = config
+        self._on_lost = on_lost
+        self._wake = wake
+        self._by_key: dict[Key, Outgoing] = {}
+        self._by_ticket: dict[TicketId, Outgoing] = {}
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="push")
+
+    # ------------------------------------------------------------ what the worker tells
+
+    def begin(self, submission: Submit, decode: PeerAddress) -> None:
+        """Start the handoff of a request that has just been submitted to the engine."""
+        handoff = Outgoing(submission, decode)
+        self._by_key[handoff.key] = handoff
+        handoff.task = asyncio.create_task(self._run(handoff))
+
+    def digest(self, progress: Progress) -> None:
+        """Take the checksums of what a step has just computed (in the step thread, before anyone else sees it)."""
+        handoff = self._by_key.get(Key(progress.request, progress.attempt))
+        if handoff is None:
+            return
+        size = self._card.layout.block_size
+        full, rest = divmod(progress.computed, size)
+        done = len(handoff.checksums)
+        fresh = list(progress.blocks[done:full])
+        if fresh:
+            handoff.checksums += self._arena.checksums(fresh, size)
+        if progress.last and rest:
+            handoff.checksums += self._arena.checksums([progress.blocks[full]], rest)
+
+    def progressed(self, progress: Progress) -> None:
+        """A chunk is computed and digested."""
+        if (handoff := self._by_key.get(Key(progress.request, progress.attempt))) is not None:
+            handoff.blocks = progress.blocks
+            handoff.changed.set()
+
+    def first_token(self, key: Key, token: int) -> None:
+        """The prompt is computed, and this is the first token (it has left for the router)."""
+        if (handoff := self._by_key.get(key)) is not None:
+            handoff.first_token = token
+            handoff.changed.set()
+
+    def cancel(self, key: Key) -> None:
+        """The request has ended or is no longer wanted here."""
+        if (handoff := self._by_key.get(key)) is not None and handoff.task is not None:
+            handoff.task.cancel()
+
+    def renew(self) -> None:
+        """Tell the decode sides which tickets live on; called once a second or so."""
+        tickets: dict[PeerAddress, list[TicketId]] = {}
+        for ticket, handoff in self._by_ticket.items():
+            tickets.setdefault(handoff.decode, []).append(ticket)
+        for peer, named in tickets.items():
+            self._peers.send(peer, Renew(tuple(named)))
+
+    def apply(self, message: PeerMessage) -> None:
+        """A decode side's answer; one to a ticket of an earlier round is ignored."""
+        if not isinstance(message, Reserved | Accepted | HandoffRefused | Revoked):
+            return
+        handoff = self._by_ticket.get(message.ticket)
+        if handoff is None:
+            return
+        if isinstance(message, Reserved):
+            if not handoff.reserved.done():
+                handoff.reserved.set_result(message)
+        elif isinstance(message, Accepted):
+            if not handoff.verdict.done():
+                handoff.verdict.set_result(None)
+        else:
+            reason = message.reason if isinstance(message, HandoffRefused) else "the decode worker revoked the ticket"
+            again = isinstance(message, HandoffRefused) and message.kind in ("checksum", "unknown")
+            for future in (handoff.reserved, handoff.verdict):
+                if not future.done():
+                    future.set_exception(HandoffFailed(reason, again=again))
+                    future.exception()
+            handoff.changed.set()
+
+    async def close(self) -> None:
+        tasks = [handoff.task for handoff in self._by_key.values() if handoff.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------ one handoff
+
+    async def _run(self, handoff: Outgoing) -> None:
+        try:
+            await self._hand_over(handoff)
+        except VerdictLost:
+            self._engine.cancel(*handoff.key)
+            self._on_lost(handoff.key, f"decode worker {handoff.decode.worker} gave no verdict on a handoff")
+        except Exception as error:
+            log.exception("a handoff failed unexpectedly")
+            self._engine.cancel(*handoff.key)
+            self._on_lost(handoff.key, f"the handoff failed: {error}")
+        finally:
+            del self._by_key[handoff.key]
+            self._wake()
+
+    async def _hand_over(self, handoff: Outgoing) -> None:
+        for round_number in range(1, _ROUNDS + 1):
+            try:
+                await self._round(handoff)
+            except HandoffFailed as failure:
+                log.warning("handoff of %s to %s: %s", handoff.key.request, handoff.decode.worker, failure)
+                if failure.again and round_number < _ROUNDS:
+                    continue
+                self._engine.keep(*handoff.key)
+            else:
+                self._engine.release(*handoff.key)
+            return
+
+    async def _round(self, handoff: Outgoing) -> None:
+        """One ticket from `Prepare` to the verdict. Whatever happens, no write comes after `Abort`."""
+        handoff.renew_ticket()
+        ticket = handoff.ticket
+        self._by_ticket[ticket] = handoff
+        session: Session | None = None
+        accepted = False
+        try:
+            secret = secrets.token_bytes(16)
+            reserved = await self._reserve(handoff, secret)
+            self._engine.permit(*handoff.key)
+            self._wake()
+            session = await self._open(handoff, reserved, secret)
+            await self._push(handoff, reserved, session)
+            await self._commit(handoff, reserved)
+            accepted = True
+        finally:
+            self._by_ticket.pop(ticket, None)
+            if session is not None:
+                # A push that is under way in a thread sees the closed session and stops; no write comes after this.
+                await asyncio.shield(asyncio.to_thread(session.close))
+            if not accepted:
+                self._peers.send(handoff.decode, Abort(ticket))
+
+    async def _reserve(self, handoff: Outgoing, secret: bytes) -> Reserved:
+        self._peers.send(
+            handoff.decode,
+            Prepare(
+                ticket=handoff.ticket,
+                secret=secret,
+                source=self._peers.address,
+                request=handoff.submission.request,
+                attempt=handoff.submission.attempt,
+                prompt=handoff.submission.prompt,
+                generated=handoff.submission.generated,
+                sampling=handoff.submission.sampling,
+                fingerprint=self._card.fingerprint,
+                layout=self._card.layout,
+            ),
+        )
+        try:
+            return await asyncio.wait_for(asyncio.shield(handoff.reserved), self._config.reserve_timeout)
+        except TimeoutError:
+            raise HandoffFailed(
+                f"no blocks were granted within {self._config.reserve_timeout:g} s; decoding here", again=False
+            ) from None
+
+    async def _open(self, handoff: Outgoing, reserved: Reserved, secret: bytes) -> Session:
+        """Connect by the first transport of the decode side's list that works from here."""
+        errors = []
+        for offer in reserved.endpoints:
+            sender = self._senders.get(offer.transport)
+            if sender is None:
+                continue
+            endpoint = Endpoint(offer.transport, offer.address, offer.machine)
+            try:
+                handoff.transport = offer.transport
+                return await self._in_thread(partial(sender.open, endpoint, handoff.ticket, secret))
+            except (TransferError, TimeoutError) as error:
+                errors.append(f"{offer.transport}: {error}")
+        raise HandoffFailed("; ".join(errors) or "the two workers have no transport in common", again=False)
+
+    async def _push(self, handoff: Outgoing, reserved: Reserved, session: Session) -> None:
+        """Send blocks as they are computed, until all of the prompt's lie in the peer's arena."""
+        total = -(-len(handoff.tokens) // self._card.layout.block_size)
+        sent = reserved.have_blocks
+        try:
+            while sent < total or handoff.first_token is None:
+                if handoff.verdict.done():
+                    handoff.verdict.result()
+                ready = len(handoff.checksums) if handoff.blocks else 0
+                if ready > sent:
+                    moves = [Move(handoff.blocks[i], reserved.blocks[i]) for i in range(sent, ready)]
+                    self.bytes_sent[handoff.transport] += await self._in_thread(partial(session.push, moves))
+                    sent = ready
+                    continue
+                handoff.changed.clear()
+                await handoff.changed.wait()
+            await self._in_thread(session.flush)
+        except TransferError as error:
+            raise HandoffFailed(str(error), again=True) from error
+        except TimeoutError:
+            limit = self._config.handoff_timeout
+            raise HandoffFailed(f"the decode worker took no data for {limit:g} s", again=False) from None
+
+    async def _commit(self, handoff: Outgoing, reserved: Reserved) -> None:
+        assert handoff.first_token is not None
+        commit = Commit(
+            handoff.ticket,
+            handoff.first_token,
+            Manifest(
+                fingerprint=self._card.fingerprint,
+                layout=self._card.layout,
+                source_epoch=self._peers.address.epoch,
+                target_epoch=reserved.epoch,
+                attempt=handoff.submission.attempt,
+                tokens=len(handoff.tokens),
+                have_blocks=reserved.have_blocks,
+                hashes=tuple(self._hasher.chain(handoff.tokens)),
+                checksums=tuple(handoff.checksums[reserved.have_blocks :]),
+            ),
+        )
+        deadline = asyncio.get_running_loop().time() + self._config.handoff_timeout
+        while asyncio.get_running_loop().time() < deadline:
+            self._peers.send(handoff.decode, commit)
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(handoff.verdict), _REPEAT_S)
+        self._peers.forget(handoff.decode)
+        raise VerdictLost
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """Run a blocking transfer call, for as long as a handoff may go without a sign of life."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await asyncio.wait_for(running, self._config.handoff_timeout)

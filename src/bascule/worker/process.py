@@ -1,0 +1,165 @@
+"""One worker process from its settings to its end: device, model, memory, sockets, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from msgspec import structs
+
+from bascule.clock import WallClock
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig
+from bascule.engine.core import Engine, EngineLimits
+from bascule.engine.mock import MockRunner, mock_card
+from bascule.engine.protocol import Runner
+from bascule.errors import ConfigError
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.models import load
+from bascule.policies.cost import CostModel
+from bascule.types import Epoch, Role, WorkerId
+from bascule.wire import Starting
+from bascule.worker.link import RouterSocket
+from bascule.worker.worker import Identity, Parts, Worker
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Everything one worker needs to start."""
+
+    model: str
+    join: str
+    worker: WorkerId
+    role: Role
+    device_kind: str
+    device_index: int
+    cores: tuple[int, ...]
+    device_name: str
+    host: str
+    model_config: ModelConfig
+    engine_config: EngineConfig
+    handoff_config: HandoffConfig
+    parent: int | None = None
+    """Process id of the launcher: this worker ends with it."""
+
+
+def run(settings: WorkerSettings) -> None:
+    """Run a worker until it is told to stop; raises ConfigError, ModelError or RegistrationRefused with the reason."""
+    if settings.parent is not None:
+        _end_with_parent(settings.parent)
+    if settings.cores:
+        os.sched_setaffinity(0, settings.cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(settings.cores))
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: WorkerSettings) -> None:
+    epoch = Epoch(f"{settings.worker}-{uuid.uuid4().hex[:12]}")
+    link = RouterSocket(settings.join, epoch)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    started = time.monotonic()
+
+    def stage(text: str) -> None:
+        link.send(Starting(settings.worker, text))
+
+    stage("loading the model")
+    parts = await asyncio.to_thread(build, settings)
+    identity = Identity(worker=settings.worker, epoch=epoch, role=settings.role, device=settings.device_name)
+    worker = Worker(identity, parts, link, settings.host, settings.handoff_config, WallClock())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    log.info("%s is up after %.1f s", settings.worker, time.monotonic() - started)
+    try:
+        await worker.run()
+    finally:
+        link.close()
+        parts.arena.close()
+
+
+def build(settings: WorkerSettings) -> Parts:
+    """Load the model, map KV memory and compose the engine."""
+    config = settings.engine_config
+    runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
+    layout = runner.card.layout
+    num_blocks = config.kv_bytes // layout.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"kv-memory {config.kv_memory} holds {num_blocks} blocks of {layout.block_bytes} bytes "
+            f"({layout.block_size} tokens each); give a few hundred blocks, {2 * layout.block_bytes} bytes at the least"
+        )
+    arena = Arena.create(layout, num_blocks)
+    books = Books(num_blocks, layout.block_size)
+    hasher = BlockHasher(runner.card.fingerprint, layout.block_size)
+    limits = EngineLimits(
+        max_sequences=config.max_sequences,
+        chunk_tokens=config.chunk_tokens,
+        step_tokens=max(config.step_tokens, config.max_sequences),
+        prefix_cache=config.prefix_cache,
+    )
+    engine = Engine(runner, arena, books, hasher, limits)
+    return Parts(
+        runner=runner, arena=arena, books=books, hasher=hasher, engine=engine, max_sequences=config.max_sequences
+    )
+
+
+def _torch_runner(settings: WorkerSettings) -> Runner:
+    try:
+        from bascule.engine.torch.runner import TorchRunner
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this worker needs {error.name}; pip install 'bascule[engine]'") from error
+    loaded = load(settings.model)
+    device = "cpu" if settings.device_kind == "cpu" else f"cuda:{settings.device_index}"
+    return TorchRunner(
+        loaded.spec,
+        loaded.source,
+        dtype=settings.model_config.dtype,
+        device=device,
+        threads=max(1, len(settings.cores)),
+        name=settings.model_config.model_name or settings.model,
+        block_size=settings.engine_config.block_size,
+        context=settings.model_config.max_model_len,
+    )
+
+
+def _mock_runner(settings: WorkerSettings) -> Runner:
+    """A mock with the context and vocabulary of the model, whose tokenizer the router uses."""
+    spec = load(settings.model).spec
+    card = mock_card(
+        context=settings.model_config.max_model_len or spec.context,
+        vocab=spec.vocab,
+        block_size=settings.engine_config.block_size,
+    )
+    card = structs.replace(card, name=settings.model_config.model_name or settings.model)
+    return MockRunner(card, _cost_model(settings.engine_config.cost_model), time.sleep)
+
+
+def _cost_model(path: Path | None) -> CostModel:
+    if path is None:
+        return CostModel()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CostModel)
+    except OSError as error:
+        raise ConfigError(f"cannot read the cost model {path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path} is not a cost model: {error}") from error
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ask the kernel for a SIGKILL when the launcher dies, however it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise ConfigError("the launcher has ended while this worker started")

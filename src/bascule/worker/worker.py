@@ -1,0 +1,314 @@
+"""A worker: an engine in a thread of its own, a link to the router, and both sides of handoffs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bascule.clock import Clock
+from bascule.config import HandoffConfig
+from bascule.engine.core import Engine, StepResult, Work
+from bascule.engine.protocol import Runner
+from bascule.engine.sequence import Key
+from bascule.errors import RegistrationRefused, RequestError
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.select import open_receivers, open_senders
+from bascule.types import Epoch, Role, TicketId, WorkerId, WorkerLoad
+from bascule.wire import (
+    VERSION,
+    Abort,
+    Cancel,
+    Commit,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    PeerMessage,
+    Prepare,
+    Register,
+    Registered,
+    RegistrationRefusal,
+    Renew,
+    Reregister,
+    RouterMessage,
+    StepTokens,
+    Stop,
+    Submit,
+    TokenItem,
+)
+from bascule.worker.decode_side import DecodeSide
+from bascule.worker.link import RouterSocket
+from bascule.worker.peers import Peers
+from bascule.worker.prefill_side import PrefillSide
+from bascule.worker.steploop import StepLoop
+
+log = logging.getLogger(__name__)
+
+_REGISTER_AGAIN_S = 1.0
+_RENEW_S = 1.0
+_EXPIRE_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who a worker is to the others."""
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a worker is made of, built before it starts."""
+
+    runner: Runner
+    arena: Arena
+    books: Books
+    hasher: BlockHasher
+    engine: Engine
+    max_sequences: int
+
+
+class Worker:
+    """Runs until the router says stop, refuses it, or `stop` is called."""
+
+    def __init__(
+        self, identity: Identity, parts: Parts, link: RouterSocket, host: str, config: HandoffConfig, clock: Clock
+    ) -> None:
+        self._identity = identity
+        self._parts = parts
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._registered = asyncio.Event()
+        self._heartbeat_s = 0.5
+        self._peers = Peers(link.context, host, identity.worker, identity.epoch)
+        self._steps = StepLoop(parts.engine, self._stepped)
+        card = parts.runner.card
+        self._senders = open_senders(parts.arena, config.transfer)
+        self._prefill = PrefillSide(
+            parts.engine,
+            parts.arena,
+            parts.hasher,
+            card,
+            self._peers,
+            self._senders,
+            config,
+            on_lost=self._handoff_lost,
+            wake=self._steps.wake,
+        )
+        self._decode = DecodeSide(
+            parts.engine,
+            parts.arena,
+            parts.hasher,
+            card,
+            identity.epoch,
+            config,
+            clock,
+            answer=self._peers.answer,
+            wake=self._steps.wake,
+        )
+        self._decode.receivers = open_receivers(parts.arena, config.transfer, host, self._safe_from_any_thread)
+
+    async def run(self) -> None:
+        """Serve; returns after a stop, raises RegistrationRefused when the router does not want this worker."""
+        self._steps.start()
+        tasks = [
+            asyncio.create_task(self._link.serve(self._apply)),
+            asyncio.create_task(self._peers.serve(self._peer_message)),
+            asyncio.create_task(self._register()),
+            asyncio.create_task(self._beat()),
+            asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
+            asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        try:
+            await self._done
+        finally:
+            self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
+            await self._prefill.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(self._steps.stop, 10.0)
+            self._decode.close()
+            for sender in self._senders.values():
+                sender.close()
+            self._peers.close()
+
+    def stop(self) -> None:
+        """Leave at once."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    # ------------------------------------------------------------ from the router
+
+    def _apply(self, message: RouterMessage) -> None:
+        if isinstance(message, Submit):
+            self._submit(message)
+        elif isinstance(message, Cancel):
+            self._cancel(Key(message.request, message.attempt))
+        elif isinstance(message, Registered):
+            self._heartbeat_s = message.heartbeat_s
+            self._registered.set()
+        elif isinstance(message, Reregister):
+            self._registered.clear()
+        elif isinstance(message, RegistrationRefusal):
+            if not self._done.done():
+                self._done.set_exception(RegistrationRefused(message.reason))
+        elif isinstance(message, Stop):
+            self.stop()
+
+    def _submit(self, submission: Submit) -> None:
+        try:
+            self._parts.engine.submit(
+                Work(
+                    request=submission.request,
+                    attempt=submission.attempt,
+                    prompt=submission.prompt,
+                    generated=submission.generated,
+                    sampling=submission.sampling,
+                    handoff=submission.decode is not None,
+                )
+            )
+        except RequestError as error:
+            self._fail(Key(submission.request, submission.attempt), str(error), retryable=False)
+            return
+        if submission.decode is not None:
+            self._prefill.begin(submission, submission.decode)
+        self._steps.wake()
+
+    def _cancel(self, key: Key) -> None:
+        self._prefill.cancel(key)
+        self._decode.cancel(key)
+        self._parts.engine.cancel(*key)
+        self._decode.grant_promises()
+        self._steps.wake()
+
+    # ------------------------------------------------------------ from peers
+
+    def _peer_message(self, sender: Epoch, message: PeerMessage) -> None:
+        if isinstance(message, Prepare | Commit | Abort | Renew):
+            self._decode.apply(sender, message)
+        else:
+            self._prefill.apply(message)
+
+    def _safe_from_any_thread(self, ticket: TicketId) -> None:
+        self._loop.call_soon_threadsafe(self._decode.safe, ticket)
+
+    def _handoff_lost(self, key: Key, why: str) -> None:
+        self._fail(key, why, retryable=True)
+
+    # ------------------------------------------------------------ from the step thread
+
+    def _stepped(self, result: StepResult) -> None:
+        """In the step thread: checksums first, then over to the asyncio loop."""
+        for progress in result.progress:
+            self._prefill.digest(progress)
+        self._loop.call_soon_threadsafe(self._publish, result)
+
+    def _publish(self, result: StepResult) -> None:
+        """One message for all tokens of the step; then what the step means for handoffs."""
+        if result.outputs:
+            items = tuple(
+                TokenItem(
+                    output.request,
+                    output.attempt,
+                    output.position,
+                    output.token,
+                    output.cached_tokens,
+                    output.finish,
+                    output.logprobs,
+                )
+                for output in result.outputs
+            )
+            self._link.send(StepTokens(self._identity.worker, self._identity.epoch, items))
+        for failure in result.failed:
+            self._prefill.cancel(Key(failure.request, failure.attempt))
+            self._fail(Key(failure.request, failure.attempt), failure.message, retryable=True)
+        self._advance_handoffs(result)
+        if any(output.finish is not None for output in result.outputs):
+            self._decode.grant_promises()
+
+    def _advance_handoffs(self, result: StepResult) -> None:
+        for chunk in result.progress:
+            self._prefill.progressed(chunk)
+        for output in result.outputs:
+            key = Key(output.request, output.attempt)
+            if output.finish is not None:
+                self._prefill.cancel(key)
+            else:
+                self._prefill.first_token(key, output.token)
+
+    # ------------------------------------------------------------ to the router
+
+    def _fail(self, key: Key, message: str, *, retryable: bool) -> None:
+        self._link.send(
+            Failed(
+                worker=self._identity.worker,
+                epoch=self._identity.epoch,
+                request=key.request,
+                attempt=key.attempt,
+                message=message,
+                retryable=retryable,
+            )
+        )
+
+    async def _register(self) -> None:
+        """Offer this worker until it is taken, and again when a new router asks for it."""
+        offer = Register(
+            version=VERSION,
+            worker=self._identity.worker,
+            epoch=self._identity.epoch,
+            role=self._identity.role,
+            card=self._parts.runner.card,
+            device=self._identity.device,
+            pid=os.getpid(),
+            peer=self._peers.address,
+            max_sequences=self._parts.max_sequences,
+            kv_blocks=self._parts.books.num_blocks,
+        )
+        while True:
+            if not self._registered.is_set():
+                self._link.send(offer)
+            await asyncio.sleep(_REGISTER_AGAIN_S)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._registered.wait()
+            self._link.send(Heartbeat(self._identity.worker, self._identity.epoch, self._load()))
+            await asyncio.sleep(self._heartbeat_s)
+
+    def _load(self) -> WorkerLoad:
+        engine, counts = self._parts.engine.load(), self._parts.books.counts
+        return WorkerLoad(
+            running=engine.running,
+            waiting=engine.waiting,
+            kv_blocks_total=self._parts.books.num_blocks,
+            kv_blocks_leased=counts.held,
+            kv_blocks_cached=counts.cached,
+            kv_blocks_quarantined=counts.quarantined,
+            promised=self._decode.promised,
+            integrity_violations=len(self._steps.violations),
+            handoff_bytes=dict(self._prefill.bytes_sent),
+            handoff_refused=dict(self._decode.refused),
+            hit_tokens=engine.hit_tokens,
+        )
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self._done.done():
+            self._done.set_exception(error)
+
+
+async def _every(seconds: float, call: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        call()

@@ -1,0 +1,114 @@
+"""Greedy float32 outputs equal transformers' token for token, however a request is served.
+
+`make test` covers every pair of (layout, chunk size, cache, batch) with a share of the prompts each; `make test-all`
+runs all combinations with all prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from support.cluster import Cluster, serve
+from support.oracle import LENGTHS, OUTPUT_TOKENS, Reference
+
+LAYOUTS = {
+    "single": ["--policy", "single"],
+    "replicated": ["--policy", "replicated"],
+    "shm": ["--policy", "disaggregated", "--transfer", "shm"],
+    "tcp": ["--policy", "disaggregated", "--transfer", "tcp"],
+}
+CHUNKS = {"64": 64, "512": 512, "whole": 2048}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.3, "max_tokens": 48}
+
+
+def flags(layout: str, chunk: str) -> list[str]:
+    size = str(CHUNKS[chunk])
+    return [*LAYOUTS[layout], "--dtype", "float32", "--chunk-tokens", size, "--step-tokens", size]
+
+
+def complete_all(cluster: Cluster, prompts: Sequence[list[int]], batch: int, **fields: Any) -> list[list[int]]:
+    """Token ids of each prompt's output, `batch` requests at a time."""
+
+    def one(prompt: list[int]) -> list[int]:
+        answer = cluster.complete(prompt, **({"max_tokens": OUTPUT_TOKENS, "ignore_eos": True} | fields))
+        expected = "remote" if "disaggregated" in cluster.process.args else "local"  # type: ignore[operator]
+        assert answer["route"].startswith(expected), answer["route"]
+        tokens: list[int] = answer["choices"][0]["token_ids"]
+        return tokens
+
+    with ThreadPoolExecutor(batch) as pool:
+        return list(pool.map(one, prompts))
+
+
+def check_pass(cluster: Cluster, references: Sequence[Reference], batch: int, warm: bool, where: str) -> int:
+    """One pass over the prompts; a warm one finds in the cache what an earlier pass left there."""
+    before = hit_tokens(cluster)
+    outputs = complete_all(cluster, [one.prompt for one in references], batch)
+    exceptions = sum(one.check(output, where) for one, output in zip(references, outputs, strict=True))
+    cluster.wait_idle()
+    if warm:
+        assert hit_tokens(cluster) > before, f"{where}: the cache was meant to be warm"
+    return exceptions
+
+
+def hit_tokens(cluster: Cluster) -> int:
+    text = cluster.http.get(f"{cluster.url}/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("bascule_kv_hit_tokens_total")]
+    return int(sum(float(line.split()[-1]) for line in lines))
+
+
+def share(index: int) -> slice:
+    """A third of the prompts, long and short; the three chunk sizes of a layout cover all of them."""
+    return slice(index % 3, len(LENGTHS), 3)
+
+
+CELLS = list(itertools.product(LAYOUTS, CHUNKS))
+
+
+@pytest.mark.parametrize(("layout", "chunk"), CELLS)
+def test_greedy_outputs_equal_transformers(layout: str, chunk: str, references: list[Reference]) -> None:
+    """Cold and warm cache, batches of 1 and 16, alternating so that all pairs of settings occur."""
+    layout_index, chunk_index = list(LAYOUTS).index(layout), list(CHUNKS).index(chunk)
+    batches = (16, 1) if (layout_index + chunk_index) % 2 else (1, 16)
+    chosen = references[share(chunk_index)]
+    with serve("smollm2", *flags(layout, chunk)) as cluster:
+        exceptions = check_pass(cluster, chosen, batches[0], False, f"{layout} {chunk} cold")
+        exceptions += check_pass(cluster, chosen, batches[1], True, f"{layout} {chunk} warm")
+    print(f"{layout} {chunk}: {exceptions} near ties")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("layout", "chunk"), CELLS)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_greedy_outputs_equal_transformers_in_all_combinations(
+    layout: str, chunk: str, batch: int, references: list[Reference]
+) -> None:
+    with serve("smollm2", *flags(layout, chunk)) as cluster:
+        exceptions = check_pass(cluster, references, batch, False, f"{layout} {chunk} {batch} cold")
+        exceptions += check_pass(cluster, references, batch, True, f"{layout} {chunk} {batch} warm")
+    print(f"{layout} {chunk} batch {batch}: {exceptions} near ties")
+
+
+@pytest.fixture(scope="module")
+def sampled_locally(references: list[Reference]) -> Iterator[list[list[int]]]:
+    with serve("smollm2", *flags("single", "512")) as cluster:
+        yield complete_all(cluster, [one.prompt for one in references[::3]], 1, **SAMPLED)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "shm", "tcp"])
+def test_seeded_samples_are_the_same_however_they_are_served(
+    layout: str, sampled_locally: list[list[int]], references: list[Reference]
+) -> None:
+    prompts = [one.prompt for one in references[::3]]
+    with serve("smollm2", *flags(layout, "64")) as cluster:
+        assert complete_all(cluster, prompts, 16, **SAMPLED) == sampled_locally
+        cluster.wait_idle()
+    assert any(output != one.output[:48] for output, one in zip(sampled_locally, references[::3], strict=True)), (
+        "the samples are greedy"
+    )

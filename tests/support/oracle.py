@@ -1,0 +1,82 @@
+"""What transformers says: greedy outputs of the embedded model in float32, and how sure it was of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NEAR_TIE = 1e-4
+"""Where the reference's two best logits are closer than this, either is right (docs/architecture.md, "Exactness")."""
+OUTPUT_TOKENS = 64
+LENGTHS = (5, 9, 15, 16, 17, 31, 33, 64, 65, 100, 128, 200, 257, 333, 400, 511, 513, 700, 1024, 1500)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prompt, the reference's greedy continuation, and at each of its positions the gap of the two best logits."""
+
+    prompt: list[int]
+    output: list[int]
+    gaps: list[float]
+
+    def disagreement(self, output: list[int]) -> int | None:
+        """The first position at which an output differs, or None."""
+        assert len(output) == len(self.output)
+        return next(
+            (i for i, (ours, theirs) in enumerate(zip(output, self.output, strict=True)) if ours != theirs), None
+        )
+
+    def check(self, output: list[int], where: str) -> int:
+        """Fail unless equal up to a near tie; returns 1 for such an exception, else 0."""
+        position = self.disagreement(output)
+        if position is None:
+            return 0
+        gap = self.gaps[position]
+        message = f"{where}: prompt of {len(self.prompt)} tokens differs at output {position}, reference gap {gap:.2e}"
+        assert gap < NEAR_TIE, message
+        print("near tie:", message)
+        return 1
+
+
+def long_text() -> str:
+    """Real English prose that every checkout has."""
+    return Path(__file__).parents[2].joinpath("LICENSE").read_text()
+
+
+def prompts(encode: Any) -> list[list[int]]:
+    """One prompt of each of `LENGTHS`, starting at different places of the text."""
+    tokens = encode(long_text())
+    starts = [(37 * index) % (len(tokens) - max(LENGTHS)) for index in range(len(LENGTHS))]
+    return [tokens[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
+
+
+def reference_model(gguf: Path, dtype: str) -> Any:
+    """The embedded model as transformers loads it, its 4-bit weights dequantised to `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=getattr(torch, dtype),
+        quantization_config=GgufConfig(dequantize=True),
+    )
+
+
+def generate(model: Any, prompt: list[int], tokens: int = OUTPUT_TOKENS) -> Reference:
+    """transformers' own greedy `generate`, which does not stop at end tokens."""
+    import torch
+
+    result = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = [logits[0].float().topk(2).values for logits in result.logits]
+    return Reference(prompt, result.sequences[0, len(prompt) :].tolist(), [float(top[0] - top[1]) for top in best])

@@ -1,0 +1,125 @@
+"""An engine over a mock runner for tests, driven step by step, with a reference that shares none of its scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bascule.engine.core import Engine, EngineLimits, Failure, Output, Progress, StepResult, Work
+from bascule.engine.mock import MockRunner, mock_card
+from bascule.engine.protocol import Slice
+from bascule.engine.sequence import Key
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.policies.cost import CostModel
+from bascule.types import FinishReason, RequestId, SamplingParams
+
+BLOCK = 4
+CARD = mock_card(context=256, vocab=1_000_000, block_size=BLOCK)
+STOP = 7
+MAX_STEPS = 2000
+
+
+def no_sleep(seconds: float) -> None:
+    raise AssertionError(f"a free cost model asked for {seconds} seconds")
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+
+def work(
+    name: str, prompt: Sequence[int], sampling: SamplingParams, *, generated: Sequence[int] = (), handoff: bool = False
+) -> Work:
+    return Work(
+        request=RequestId(name),
+        attempt=1,
+        prompt=tuple(prompt),
+        sampling=sampling,
+        generated=tuple(generated),
+        handoff=handoff,
+    )
+
+
+def reference(prompt: Sequence[int], sampling: SamplingParams, *, stop_at: int | None = None) -> list[int]:
+    """The tokens a request has to get: computed alone, in memory of its own, the prompt in one piece."""
+    blocks = list(range(-(-(len(prompt) + sampling.max_tokens) // BLOCK)))
+    with Arena.create(CARD.layout, len(blocks)) as arena:
+        runner = MockRunner(CARD, CostModel(), no_sleep, stop_tokens=frozenset({STOP}), stop_at=stop_at)
+        runner.bind(arena)
+        tokens, computed = list(prompt), 0
+        while len(tokens) < len(prompt) + sampling.max_tokens:
+            part = Slice(tokens[computed:], computed, blocks, sampling, tokens, len(prompt))
+            [sampled] = runner.execute([part])
+            assert sampled is not None
+            computed = len(tokens)
+            tokens.append(sampled.token)
+            if sampled.token in runner.stop_tokens:
+                break
+    return tokens[len(prompt) :]
+
+
+class Rig:
+    """An engine, everything it was made of, and everything that came out of it."""
+
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        chunk: int = 64,
+        step: int = 64,
+        sequences: int = 16,
+        prefix_cache: bool = True,
+        stop_at: int | None = None,
+        own_memory: bool = False,
+    ) -> None:
+        self.arena = Arena.create(CARD.layout, blocks)
+        self.books = Books(blocks, BLOCK)
+        self.runner = MockRunner(
+            CARD, CostModel(), no_sleep, stop_tokens=frozenset({STOP}), stop_at=stop_at, own_memory=own_memory
+        )
+        limits = EngineLimits(max_sequences=sequences, chunk_tokens=chunk, step_tokens=step, prefix_cache=prefix_cache)
+        self.engine = Engine(self.runner, self.arena, self.books, BlockHasher("mock", BLOCK), limits)
+        self.outputs: dict[Key, list[Output]] = {}
+        self.progress: list[Progress] = []
+        self.failed: list[Failure] = []
+        self.steps = 0
+
+    def step(self) -> StepResult:
+        """One step; what came of it is remembered, and the engine's state is checked."""
+        result = self.engine.step()
+        self.steps += 1
+        for output in result.outputs:
+            self.outputs.setdefault(Key(output.request, output.attempt), []).append(output)
+        self.progress += result.progress
+        self.failed += result.failed
+        assert self.engine.check_integrity() == []
+        return result
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Step while there is work, or until a condition holds."""
+        for _ in range(MAX_STEPS):
+            if until() or not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError(f"still work after {MAX_STEPS} steps")
+
+    def tokens(self, name: str) -> list[int]:
+        """The output of a request; its positions have no gap and no repeat."""
+        outputs = self.outputs.get(Key(RequestId(name), 1), [])
+        first = outputs[0].position if outputs else 0
+        assert [output.position for output in outputs] == list(range(first, first + len(outputs)))
+        return [output.token for output in outputs]
+
+    def finish(self, name: str) -> FinishReason | None:
+        outputs = self.outputs[Key(RequestId(name), 1)]
+        assert all(output.finish is None for output in outputs[:-1])
+        return outputs[-1].finish
+
+    def assert_idle(self) -> None:
+        """Nothing is left: no sequence, no lease."""
+        load = self.engine.load()
+        assert (load.running, load.waiting) == (0, 0)
+        assert self.books.counts.held == 0
+        assert self.books.counts.quarantined == 0
+        assert self.engine.check_integrity() == []

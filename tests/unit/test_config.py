@@ -1,0 +1,64 @@
+"""Settings: sizes, ranges, config files, and flags that make the same settings again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bascule.cli.main import with_config_file
+from bascule.cli.worker import flags_of
+from bascule.config import EngineConfig, HttpConfig, PoolConfig, RoutingConfig, parse_size, read_config_file
+from bascule.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("1KiB", 1024), ("1.5GiB", 3 << 29), ("2 GB", 2 * 10**9), ("3m", 3 * 10**6)]
+)
+def test_sizes_are_read_in_decimal_and_binary_units(text: str, size: int) -> None:
+    assert parse_size(text, "kv-memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1XB", "1 2", "nan"])
+def test_a_malformed_size_is_refused_with_the_key_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="kv-memory"):
+        parse_size(text, "kv-memory")
+
+
+def test_a_value_out_of_range_is_refused_with_its_flag_named() -> None:
+    with pytest.raises(ConfigError, match="block-size is 0"):
+        EngineConfig(block_size=0)
+    with pytest.raises(ConfigError, match="port is 70000"):
+        HttpConfig(port=70000)
+    with pytest.raises(ConfigError, match="dead-after"):
+        RoutingConfig(suspect_after=5, dead_after=5)
+
+
+def test_an_unknown_key_of_a_config_file_names_the_nearest_known_one(tmp_path: Path) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text('kv_memry = "2GiB"\n')
+    with pytest.raises(ConfigError, match=r"kv_memry.*did you mean kv-memory"):
+        read_config_file(path, (EngineConfig,))
+
+
+@pytest.mark.parametrize("content", ["port = ", "[section]\nport = 1\n", "port = [1]\n"])
+def test_a_config_file_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"bascule\.toml"):
+        read_config_file(path, (HttpConfig,))
+
+
+def test_the_config_file_fills_in_what_the_command_line_leaves_open(tmp_path: Path) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text('port = 9000\nkv-memory = "2GiB"\nprefix-cache = false\npolicy = "single"\n')
+    line = with_config_file(["serve", "smollm2", "--port", "1234", "--config", str(path)])
+    assert "--kv-memory=2GiB" in line and "--no-prefix-cache" in line and "--policy=single" in line
+    assert not any(argument.startswith("--port=") for argument in line)
+    for_worker = with_config_file(["worker", "--config", str(path)])
+    assert "--kv-memory=2GiB" in for_worker and "--policy=single" not in for_worker
+
+
+def test_flags_made_from_settings_name_only_what_differs_from_the_defaults() -> None:
+    assert flags_of(EngineConfig(), PoolConfig()) == ()
+    assert flags_of(EngineConfig(prefix_cache=False, chunk_tokens=64)) == ("--chunk-tokens=64", "--no-prefix-cache")

@@ -1,0 +1,158 @@
+"""Random schedules in little memory: whatever the order of calls, tokens are the reference's and nothing leaks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from engine_rig import Rig, reference, work
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bascule.engine.core import Work
+from bascule.engine.sequence import Key
+from bascule.kv.books import Lease
+from bascule.types import SamplingParams
+
+BLOCKS = 14
+COMMON = tuple(range(500, 509))
+
+prompts = st.builds(
+    lambda shared, own: (*COMMON[:shared], *own),
+    st.integers(0, len(COMMON)),
+    st.lists(st.integers(10, 14), min_size=1, max_size=14),
+)
+samplings = st.builds(
+    lambda tokens, temperature, seed: SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed),
+    st.integers(1, 24),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 2),
+)
+
+
+@cache
+def expected(prompt: tuple[int, ...], sampling: SamplingParams) -> list[int]:
+    return reference(prompt, sampling)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, are cancelled, handed off, kept and released, while foreign leases take memory away."""
+
+    submitted = Bundle("submitted")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: dict[Key, Work] = {}
+        self.cancelled: set[Key] = set()
+        self.released: set[Key] = set()
+        self.leases: list[Lease] = []
+
+    @initialize(
+        chunk=st.sampled_from([2, 5, 64]),
+        sequences=st.sampled_from([1, 3, 8]),
+        prefix_cache=st.booleans(),
+        own_memory=st.booleans(),
+    )
+    def start(self, chunk: int, sequences: int, prefix_cache: bool, own_memory: bool) -> None:
+        self.rig = Rig(
+            blocks=BLOCKS,
+            chunk=chunk,
+            step=max(8, chunk),
+            sequences=sequences,
+            prefix_cache=prefix_cache,
+            own_memory=own_memory,
+        )
+
+    @rule(target=submitted, prompt=prompts, sampling=samplings, handoff=st.booleans(), sent=st.integers(0, 3))
+    def submit(self, prompt: tuple[int, ...], sampling: SamplingParams, handoff: bool, sent: int) -> Key:
+        generated = expected(prompt, sampling)[: min(sent, sampling.max_tokens - 1)]
+        asked = work(f"r{len(self.works)}", prompt, sampling, generated=generated, handoff=handoff)
+        key = Key(asked.request, asked.attempt)
+        self.works[key] = asked
+        self.rig.engine.submit(asked)
+        return key
+
+    @rule(key=submitted)
+    def cancel(self, key: Key) -> None:
+        self.rig.engine.cancel(*key)
+        self.cancelled.add(key)
+
+    @rule(key=submitted)
+    def permit(self, key: Key) -> None:
+        self.rig.engine.permit(*key)
+
+    @rule(key=submitted)
+    def keep(self, key: Key) -> None:
+        self.rig.engine.keep(*key)
+
+    @rule(key=submitted)
+    def release(self, key: Key) -> None:
+        running = self.rig.engine.load().running
+        self.rig.engine.release(*key)
+        if self.rig.engine.load().running < running:
+            self.released.add(key)
+
+    @rule(prompt=prompts, more=st.integers(1, 20))
+    def reserve(self, prompt: tuple[int, ...], more: int) -> None:
+        lease = self.rig.engine.reserve(prompt, len(prompt) + more)
+        if lease is not None:
+            self.leases.append(lease)
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def give_back(self) -> None:
+        self.leases.pop(0).release()
+
+    @rule(prompt=prompts, sampling=samplings)
+    def adopt(self, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
+        """Hand over from a second engine, which computes the prompt just for this."""
+        if sampling.max_tokens == 1:
+            return
+        lease = self.rig.engine.reserve(prompt, len(prompt) + 1)
+        if lease is None:
+            return
+        peer, asked = Rig(), work(f"r{len(self.works)}", prompt, sampling, handoff=True)
+        peer.engine.submit(asked)
+        peer.run()
+        source = peer.progress[-1].blocks[: len(lease.blocks)]
+        target = lease.blocks[: len(source)]
+        self.rig.arena.bytes[:, target[lease.cached :]] = peer.arena.bytes[:, list(source[lease.cached :])]
+        asked = work(asked.request, prompt, sampling, generated=peer.tokens(asked.request))
+        self.works[Key(asked.request, asked.attempt)] = asked
+        self.rig.engine.adopt(asked, lease)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.rig.step()
+
+    @rule()
+    def work_means_progress(self) -> None:
+        """`has_work` may promise in vain once, after which it says so."""
+        if self.rig.engine.has_work() and not self.rig.step().executed:
+            assert not self.rig.engine.has_work()
+
+    @invariant()
+    def clean(self) -> None:
+        assert self.rig.engine.check_integrity() == []
+
+    def teardown(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        for lease in self.leases:
+            lease.release()
+        for key in self.works:
+            self.rig.engine.keep(*key)
+        self.rig.run()
+        self.rig.assert_idle()
+        assert self.rig.failed == []
+        for key, asked in self.works.items():
+            tokens = [*asked.generated, *self.rig.tokens(key.request)]
+            whole = expected(asked.prompt, asked.sampling)
+            assert tokens == whole[: len(tokens)]
+            if key not in self.cancelled | self.released:
+                assert tokens == whole
+
+
+EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRandomSchedules = EngineMachine.TestCase

@@ -1,0 +1,135 @@
+"""Random histories of the books against a naive model of what each block's memory holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from bascule.kv.books import Books, Lease
+from bascule.kv.hashing import BlockHasher
+from bascule.types import BlockHash
+
+SIZE = 2
+HASHER = BlockHasher("model", SIZE)
+prompts = st.lists(st.integers(0, 1), max_size=7 * SIZE)
+
+
+class Held:
+    """A lease as the model sees it."""
+
+    def __init__(self, lease: Lease, tokens: list[int]) -> None:
+        self.lease = lease
+        self.tokens = tokens
+        self.blocks = list(lease.blocks)
+        self.sealed = False
+
+
+class BooksMachine(RuleBasedStateMachine):
+    """The model knows who holds what and what lies in each block; where blocks are placed is left to the books."""
+
+    leases = Bundle("leases")
+    quarantined = Bundle("quarantined")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books = Books(12, SIZE)
+        self.held: list[Held] = []
+        self.out_of_use: set[int] = set()
+        self.content: dict[int, BlockHash | None] = {}
+        """What was last written into a block: the KV of a hash, or something else."""
+
+    def unused(self) -> set[int]:
+        """Blocks that nobody holds and that are not quarantined: free or cached."""
+        return set(range(12)) - self.out_of_use - {block for held in self.held for block in held.blocks}
+
+    def overwrite(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.content[block] = None
+
+    @rule(target=leases, tokens=prompts, fresh=st.integers(0, 4), room=st.integers(0, 4))
+    def acquire(self, tokens: list[int], fresh: int, room: int) -> Held | None:
+        hashes = HASHER.chain(tokens)
+        total = len(hashes) + fresh
+        unused = self.unused()
+        lease = self.books.acquire(hashes, tokens, total, room)
+        if lease is None:
+            assert total > len(unused)
+            return None
+        held = Held(lease, tokens)
+        pinned, own = held.blocks[: lease.cached], held.blocks[lease.cached :]
+        assert len(held.blocks) == len(set(held.blocks)) == total
+        assert [self.content[block] for block in pinned] == hashes[: lease.cached]
+        assert set(own) <= unused
+        self.overwrite(own)
+        self.held.append(held)
+        return held
+
+    @rule(held=leases, count=st.integers(1, 3))
+    def extend(self, held: Held | None, count: int) -> None:
+        if held in self.held:
+            unused, before = self.unused(), list(held.blocks)
+            grown = held.lease.extend(count)
+            assert grown == (count <= len(unused))
+            held.blocks = list(held.lease.blocks)
+            own = held.blocks[len(before) :]
+            assert held.blocks[: len(before)] == before
+            assert len(set(own)) == len(own) == (count if grown else 0)
+            assert set(own) <= unused
+            self.overwrite(own)
+
+    @rule(held=leases)
+    def seal(self, held: Held | None) -> None:
+        if held in self.held:
+            hashes = HASHER.chain(held.tokens)
+            start = held.lease.cached
+            for block, name in zip(held.blocks[start:], hashes[start:], strict=False):
+                self.content[block] = name
+            held.lease.seal(start, hashes[start:], held.tokens[start * SIZE : len(hashes) * SIZE])
+            held.sealed = held.sealed or start < len(hashes)
+
+    @rule(held=leases)
+    def release(self, held: Held | None) -> None:
+        if held is not None:
+            held.lease.release()
+            if held in self.held:
+                self.held.remove(held)
+
+    @rule(target=quarantined, held=leases)
+    def quarantine(self, held: Held | None) -> Held | None:
+        if held not in self.held or held.sealed:
+            return None
+        held.lease.quarantine()
+        self.held.remove(held)
+        self.out_of_use.update(held.blocks[held.lease.cached :])
+        return held
+
+    @rule(held=consumes(quarantined))
+    def lift(self, held: Held | None) -> None:
+        if held is not None:
+            own = held.blocks[held.lease.cached :]
+            self.overwrite(own)
+            held.lease.lift()
+            self.out_of_use.difference_update(own)
+
+    @invariant()
+    def books_are_clean_and_agree(self) -> None:
+        assert self.books.check_integrity() == []
+        counts = self.books.counts
+        naming = Counter(block for held in self.held for block in held.blocks)
+        assert counts.held == len(naming)
+        assert counts.quarantined == len(self.out_of_use)
+        assert counts.free + counts.cached == len(self.unused())
+
+    def teardown(self) -> None:
+        for held in self.held:
+            held.lease.release()
+        assert self.books.counts.held == 0
+        assert self.books.check_integrity() == []
+
+
+TestBooksMachine = BooksMachine.TestCase
+TestBooksMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
