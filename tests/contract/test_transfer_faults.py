@@ -6,13 +6,18 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from threading import Thread
 from time import sleep
 
+import msgspec
 import numpy as np
 import pytest
 from transfer_link import (
+    ALL,
     BLOCKS,
     LAYOUT,
     OTHER,
@@ -20,6 +25,7 @@ from transfer_link import (
     TICKET,
     WAIT,
     Link,
+    PushingThread,
     make_link,
     push_all_as,
     start_writer,
@@ -27,9 +33,35 @@ from transfer_link import (
 )
 
 from bascule.kv.transfer.base import Endpoint, TransferError
-from bascule.kv.transfer.frames import Header, Kind, layout_digest, payload, ticket_key
+from bascule.kv.transfer.channel import Announce, Channel, Welcome
+from bascule.kv.transfer.frames import (
+    HEADER_BYTES,
+    Header,
+    Kind,
+    Verdict,
+    layout_digest,
+    pack_reply,
+    payload,
+    ticket_key,
+)
 from bascule.kv.transfer.shm import ShmSender
 from bascule.kv.transfer.tcp import TcpSender
+
+WRITER_WITH_HEIR = """
+import socket, subprocess, sys, msgspec
+from bascule.kv.transfer.base import Endpoint
+from bascule.kv.transfer.channel import Announce, Channel
+from bascule.types import KVLayout
+
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(msgspec.json.decode(sys.argv[1], type=Endpoint).address)
+channel = Channel(connection)
+channel.send(Announce("ticket", b"s" * 16, msgspec.json.decode(sys.argv[2], type=KVLayout)), 10)
+channel.receive(10)
+heir = subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL, pass_fds=[connection.fileno()])
+print(heir.pid, flush=True)
+heir.wait()
+"""
 
 
 @pytest.fixture
@@ -87,6 +119,42 @@ def test_two_writers_of_one_ticket_must_both_be_gone(shm: Link) -> None:
     assert shm.safe == []
     sessions[1].close()
     wait_until(lambda: shm.safe, "on_safe")
+
+
+def test_a_revoked_ticket_admits_no_further_writer(shm: Link) -> None:
+    sender, _ = shm.sender()
+    shm.grant()
+    session = sender.open(shm.receiver.endpoint, TICKET, SECRET)
+    assert not shm.receiver.revoke(TICKET)
+    with pytest.raises(TransferError, match="revoked"):
+        sender.open(shm.receiver.endpoint, TICKET, SECRET)
+    session.close()
+
+
+def test_a_lost_connection_is_not_a_writers_last_word(shm: Link) -> None:
+    shm.grant()
+    announce(shm).close()
+    sleep(0.1)
+    assert not shm.receiver.revoke(TICKET)
+    sleep(0.1)
+    assert shm.safe == []
+    shm.receiver.closed(TICKET)
+    assert shm.receiver.revoke(TICKET)
+
+
+def test_a_dead_writer_whose_connection_another_process_keeps_open_is_gone(shm: Link) -> None:
+    shm.grant()
+    arguments = [msgspec.json.encode(value).decode() for value in (shm.receiver.endpoint, LAYOUT)]
+    writer = subprocess.Popen([sys.executable, "-c", WRITER_WITH_HEIR, *arguments], stdout=subprocess.PIPE, text=True)
+    shm.stack.callback(writer.kill)
+    assert writer.stdout is not None
+    with writer.stdout:
+        heir = int(writer.stdout.readline())
+        shm.stack.callback(os.kill, heir, signal.SIGKILL)
+        assert not shm.receiver.revoke(TICKET)
+        writer.kill()
+        writer.wait(WAIT)
+        wait_until(lambda: shm.safe, "on_safe")
 
 
 def test_a_stopped_writer_keeps_its_blocks_unsafe_until_it_is_killed(shm: Link) -> None:
@@ -191,11 +259,45 @@ def test_a_frame_arrives_whole_however_it_is_cut(tcp: Link) -> None:
     assert np.array_equal(tcp.arena.bytes[:, 5:7], source.bytes[:, 5:7])
 
 
+def test_a_push_that_is_stuck_can_be_closed_from_another_thread(tcp: Link) -> None:
+    """The peer welcomes the sender and then reads no more."""
+    accepted: list[socket.socket] = []
+
+    def welcome_only(server: socket.socket) -> None:
+        accepted.append(server.accept()[0])
+        accepted[0].recv(HEADER_BYTES)
+        accepted[0].sendall(pack_reply(Verdict.DONE))
+
+    with socket.create_server(("127.0.0.1", 0)) as server, closing(TcpSender(tcp.arena, patience=1000)) as sender:
+        Thread(target=welcome_only, args=(server,), daemon=True).start()
+        endpoint = Endpoint("tcp", "{}:{}".format(*server.getsockname()), tcp.receiver.endpoint.machine)
+        session = sender.open(endpoint, TICKET, SECRET)
+        pushing = PushingThread(lambda: session.push(ALL))
+        sleep(0.3)
+        closer = Thread(target=session.close, daemon=True)
+        closer.start()
+        closer.join(WAIT)
+        assert not closer.is_alive()
+        pushing.join()
+        assert isinstance(pushing.error, TransferError)
+        accepted[0].close()
+
+
 def test_a_receiver_that_takes_nothing_is_given_up(tcp: Link) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = Endpoint("tcp", "{}:{}".format(*silent.getsockname()), tcp.receiver.endpoint.machine)
         with closing(TcpSender(tcp.arena, patience=0.1)) as sender, pytest.raises(TransferError, match="nothing moved"):
             sender.open(endpoint, TICKET, SECRET)
+
+
+def announce(link: Link) -> Channel:
+    """An admitted writer that is no sender."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(link.receiver.endpoint.address)
+    channel = Channel(connection)
+    channel.send(Announce(TICKET, SECRET, LAYOUT), WAIT)
+    assert isinstance(channel.receive(WAIT), Welcome)
+    return channel
 
 
 def connect(link: Link) -> socket.socket:

@@ -97,7 +97,6 @@ def moves(pairs: dict[int, int]) -> list[Move]:
 ALL = moves({block: block for block in range(BLOCKS)})
 
 
-
 class PushingThread(Thread):
     """Pushes again and again until it fails or is stopped; `error` says how it failed."""
 

@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 
+from bascule.kv.arena import runs
 from bascule.kv.books import Books, Counts, Lease, LeaseError
 from bascule.kv.hashing import BlockHasher
 from bascule.types import BlockHash
@@ -295,6 +296,21 @@ def test_cached_blocks_make_room_for_foreseen_growth(books: Books) -> None:
         assert lease.extend(1)
     assert lease.blocks == list(range(10, 16))
     assert books.counts.cached <= 10
+
+
+def test_growth_beyond_all_foresight_still_comes_in_segments(books: Books) -> None:
+    leases = [take(books, 2), take(books, 2)]
+    for _ in range(4):
+        for lease in leases:
+            assert lease.extend(1)
+    assert [len(runs(lease.blocks)) for lease in leases] == [2, 2]
+
+
+def test_growth_evicts_cached_blocks(books: Books) -> None:
+    cache(books, prompt(14))
+    lease = take(books, 2)
+    assert lease.extend(3)
+    assert books.evictions >= 3
 
 
 def test_room_ends_with_its_lease(books: Books) -> None:

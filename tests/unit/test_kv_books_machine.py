@@ -14,8 +14,9 @@ from bascule.kv.hashing import BlockHasher
 from bascule.types import BlockHash
 
 SIZE = 2
+BLOCKS = 7
 HASHER = BlockHasher("model", SIZE)
-prompts = st.lists(st.integers(0, 1), max_size=7 * SIZE)
+prompts = st.lists(st.integers(0, 1), max_size=4 * SIZE)
 
 
 class Held:
@@ -36,7 +37,7 @@ class BooksMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.books = Books(12, SIZE)
+        self.books = Books(BLOCKS, SIZE)
         self.held: list[Held] = []
         self.out_of_use: set[int] = set()
         self.content: dict[int, BlockHash | None] = {}
@@ -44,13 +45,13 @@ class BooksMachine(RuleBasedStateMachine):
 
     def unused(self) -> set[int]:
         """Blocks that nobody holds and that are not quarantined: free or cached."""
-        return set(range(12)) - self.out_of_use - {block for held in self.held for block in held.blocks}
+        return set(range(BLOCKS)) - self.out_of_use - {block for held in self.held for block in held.blocks}
 
     def overwrite(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             self.content[block] = None
 
-    @rule(target=leases, tokens=prompts, fresh=st.integers(0, 4), room=st.integers(0, 4))
+    @rule(target=leases, tokens=prompts, fresh=st.integers(0, 2), room=st.integers(0, 3))
     def acquire(self, tokens: list[int], fresh: int, room: int) -> Held | None:
         hashes = HASHER.chain(tokens)
         total = len(hashes) + fresh
@@ -132,4 +133,4 @@ class BooksMachine(RuleBasedStateMachine):
 
 
 TestBooksMachine = BooksMachine.TestCase
-TestBooksMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestBooksMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bascule.engine.torch.penalties import Draw
+from bascule.engine.torch.penalties import Draw, adjust
 from bascule.engine.torch.sampling import sample, uniform
 from bascule.errors import ModelError
 from bascule.types import SamplingParams
@@ -103,8 +103,14 @@ def test_greedy_follows_the_definition_of_each_adjustment(changes: dict[str, obj
         logits = random_logits(seed=seed)
         # The tokens that the adjustments touch compete for the maximum, else most of them would not show.
         logits[0, [2, 3, 5, 7, 8, 9, 11, 12, 40]] += 6.0
-        expected = int(np.argmax(reference_adjusted(logits[0].numpy(), case)))
-        assert sample(logits, [case.draw()], STOPS)[0].token == expected
+        expected = reference_adjusted(logits[0].numpy(), case)
+        assert sample(logits, [case.draw()], STOPS)[0].token == int(np.argmax(expected))
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    logits = torch.tensor([3.0, 0.5, 0.0, -0.5, -3.0, 0.5, -0.5])
+    adjust(logits, Draw(params(repetition_penalty=2.0), history=(0, 1, 2, 3, 4, 4), prompt_tokens=3), frozenset())
+    assert logits.tolist() == [1.5, 0.25, 0.0, -1.0, -6.0, 0.5, -0.5]
 
 
 @pytest.mark.parametrize(

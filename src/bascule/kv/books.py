@@ -142,7 +142,6 @@ class Books:
         for block in chosen:
             self._holders[block] = 1
         lease._blocks.extend(chosen)
-        self._give_up_room(lease)
         if lease._blocks:
             start = lease._blocks[-1] + 1
             lease._kept = range(start, start + reach(usable, start, lease._room))

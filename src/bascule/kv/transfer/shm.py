@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 import os
 import select
 import shutil
@@ -33,6 +34,8 @@ from bascule.kv.transfer.channel import (
 from bascule.kv.transfer.frames import Malformed
 from bascule.kv.transfer.listener import Listener
 from bascule.types import TicketId
+
+log = logging.getLogger(__name__)
 
 NAME = "shm"
 _ANSWER_SECONDS = 10.0
@@ -158,16 +161,18 @@ class ShmReceiver:
                 self.refusals[str(error) if isinstance(error, _Refusal) else "malformed"] += 1
             channel.send(Refused(str(error)), _ANSWER_SECONDS)
             return
+        if not self._stopped(channel, known, writer, process):
+            _first_readable(process, writer.settled)
+        self._left(known, writer)
+
+    def _stopped(self, channel: Channel, known: _Ticket, writer: _Writer, process: int) -> bool:
+        """Converse with an admitted writer. True only on its own word; any failure leaves it under suspicion."""
         try:
-            welcome = Welcome(self._arena.num_blocks, known.grant.blocks)
-            stopped = False
-            with contextlib.suppress(OSError, Malformed):
-                channel.send(welcome, _ANSWER_SECONDS, self._arena.fd)
-                stopped = self._converse(channel, known, writer, process)
-            if not stopped:
-                _first_readable(process, writer.settled)
-        finally:
-            self._left(known, writer)
+            channel.send(Welcome(self._arena.num_blocks, known.grant.blocks), _ANSWER_SECONDS, self._arena.fd)
+            return self._converse(channel, known, writer, process)
+        except (OSError, Malformed) as error:
+            log.warning("lost the writer of ticket %s, now waiting for its process: %s", known.grant.ticket, error)
+            return False
 
     def _admit(self, announce: Message) -> tuple[_Ticket, _Writer]:
         if not isinstance(announce, Announce):
