@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from threading import Thread
 from time import sleep
 
 import msgspec
@@ -222,6 +222,14 @@ def test_garbage_is_refused_and_counted(tcp: Link) -> None:
     push_all_as(OTHER, tcp)
 
 
+def test_a_connection_that_says_nothing_ends_with_the_receiver(tcp: Link) -> None:
+    names = [f"kv-tcp{part}" for part in ("", "-connection")]
+    with connect(tcp):
+        wait_until(lambda: {thread.name for thread in threading.enumerate()}.issuperset(names), "the connection")
+        tcp.receiver.close()
+        assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
 @pytest.mark.parametrize(("first", "count"), [(0, BLOCKS + 1), (BLOCKS - 1, 2), (2**32 - 1, 2**32 - 1), (3, 1)])
 def test_a_frame_that_reaches_outside_the_grant_is_refused(tcp: Link, first: int, count: int) -> None:
     tcp.grant(*(block for block in range(BLOCKS) if block != 3))
@@ -269,12 +277,12 @@ def test_a_push_that_is_stuck_can_be_closed_from_another_thread(tcp: Link) -> No
         accepted[0].sendall(pack_reply(Verdict.DONE))
 
     with socket.create_server(("127.0.0.1", 0)) as server, closing(TcpSender(tcp.arena, patience=1000)) as sender:
-        Thread(target=welcome_only, args=(server,), daemon=True).start()
+        threading.Thread(target=welcome_only, args=(server,), daemon=True).start()
         endpoint = Endpoint("tcp", "{}:{}".format(*server.getsockname()), tcp.receiver.endpoint.machine)
         session = sender.open(endpoint, TICKET, SECRET)
         pushing = PushingThread(lambda: session.push(ALL))
         sleep(0.3)
-        closer = Thread(target=session.close, daemon=True)
+        closer = threading.Thread(target=session.close, daemon=True)
         closer.start()
         closer.join(WAIT)
         assert not closer.is_alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -20,7 +21,7 @@ from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import Message, TokenStream
 from bascule.clock import WallClock
-from bascule.errors import InvalidRequest, RequestError
+from bascule.errors import InvalidRequest
 from bascule.observe.metrics import Metrics
 from bascule.types import (
     ClusterState,
@@ -104,12 +105,17 @@ class ByteStream:
         return self._utf8.decode(b"", final=True)
 
 
-class Hold:
-    """In a script: nothing more comes until the generation is cancelled."""
+class Pause:
+    """In a script: nothing more comes until `over` is set, or the generation is cancelled."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
 
 
-HOLD = Hold()
-Script = Iterable[Delta | RequestError | Exception | Hold]
+HOLD = Pause()
+"""A pause that only cancelling ends."""
+
+Script = Iterable[Delta | Exception | Pause]
 
 
 def says(text: str | bytes, *, finish: FinishReason = FinishReason.STOP, size: int = 1) -> list[Delta]:
@@ -147,25 +153,24 @@ class FakeGeneration:
         """The script is over, or `cancel` was called before that."""
         self.cancelled = False
         self._script = script
-        self._stop = asyncio.Event()
 
     def cancel(self) -> None:
         if not self.ended.is_set():
             self.cancelled = True
             self.ended.set()
-            self._stop.set()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for step in self._script:
-            if isinstance(step, Hold):
-                await self._stop.wait()
-            if self._stop.is_set():
+            if isinstance(step, Pause):
+                while not (step.over.is_set() or self.ended.is_set()):
+                    await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
+            if self.ended.is_set():
                 return
             if isinstance(step, Exception):
                 self.ended.set()
                 raise step
             if isinstance(step, Delta):
-                await asyncio.sleep(0)
                 if step.finish is not None:
                     self.ended.set()
                 yield step
@@ -252,6 +257,13 @@ class ApiRig(AbstractContextManager["ApiRig"]):
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine in the servers' loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Return once `condition` holds; fails if it does not in time."""
+        deadline = time.monotonic() + WAIT
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.005)
 
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
         return self.http.post(path, json=body, **options)

@@ -236,6 +236,13 @@ def test_quarantine_takes_own_blocks_out_of_use_and_lets_shared_ones_go(books: B
     assert books.counts == Counts(14, 2, 0, 0)
 
 
+def test_room_ends_with_quarantine(books: Books) -> None:
+    lease = take(books, 2, room=4)
+    lease.quarantine()
+    assert take(books, 14).blocks == list(range(2, 16))
+    assert books.check_integrity() == []
+
+
 def test_a_quarantined_lease_cannot_be_used(books: Books) -> None:
     lease = take(books, 2)
     lease.quarantine()

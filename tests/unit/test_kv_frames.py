@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bascule.kv.transfer.base import Move, spans
@@ -36,6 +38,16 @@ def test_buffers_survive_any_cut() -> None:
     taken += b"".join(buffers.pending())
     assert taken == b"".join(data)
     assert buffers.left == len(taken) - 20
+
+
+def test_one_call_never_gets_more_buffers_than_the_system_takes() -> None:
+    buffers = Buffers([memoryview(b"x")] * 3000)
+    calls = 0
+    while buffers.left:
+        assert len(buffers.pending()) <= os.sysconf("SC_IOV_MAX")
+        buffers.advance(len(buffers.pending()))
+        calls += 1
+    assert calls >= 3
 
 
 def test_a_header_comes_back_as_it_was() -> None:

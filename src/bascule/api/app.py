@@ -17,7 +17,7 @@ from bascule.api.chat import read_chat
 from bascule.api.completions import read_completion
 from bascule.api.context import Context
 from bascule.api.endpoint import TokenEndpoint
-from bascule.api.errors import http_error_response
+from bascule.api.errors import unknown_path, wrong_method
 from bascule.api.identity import IdentityMiddleware
 from bascule.api.parameters import unknown_model
 from bascule.observe.metrics import CONTENT_TYPE
@@ -43,13 +43,17 @@ def create_app(context: Context) -> Starlette:
 def application(routes: Sequence[BaseRoute]) -> Starlette:
     """An application whose every response has a request id, and whose every error has OpenAI's shape."""
 
-    async def refuse(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            raise error
-        return http_error_response(request.method, request.url.path, error)
+    async def refuse_path(request: Request, _error: Exception) -> Response:
+        return unknown_path(request.url.path)
+
+    async def refuse_method(request: Request, error: Exception) -> Response:
+        allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+        return wrong_method(request.method, request.url.path, allowed)
 
     app = Starlette(
-        routes=routes, middleware=[Middleware(IdentityMiddleware)], exception_handlers={HTTPException: refuse}
+        routes=routes,
+        middleware=[Middleware(IdentityMiddleware)],
+        exception_handlers={404: refuse_path, 405: refuse_method},
     )
     app.router.redirect_slashes = False
     return app

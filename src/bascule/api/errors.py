@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from http import HTTPStatus
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from bascule.errors import Overloaded, RequestError
-
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that went away; it is never seen by anybody, but it says what happened."""
-
+from bascule.errors import NotFound, Overloaded, RequestError
 
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
+
+
+class MethodNotAllowed(RequestError):
+    """405: the path exists, the method does not."""
+
+    status = 405
+    kind = "invalid_request_error"
 
 
 def error_body(error: RequestError) -> bytes:
@@ -33,21 +34,17 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
     return Response(error_body(error), status_code=error.status, headers=headers, media_type="application/json")
 
 
-def http_error_response(method: str, path: str, error: HTTPException) -> Response:
-    """The answer where routing itself failed: unknown path, wrong method."""
-    headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.NOT_FOUND:
-        refusal = RequestError(
-            f"There is nothing at {path}; see GET /v1/models for what is served.", code="unknown_url"
-        )
-    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = headers.get("Allow", "another method")
-        refusal = RequestError(f"{path} does not answer {method}; use {allowed}.", code="method_not_allowed")
-    else:
-        refusal = RequestError(error.detail)
-    refusal.status = error.status_code
-    refusal.kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return error_response(refusal, headers)
+def unknown_path(path: str) -> Response:
+    """The answer where nothing is served at `path`."""
+    return error_response(
+        NotFound(f"There is nothing at {path}; see GET /v1/models for what is served.", code="unknown_url")
+    )
+
+
+def wrong_method(method: str, path: str, allowed: str) -> Response:
+    """The answer where `path` is served, but only by the methods in `allowed`."""
+    error = MethodNotAllowed(f"{path} does not answer {method}; use {allowed}.", code="method_not_allowed")
+    return error_response(error, {"Allow": allowed})
 
 
 def internal_error(request_id: str) -> RequestError:

@@ -219,7 +219,8 @@ class Books:
     def _wrong_room(self) -> Iterator[str]:
         for block in np.flatnonzero(self._room_of != _NOBODY):
             lease = self._leases.get(int(self._room_of[block]))
-            if lease is None or block not in lease._kept or not self._free[block]:
+            rightful = lease is not None and lease._state is _State.HELD and block in lease._kept
+            if not rightful or not self._free[block]:
                 yield f"block {block} is kept for lease {self._room_of[block]} which cannot have it"
 
 

@@ -1,0 +1,121 @@
+"""Listening and stopping: ports, connections, the soft stop and the hard one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from api_rig import HOLD, WAIT, ApiRig, Pause, says
+
+from bascule.api.calls import Calls
+from bascule.api.server import HttpServer
+from bascule.errors import ConfigError
+from bascule.types import FinishReason
+
+
+@pytest.fixture
+def rig() -> Iterator[ApiRig]:
+    with ApiRig() as rig:
+        yield rig
+    rig.assert_nothing_runs()
+
+
+class Client(threading.Thread):
+    """A completion asked for in a thread of its own."""
+
+    def __init__(self, rig: ApiRig, **fields: object) -> None:
+        super().__init__()
+        self._rig = rig
+        self._fields = fields
+        self.response: httpx.Response | None = None
+        self.start()
+
+    def run(self) -> None:
+        body = {"model": "tiny", "prompt": "abc", **self._fields}
+        with httpx.Client(timeout=WAIT) as client:
+            self.response = client.post(f"{self._rig.server.url}/v1/completions", json=body)
+
+    def answer(self) -> httpx.Response:
+        self.join(WAIT)
+        assert self.response is not None
+        return self.response
+
+
+def accepts(rig: ApiRig) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_port_zero_is_a_free_port_and_the_url_names_it(rig: ApiRig) -> None:
+    assert rig.server.port > 0
+    assert rig.server.url == f"http://127.0.0.1:{rig.server.port}"
+    assert httpx.get(f"{rig.server.url}/health").status_code == 200
+
+
+def test_a_port_in_use_is_named_with_what_to_do(rig: ApiRig) -> None:
+    with pytest.raises(ConfigError, match=rf"port {rig.server.port} .* in use.*--port"):
+        rig.call(HttpServer.start(lambda *_: None, Calls(), "127.0.0.1", rig.server.port))
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no such host"])
+def test_an_address_of_another_machine_is_refused(rig: ApiRig, host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        rig.call(HttpServer.start(lambda *_: None, Calls(), host, 0))
+
+
+def test_small_writes_leave_at_once(rig: ApiRig) -> None:
+    """Nagle's algorithm is off on every connection, or a stream's chunks wait for acknowledgements."""
+    with socket.create_connection(("127.0.0.1", rig.server.port)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(1 << 16)
+        (served,) = rig.server._server.server_state.connections
+        assert served.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_soft_stop_lets_calls_finish(rig: ApiRig) -> None:
+    pause = Pause()
+    head, *rest = says("late", finish=FinishReason.LENGTH)
+    rig.backend.script = lambda request: [head, pause, *rest]
+    client = Client(rig)
+    assert rig.backend.started.wait(WAIT)
+    stopping = asyncio.run_coroutine_threadsafe(rig.server.stop(grace=WAIT), rig.loop)
+    rig.wait_for(lambda: not accepts(rig))
+    pause.over.set()
+    assert client.answer().json()["choices"][0]["text"] == "late"
+    stopping.result(WAIT)
+
+
+def test_the_hard_stop_ends_calls_with_an_error(rig: ApiRig) -> None:
+    rig.backend.script = lambda request: [*says("ab", finish=FinishReason.LENGTH)[:1], HOLD]
+    whole, stream = Client(rig), Client(rig, stream=True, max_tokens=5)
+    rig.wait_for(lambda: len(rig.backend.generations) == 2)
+    rig.call(rig.server.stop())
+    assert whole.answer().status_code == 503
+    assert whole.answer().json()["error"]["code"] == "stopping"
+    last = stream.answer().text.rstrip().rsplit("data: ", 1)[1]
+    assert json.loads(last)["error"]["code"] == "stopping"
+
+
+def test_a_second_stop_cuts_the_first_ones_grace_short(rig: ApiRig) -> None:
+    rig.backend.script = lambda request: [HOLD]
+    client = Client(rig)
+    assert rig.backend.started.wait(WAIT)
+    soft = asyncio.run_coroutine_threadsafe(rig.server.stop(grace=10 * WAIT), rig.loop)
+    rig.wait_for(lambda: not accepts(rig))
+    rig.call(rig.server.stop())
+    soft.result(WAIT)
+    assert client.answer().status_code == 503
+
+
+def test_the_hard_stop_does_not_wait_for_a_request_that_never_ends(rig: ApiRig) -> None:
+    with socket.create_connection(("127.0.0.1", rig.server.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        rig.call(rig.server.stop())
