@@ -75,11 +75,11 @@ def test_greedy_outputs_equal_transformers(layout: str, chunk: str, references: 
     """Cold and warm cache, batches of 1 and 16, alternating so that all pairs of settings occur."""
     layout_index, chunk_index = list(LAYOUTS).index(layout), list(CHUNKS).index(chunk)
     batches = (16, 1) if (layout_index + chunk_index) % 2 else (1, 16)
-    chosen = references[share(chunk_index)]
+    chosen, where = references[share(chunk_index)], f"{layout} {chunk}"
     with serve("smollm2", *flags(layout, chunk)) as cluster:
-        exceptions = check_pass(cluster, chosen, batches[0], False, f"{layout} {chunk} cold")
-        exceptions += check_pass(cluster, chosen, batches[1], True, f"{layout} {chunk} warm")
-    print(f"{layout} {chunk}: {exceptions} near ties")
+        exceptions = check_pass(cluster, chosen if batches[0] > 1 else chosen[::2], batches[0], False, f"{where} cold")
+        exceptions += check_pass(cluster, chosen if batches[1] > 1 else chosen[::2], batches[1], True, f"{where} warm")
+    print(f"{where}: {exceptions} near ties")
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from bascule.errors import NotFound, Overloaded, RequestError
 
+
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
 

@@ -28,7 +28,7 @@ class StopScanner:
         window = self._held + text
         found = [(start, stop) for stop in self._stops if (start := window.find(stop)) >= 0]
         if found:
-            start, stop = min(found, key=lambda match: -match[0])
+            start, stop = min(found, key=lambda match: match[0])
             self._held = ""
             return Scan(window[: start + len(stop) if self._include_stop else start], stopped=True)
         begun = max((_overlap(window, stop) for stop in self._stops), default=0)

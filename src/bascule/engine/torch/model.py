@@ -9,22 +9,22 @@ from torch import Tensor
 from torch.nn.functional import embedding, silu
 
 from bascule.engine.torch.attention import attend
-from bascule.engine.torch.linear import Linear
+from bascule.engine.torch.linear import Head, Linear
 from bascule.engine.torch.plan import StepPlan
 from bascule.engine.torch.rope import Rope, RopeTables, rotate
 from bascule.models.spec import ModelSpec
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, computed in float32.
+    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, in float32 whatever x is; `weight` is float32.
 
-    `weight` is float32; the result has x's dtype. Written with one reduction and updates in place because torch's own
-    is eight times slower over bfloat16 rows on a CPU.
+    Written with one reduction and updates in place because torch's own is eight times slower over bfloat16 rows on a
+    CPU.
     """
     size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed: Tensor = x.float() * scale
-    return normed.mul_(weight).to(x.dtype)
+    return normed.mul_(weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +42,37 @@ class Layer:
 
 
 class Decoder:
-    """A model's weights and its forward pass. Holds no state of any sequence."""
+    """A model's weights and its forward pass. Holds no state of any sequence.
+
+    In bfloat16 the matrix products, attention and KV are bfloat16. All that lies between them is float32, above all the
+    sum that every layer adds to: rounded to bfloat16 after each of 60 additions it would lose what the products keep.
+    """
 
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
         """`weights` by Hugging Face name, all of one dtype and device; taken out of the dictionary as they are used."""
         self._spec = spec
         self._embedding = weights.pop("model.embed_tokens.weight")
-        self._rope = Rope(spec, self._embedding.dtype, self._embedding.device)
+        self._rope = Rope(spec, self._embedding.device)
         self._layers = [_layer(spec, weights, f"model.layers.{index}.") for index in range(spec.layers)]
         self._norm = weights.pop("model.norm.weight").float()
-        self._head = Linear(self._embedding if spec.tied_embeddings else weights.pop("lm_head.weight"))
+        self._head = Head(self._embedding if spec.tied_embeddings else weights.pop("lm_head.weight"))
 
     def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
         """Compute one step; returns float32 logits [rows drawn, vocab].
 
         `kv` is [2 * layers, slots, kv_heads, head_dim]; the keys and values of the step's tokens are written into it.
         """
-        hidden = embedding(plan.tokens, self._embedding)
+        hidden = embedding(plan.tokens, self._embedding).float()
         tables = self._rope.tables(plan.positions)
         for index, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, self._spec.norm_eps)
             hidden = hidden + self._attention(layer, normed, plan, tables, kv[2 * index : 2 * index + 2])
             normed = rms_norm(hidden, layer.mlp_norm, self._spec.norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + layer.down(silu(gate) * up)
+            hidden = hidden + layer.down(silu(gate.float()) * up)
         if not len(plan.drawn):
-            return hidden.new_empty(0, self._spec.vocab, dtype=torch.float32)
-        drawn = rms_norm(hidden[plan.drawn], self._norm, self._spec.norm_eps)
-        return self._head(drawn).float()
+            return hidden.new_empty(0, self._spec.vocab)
+        return self._head(rms_norm(hidden[plan.drawn], self._norm, self._spec.norm_eps))
 
     def _attention(self, layer: Layer, x: Tensor, plan: StepPlan, tables: RopeTables, kv: Tensor) -> Tensor:
         spec = self._spec
@@ -77,7 +80,7 @@ class Decoder:
         turned = projected[:, : spec.heads + spec.kv_heads]
         if layer.head_norm is not None:
             turned = rms_norm(turned, layer.head_norm, spec.norm_eps)
-        turned = rotate(turned, tables)
+        turned = rotate(turned, tables).to(kv.dtype)
         kv[0].index_copy_(0, plan.slots, turned[:, spec.heads :])
         kv[1].index_copy_(0, plan.slots, projected[:, spec.heads + spec.kv_heads :])
         return layer.attention_output(attend(turned[:, : spec.heads], kv, plan.sequences))

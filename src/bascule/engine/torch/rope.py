@@ -12,7 +12,7 @@ from bascule.models.spec import ModelSpec, RopeKind, RopeScaling
 
 
 class RopeTables(NamedTuple):
-    """Cosines and signed sines for the tokens of one step, each [tokens, 1, head_dim]."""
+    """Cosines and signed sines for the tokens of one step, each [tokens, 1, head_dim] and float32."""
 
     cos: Tensor
     sin: Tensor
@@ -21,22 +21,21 @@ class RopeTables(NamedTuple):
 class Rope:
     """The angles of one model (RoFormer, section 3.4, in the half-split form of Hugging Face)."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(spec).to(device)
-        self._dtype = dtype
 
     def tables(self, positions: Tensor) -> RopeTables:
-        """Tables for `positions` [tokens]; angles are float32, the result has the model's dtype, as in transformers."""
+        """Tables for `positions` [tokens]."""
         angles = torch.outer(positions.float(), self._frequencies)
         cos, sin = angles.cos(), angles.sin()
         return RopeTables(
-            cos=torch.cat((cos, cos), dim=-1).to(self._dtype).unsqueeze(1),
-            sin=torch.cat((-sin, sin), dim=-1).to(self._dtype).unsqueeze(1),
+            cos=torch.cat((cos, cos), dim=-1).unsqueeze(1),
+            sin=torch.cat((-sin, sin), dim=-1).unsqueeze(1),
         )
 
 
 def rotate(heads: Tensor, tables: RopeTables) -> Tensor:
-    """Turn `heads` [tokens, heads, head_dim]; number i is paired with number i + head_dim / 2."""
+    """Turn `heads` [tokens, heads, head_dim]; number i is paired with number i + head_dim / 2. Returns float32."""
     half = heads.shape[-1] // 2
     swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
     return torch.addcmul(heads * tables.cos, swapped, tables.sin)

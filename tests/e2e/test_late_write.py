@@ -1,0 +1,91 @@
+"""A prefill worker that is stopped in the middle of a push and wakes up later changes nobody's tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+
+from support.cluster import Cluster, serve
+from support.oracle import Reference, long_text
+
+PROMPT_TOKENS = 1400
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transfer", ["shm", "tcp"])
+def test_a_late_write_changes_no_other_requests_tokens(transfer: str, references: list[Reference]) -> None:
+    from bascule.models import load
+
+    text = load("smollm2").tokenizer.encode(long_text())
+    victim = [token + 1 for token in text[500 : 500 + PROMPT_TOKENS]]
+    others = [one for one in references if 60 <= len(one.prompt) <= 600]
+    flags = ["--prefill", "2", "--decode", "1", "--devices", "cpu:0,cpu:0,cpu:1", "--transfer", transfer]
+    flags += ["--dtype", "float32", "--chunk-tokens", "64", "--kv-memory", "128MiB", "--no-prefix-cache"]
+    with serve("smollm2", *flags, "--dead-after", "60", "--suspect-after", "1") as cluster:
+        body = {"model": cluster.model, "prompt": victim, "max_tokens": 8, "stream": True}
+        client = httpx.Client(timeout=60)
+        sending = threading.Thread(target=lambda: _swallow(client, cluster, body))
+        sending.start()
+        state = cluster.wait(lambda state: _pushing(state) is not None, "a push has begun")
+        stopped = _pushing(state)
+        assert stopped is not None
+        pid = cluster.pid(stopped)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            client.close()
+            sending.join(10)
+            if transfer == "shm":
+                cluster.wait(
+                    lambda state: _decode(state)["kv_blocks_quarantined"] > 0, "the granted blocks in quarantine"
+                )
+            else:
+                cluster.wait(lambda state: _decode(state)["kv_blocks_leased"] == 0, "the granted blocks free again")
+            cluster.wait(lambda state: _state_of(state, stopped) == "suspect", "the stopped worker is suspect")
+            threads, outputs = [], {}
+            for index, one in enumerate(others):
+                threads.append(threading.Thread(target=_complete, args=(cluster, one, outputs, index)))
+                threads[-1].start()
+            cluster.wait(lambda state: _decode(state)["kv_blocks_leased"] > 0, "others use the memory", 60)
+            os.kill(pid, signal.SIGCONT)
+            for thread in threads:
+                thread.join(120)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert sorted(outputs) == list(range(len(others)))
+        for index, one in enumerate(others):
+            one.check(outputs[index], f"beside a late write over {transfer}")
+        cluster.wait_idle(30)
+        assert cluster.pid(stopped) == pid, "the worker came back as it was"
+
+
+def _swallow(client: httpx.Client, cluster: Cluster, body: dict[str, object]) -> None:
+    try:
+        client.post(f"{cluster.url}/v1/completions", json=body)
+    except (httpx.HTTPError, RuntimeError, OSError):
+        time.sleep(0)
+
+
+def _complete(cluster: Cluster, one: Reference, outputs: dict[int, list[int]], index: int) -> None:
+    answer = cluster.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)
+    outputs[index] = answer["choices"][0]["token_ids"]
+
+
+def _pushing(state: dict[str, object]) -> str | None:
+    """The prefill worker that has sent some but not all of its blocks."""
+    for worker in state["workers"]:  # type: ignore[attr-defined]
+        if worker["role"] == "prefill" and sum(worker["handoff_bytes"].values()) > 0 and worker["running"]:
+            return str(worker["id"])
+    return None
+
+
+def _decode(state: dict[str, object]) -> dict[str, int]:
+    return next(worker for worker in state["workers"] if worker["role"] == "decode")  # type: ignore[attr-defined, no-any-return]
+
+
+def _state_of(state: dict[str, object], name: str) -> str:
+    return next(str(worker["state"]) for worker in state["workers"] if worker["id"] == name)  # type: ignore[attr-defined]
