@@ -18,7 +18,7 @@ from bascule.config import (
     RoutingConfig,
     read_config_file,
 )
-from bascule.errors import BasculeError, ConfigError
+from bascule.errors import BasculeError, ConfigError, ModelError
 
 app = App(
     name="bascule",
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the command line; exit code 2 means wrong use or a setting that cannot work."""
     try:
         app(with_config_file(sys.argv[1:]))
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         _fail(error, 2)
     except BasculeError as error:
         _fail(error, 1)

@@ -68,7 +68,7 @@ def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decis
     decode = pick(open_decodes, snapshot.turn, _decode_load)
     return Decision(
         Placement(prefill.id, decode.id),
-        f"split: {prefill.id} has {prefill.prefill_tokens} prompt tokens waiting, {decode.id} decodes {decode.decoding}",
+        f"split: {prefill.id} holds {prefill.prefill_tokens} prompt tokens, {decode.id} decodes {decode.decoding}",
     )
 
 

@@ -1,0 +1,222 @@
+"""Starting, stopping, dying: what a person at the terminal sees, and what a request under way gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from support.cluster import Cluster, run_cli, serve
+from support.oracle import Reference
+
+MOCK = ["--engine", "mock"]
+
+
+def slow_mock(folder: Path) -> list[str]:
+    """A mock engine whose steps take 20 ms, so that requests last."""
+    path = folder / "cost.json"
+    path.write_text('{"step_s": 0.02}')
+    return [*MOCK, "--cost-model", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv-memory", "10KiB"], "kv-memory"),
+        (["--kv-memory", "lots"], "kv-memory"),
+        (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
+        (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
+        (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),
+        (["--policy", "single", "--mixed", "2"], "policy single runs 1 worker, not 2"),
+        (["--chunk-tokenz", "3"], "Did you mean --chunk-tokens"),
+        (["--dtype", "float8"], "float8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_start(flags: list[str], said: str) -> None:
+    result = run_cli("serve", "smollm2", "--port", "0", *flags)
+    assert result.returncode == 2
+    assert said in " ".join((result.stdout + result.stderr).split())
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_cli("serve", "smollm2", "--port", str(port), *MOCK)
+    assert result.returncode == 2 and f"port {port}" in result.stderr and "--port" in result.stderr
+
+
+def test_model_files_that_cannot_be_served_are_named(tmp_path: Path, smollm2: Path) -> None:
+    missing = run_cli("serve", str(tmp_path / "nothing.gguf"), "--port", "0")
+    assert missing.returncode == 2 and "nothing.gguf" in missing.stderr
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(smollm2.read_bytes()[: 40 << 20])
+    cut = run_cli("serve", str(truncated), "--port", "0")
+    assert cut.returncode == 2 and "truncated.gguf" in cut.stderr
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    (strange / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    refused = run_cli("serve", str(strange), "--port", "0")
+    assert refused.returncode == 2
+    assert "MambaForCausalLM" in refused.stderr and "LlamaForCausalLM" in refused.stderr
+
+
+def test_an_unknown_key_in_the_config_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text("prefil = 1\n")
+    result = run_cli("serve", "--config", str(path))
+    assert result.returncode == 2 and "did you mean prefill" in result.stderr
+
+
+def test_a_worker_with_another_model_is_refused_naming_both(smollm2: Path) -> None:
+    with serve("smollm2", *MOCK, "--policy", "replicated", "--mixed", "1") as cluster:
+        join = _worker_socket(cluster)
+        other = ["worker", "smollm2", "--join", join, "--id", "other", "--device", "cpu:1", *MOCK]
+        result = run_cli(*other, "--max-model-len", "4096")
+        assert result.returncode == 1
+        assert "fingerprint" in result.stderr and "other" in result.stderr
+        assert [worker["id"] for worker in cluster.state()["workers"]] == ["mixed-0"]
+
+
+def test_a_router_and_workers_started_apart_serve_a_split_request(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        bind = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    ready = tmp_path / "ready"
+    base = [sys.executable, "-m", "bascule"]
+    processes = [
+        subprocess.Popen([*base, "router", "smollm2", "--bind", bind, "--port", "0", "--ready-file", str(ready)])
+    ]
+    try:
+        for role in ("prefill", "decode"):
+            command = [*base, "worker", "smollm2", "--join", bind, "--id", role, "--role", role, *MOCK]
+            processes.append(subprocess.Popen(command))
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.05)
+        cluster = Cluster(processes[0], json.loads(ready.read_text()), ready)  # type: ignore[arg-type]
+        cluster.wait(lambda state: len(state["workers"]) == 2, "both workers joined", 60)
+        answer = cluster.complete(list(range(100, 150)), max_tokens=5)
+        assert answer["route"] == "remote;prefill=prefill;decode=decode"
+        assert len(answer["choices"][0]["token_ids"]) == 5
+        cluster.wait_idle()
+    finally:
+        for process in processes:
+            process.terminate()
+        codes = [process.wait(30) for process in processes]
+    assert codes == [0, 0, 0]
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_a_killed_worker_costs_no_request_and_is_started_again(victim: str, references: list[Reference]) -> None:
+    one = references[8]
+    with serve("smollm2", "--dtype", "float32") as cluster:
+        answers: list[list[int]] = []
+
+        def complete() -> None:
+            answer = cluster.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)
+            answers.append(answer["choices"][0]["token_ids"])
+
+        threads = [threading.Thread(target=complete) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        cluster.wait(lambda state: any(worker["running"] for worker in state["workers"]), "work has begun")
+        pid = cluster.pid(victim)
+        os.kill(pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(100)
+        assert len(answers) == 3
+        for answer in answers:
+            one.check(answer, f"{victim} killed")
+        cluster.wait(
+            lambda state: any(w["id"] == victim and w["pid"] != pid for w in state["workers"]), "a new one", 60
+        )
+        cluster.wait_idle()
+        assert f"worker {victim}" in cluster.log.read_text() and "SIGKILL" in cluster.log.read_text()
+        one.check(cluster.complete(one.prompt, max_tokens=64, ignore_eos=True)["choices"][0]["token_ids"], "after")
+
+
+def test_sigterm_lets_requests_end_and_leaves_no_process(tmp_path: Path) -> None:
+    with serve("smollm2", *slow_mock(tmp_path)) as cluster:
+        pids = [worker["pid"] for worker in cluster.state()["workers"]]
+        answers: list[int] = []
+
+        def complete() -> None:
+            answers.append(len(cluster.complete([1, 2, 3], max_tokens=100)["choices"][0]["token_ids"]))
+
+        thread = threading.Thread(target=complete)
+        thread.start()
+        cluster.wait(lambda state: state["active"] == 1, "the request is under way")
+        assert cluster.stop() == 0
+        thread.join(10)
+        assert answers == [100]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        assert not cluster.log.with_name("ready").exists()
+
+
+def test_a_second_sigterm_stops_at_once_and_tells_the_client(tmp_path: Path) -> None:
+    with serve("smollm2", *slow_mock(tmp_path)) as cluster:
+        statuses: list[int] = []
+        body = {"model": cluster.model, "prompt": [1, 2, 3], "max_tokens": 4000}
+
+        def complete() -> None:
+            statuses.append(cluster.http.post(f"{cluster.url}/v1/completions", json=body).status_code)
+
+        thread = threading.Thread(target=complete)
+        thread.start()
+        cluster.wait(lambda state: state["active"] == 1, "the request is under way")
+        cluster.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert cluster.process.poll() is None, "the first SIGTERM drains"
+        assert cluster.stop() == 0
+        thread.join(10)
+        assert statuses == [503]
+
+
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit code -9"), serve("smollm2", *MOCK) as cluster:
+        pids = [worker["pid"] for worker in cluster.state()["workers"]]
+        cluster.process.kill()
+        deadline = time.monotonic() + 10
+        while any(_alive(pid) for pid in pids):
+            assert time.monotonic() < deadline, "a worker outlived its launcher"
+            time.sleep(0.05)
+
+
+def test_two_workers_share_one_core_and_xpyd_pools_of_any_size_serve(tmp_path: Path) -> None:
+    flags = ["--prefill", "2", "--decode", "3", "--devices", "cpu:0,cpu:0,cpu:0,cpu:0,cpu:0", *MOCK]
+    with serve("smollm2", *flags) as cluster:
+        routes = {cluster.complete([index, 5, 6], max_tokens=3)["route"] for index in range(12)}
+        assert len(routes) > 3 and all(route.startswith("remote;") for route in routes)
+        cluster.wait_idle()
+
+
+def test_doctor_finds_nothing_wrong_here_and_says_what_it_looked_at() -> None:
+    result = run_cli("doctor", "smollm2", "--kv-memory", "64MiB")
+    assert result.returncode == 0, result.stdout
+    assert "LlamaForCausalLM" in result.stdout and "usable cores" in result.stdout
+    short = run_cli("doctor", "smollm2", "--kv-memory", "900GiB")
+    assert short.returncode == 1 and "--kv-memory" in short.stdout
+
+
+def _alive(pid: int) -> bool:
+    """A process that runs (a zombie whose parent is gone does not count)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _worker_socket(cluster: Cluster) -> str:
+    """The router's worker address, from a worker's command line."""
+    pid = cluster.state()["workers"][0]["pid"]
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return words[words.index("--join") + 1]
