@@ -2,9 +2,9 @@
 
     python benchmarks/layouts.py --peers ../shared/peers --systems bascule,vllm --levels 1,8,16
 
-`--peers` is a directory with `load.py` (the client) and `vllm_fleet.py` (starts vLLM; needs its `setup.sh` run once). Each
-system is started, driven through all levels in closed loop, and stopped, one after another. A figure of one run
-is as good as the machine is quiet: the column "foreign" tells how many cores something else kept busy.
+`--peers` is a directory with `load.py` (the client) and `vllm_fleet.py` (starts vLLM; needs its `setup.sh` run once).
+Each system is started, driven through all levels in closed loop, and stopped, one after another. A figure of one run is
+as good as the machine is quiet: the column "foreign" tells how many cores something else kept busy.
 """
 
 from __future__ import annotations

@@ -14,11 +14,14 @@ LENGTHS = (5, 9, 15, 16, 17, 31, 33, 64, 65, 100, 128, 200, 257, 333, 400, 511, 
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt, the reference's greedy continuation, and at each of its positions the gap of the two best logits."""
+    """A prompt, the reference's greedy continuation, and at each of its positions how sure the reference was."""
 
     prompt: list[int]
     output: list[int]
     gaps: list[float]
+    """Of the two best logits."""
+    tops: list[float]
+    """The best token's logprob."""
 
     def disagreement(self, output: list[int]) -> int | None:
         """The first position at which an output differs, or None."""
@@ -79,4 +82,9 @@ def generate(model: Any, prompt: list[int], tokens: int = OUTPUT_TOKENS) -> Refe
         return_dict_in_generate=True,
     )
     best = [logits[0].float().topk(2).values for logits in result.logits]
-    return Reference(prompt, result.sequences[0, len(prompt) :].tolist(), [float(top[0] - top[1]) for top in best])
+    return Reference(
+        prompt=prompt,
+        output=result.sequences[0, len(prompt) :].tolist(),
+        gaps=[float(top[0] - top[1]) for top in best],
+        tops=[float(logits[0].float().log_softmax(-1).max()) for logits in result.logits],
+    )

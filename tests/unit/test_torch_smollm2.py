@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch_support import Running, poisoned_arena, reference_greedy, step
+from torch_support import Running, generate, poisoned_arena, reference_greedy, step
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from bascule.engine.protocol import Sampled, Slice
 from bascule.engine.torch.runner import TorchRunner
+from bascule.models import load as load_model
 from bascule.models.gguf_file import GgufFile
 from bascule.models.gguf_tokenizer import tokenizer_from_gguf
 from bascule.models.source import ModelSource, resolve
@@ -28,6 +30,7 @@ PROMPTS = [
 ]
 TOP_LOGPROB = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
 BLOCKS_EACH = 40
+LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +90,35 @@ def top_log_probability(sampled: Sampled | None) -> float:
     return sampled.logprobs.top[0][1]
 
 
-def test_bfloat16_keeps_the_top_log_probability_within_rounding(
-    source: ModelSource, prompts: list[list[int]], reference: Any
-) -> None:
+@pytest.fixture(scope="module")
+def bfloat16(source: ModelSource) -> Iterator[TorchRunner]:
     runner = load(source, "bfloat16")
-    with poisoned_arena(runner, len(prompts) * BLOCKS_EACH) as arena:
+    with poisoned_arena(runner, BLOCKS_EACH) as arena:
         runner.bind(arena)
-        batch = [
-            Slice(tokens, 0, blocks_of(index), TOP_LOGPROB, tokens, len(tokens)) for index, tokens in enumerate(prompts)
-        ]
-        found = [top_log_probability(sampled) for sampled in runner.execute(batch)]
+        yield runner
+
+
+def test_bfloat16_keeps_the_top_log_probability_of_every_position(
+    source: ModelSource, bfloat16: TorchRunner, reference: Any
+) -> None:
+    """Mean difference over real text: 0.015, half of it the weights; 0.027 with sums and logits in bfloat16."""
+    tokens = tokenizer_from_gguf(GgufFile(source.path).metadata, str(source.path)).encode(LICENSE.read_text())[:256]
+    # One slice a token over one block table: each attends to what the slices before it write in the same step.
+    batch = [
+        Slice([token], position, blocks_of(0), TOP_LOGPROB, tokens[: position + 1], position + 1)
+        for position, token in enumerate(tokens)
+    ]
+    found = torch.tensor([top_log_probability(sampled) for sampled in bfloat16.execute(batch)])
     with torch.inference_mode():
-        expected = [float(reference(torch.tensor([t])).logits[0, -1].log_softmax(-1).max()) for t in prompts]
-    differences = [abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True)]
-    assert sum(differences) / len(differences) < 0.05
+        expected = reference(torch.tensor([tokens])).logits[0].log_softmax(-1).amax(-1)
+    assert float((found - expected).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("chunk", [1000, 16, 7, 1])
+def test_bfloat16_decides_a_close_call_as_float32_does(bfloat16: TorchRunner, chunk: int) -> None:
+    """The answer's first token leads by 0.08 in a logit of 25, less than the 0.125 between neighbours in bfloat16."""
+    model = load_model("smollm2")
+    question = model.chat_template.render([{"role": "user", "content": "What is the capital of France?"}])
+    sequence = Running(model.tokenizer.encode(question, add_bos=False), blocks_of(0))
+    answer = model.tokenizer.decode(generate(bfloat16, sequence, 7, chunk))
+    assert answer == "The capital of France is Paris."

@@ -29,8 +29,8 @@ class Slice:
 
     `tokens` are at positions `start .. start + len(tokens)`; the KV of the positions before `start` is in the arena.
     `blocks` is the block table from position 0 on and covers at least `start + len(tokens)` positions. With `sampling`
-    a token is drawn after the last position; `history` is then prompt and output so far (through that position), of which
-    the first `prompt_tokens` are the prompt: penalties and the random counter follow from it.
+    a token is drawn after the last position; `history` is then prompt and output so far (through that position), of
+    which the first `prompt_tokens` are the prompt: penalties and the random counter follow from it.
     """
 
     tokens: Sequence[int]
@@ -57,7 +57,7 @@ class Runner(Protocol):
         ...
 
     def publish(self, blocks: Sequence[int]) -> None:
-        """Make the arena's bytes of `blocks` hold what the device holds (nothing to do where the arena is the device)."""
+        """Make the arena's bytes of `blocks` hold what the device holds (nothing to do if the arena is the device)."""
         ...
 
     def absorb(self, blocks: Sequence[int]) -> None:
