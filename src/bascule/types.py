@@ -203,7 +203,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     id: WorkerId
     role: Role
     state: str
-    """`ready`, `suspect`, `dead`."""
+    """`ready`, or `suspect` while heartbeats are missing; a dead worker is no longer listed."""
     epoch: Epoch
     pid: int
     device: str

@@ -123,7 +123,10 @@ class Registered(Struct, frozen=True, tag=True):
 
 
 class Reregister(Struct, frozen=True, tag=True):
-    """The router does not know this worker (it has been restarted): drop all work and register again."""
+    """The router does not know this worker (it has been restarted): register again.
+
+    What the worker still runs is nobody's; the router cancels it when its tokens arrive.
+    """
 
 
 class RegistrationRefusal(Struct, frozen=True, tag=True):

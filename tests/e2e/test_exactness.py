@@ -23,7 +23,7 @@ LAYOUTS = {
     "tcp": ["--policy", "disaggregated", "--transfer", "tcp"],
 }
 CHUNKS = {"64": 64, "512": 512, "whole": 2048}
-SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.3, "max_tokens": 48}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.3, "max_tokens": 32}
 
 
 def flags(layout: str, chunk: str) -> list[str]:
@@ -76,9 +76,11 @@ def test_greedy_outputs_equal_transformers(layout: str, chunk: str, references: 
     layout_index, chunk_index = list(LAYOUTS).index(layout), list(CHUNKS).index(chunk)
     batches = (16, 1) if (layout_index + chunk_index) % 2 else (1, 16)
     chosen, where = references[share(chunk_index)], f"{layout} {chunk}"
+    # One at a time costs a float32 step per token: a medium and a long prompt do there.
+    passes = {16: chosen, 1: [chosen[3], chosen[-2]]}
     with serve("smollm2", *flags(layout, chunk)) as cluster:
-        exceptions = check_pass(cluster, chosen if batches[0] > 1 else chosen[::2], batches[0], False, f"{where} cold")
-        exceptions += check_pass(cluster, chosen if batches[1] > 1 else chosen[::2], batches[1], True, f"{where} warm")
+        exceptions = check_pass(cluster, passes[batches[0]], batches[0], False, f"{where} cold")
+        exceptions += check_pass(cluster, passes[batches[1]], batches[1], True, f"{where} warm")
     print(f"{where}: {exceptions} near ties")
 
 
@@ -98,17 +100,17 @@ def test_greedy_outputs_equal_transformers_in_all_combinations(
 @pytest.fixture(scope="module")
 def sampled_locally(references: list[Reference]) -> Iterator[list[list[int]]]:
     with serve("smollm2", *flags("single", "512")) as cluster:
-        yield complete_all(cluster, [one.prompt for one in references[::3]], 1, **SAMPLED)
+        yield complete_all(cluster, [one.prompt for one in references[::6]], 1, **SAMPLED)
 
 
 @pytest.mark.parametrize("layout", ["replicated", "shm", "tcp"])
 def test_seeded_samples_are_the_same_however_they_are_served(
     layout: str, sampled_locally: list[list[int]], references: list[Reference]
 ) -> None:
-    prompts = [one.prompt for one in references[::3]]
+    prompts = [one.prompt for one in references[::6]]
     with serve("smollm2", *flags(layout, "64")) as cluster:
         assert complete_all(cluster, prompts, 16, **SAMPLED) == sampled_locally
         cluster.wait_idle()
-    assert any(output != one.output[:48] for output, one in zip(sampled_locally, references[::3], strict=True)), (
+    assert any(output != one.output[:32] for output, one in zip(sampled_locally, references[::6], strict=True)), (
         "the samples are greedy"
     )

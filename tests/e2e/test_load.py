@@ -56,8 +56,8 @@ async def stream(client: httpx.AsyncClient, cluster: Cluster, request: dict[str,
 @pytest.mark.timeout(400)
 def test_64_streams_of_mixed_lengths_all_complete_with_exact_counts(cluster: Cluster) -> None:
     source = random.Random(1)
-    lengths = [(16, 1), (3000, 256)] + [(source.randint(16, 600), source.randint(1, 96)) for _ in range(58)]
-    lengths += [(source.randint(1000, 3000), source.randint(1, 64)) for _ in range(4)]
+    lengths = [(16, 1), (16, 256), (3000, 1), (3000, 256)]
+    lengths += [(source.randint(16, 200), source.randint(1, 96)) for _ in range(60)]
 
     async def all_at_once() -> list[tuple[int, int]]:
         async with httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client:
@@ -78,12 +78,12 @@ def test_200_requests_half_of_them_abandoned_leave_nothing_behind(cluster: Clust
     source = random.Random(2)
 
     async def one(client: httpx.AsyncClient, index: int) -> bool:
-        request = body(cluster, source.randint(16, 300), source.randint(4, 32), index)
+        request = body(cluster, source.randint(16, 120), source.randint(4, 32), index)
         if index % 2 == 0:
             await stream(client, cluster, request)
             return True
         try:
-            await asyncio.wait_for(stream(client, cluster, request), source.uniform(0.0, 1.5))
+            await asyncio.wait_for(stream(client, cluster, request), source.uniform(0.0, 0.8))
             return True
         except TimeoutError:
             return False

@@ -54,8 +54,14 @@ async def _run(model: str, bind: str, routing: RoutingConfig, http: HttpConfig, 
     running = asyncio.create_task(front.membership.run())
     try:
         url, admin_url = await front.serve_http()
-        front.write_ready_file(url, admin_url, model_config.model_name or model)
-        console.print(f"API at {url}; start workers with: bascule worker {model} --join {front.link.address} --id NAME")
+        console.print(f"API at {url}, admin API at {admin_url}", highlight=False)
+        console.print(
+            f"start workers with: bascule worker {model} --join {front.link.address} --id NAME", highlight=False
+        )
+        while not front.service.ready and not front.stop_asked.is_set():
+            await asyncio.sleep(0.1)
+        if front.service.ready:
+            front.write_ready_file(url, admin_url, model_config.model_name or model)
         await front.stop_asked.wait()
         await front.drain(console.print)
     finally:

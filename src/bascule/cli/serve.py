@@ -56,7 +56,9 @@ def serve(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
-    plans = plan_workers(pools, routing, flags_of(model_config, engine_config, handoff_config))
+    plans = plan_workers(
+        pools, routing, (f"--log-level={http.log_level}", *flags_of(model_config, engine_config, handoff_config))
+    )
     if model in catalog.CATALOG:
         pull_with_progress(model)
     deployment = Deployment(model, load(model), plans, pools, routing, http, model_config)
@@ -114,7 +116,7 @@ class Deployment:
         try:
             url, admin_url = await front.serve_http()
             if await self._until_ready(front, running):
-                self._announce(url)
+                self._announce(url, admin_url)
                 front.write_ready_file(url, admin_url, self._name)
             await _first_of(running, front.stop_asked)
             await front.drain(console.print)
@@ -144,12 +146,13 @@ class Deployment:
                     return False
         return True
 
-    def _announce(self, url: str) -> None:
+    def _announce(self, url: str, admin_url: str) -> None:
         console.print(f"[bold]{self._name}[/bold] at [bold]{url}[/bold], policy {self._routing.policy}")
+        console.print(f"  admin API at {admin_url}", highlight=False)
         for plan in self._plans:
             console.print(f"  {plan.worker:<12} {plan.role.value:<8} on {plan.device}")
         question = {"role": "user", "content": "What is the capital of France?"}
-        body = json.dumps({"model": self._name, "messages": [question]})
+        body = json.dumps({"model": self._name, "temperature": 0, "messages": [question]})
         console.print("try:", highlight=False)
         console.print(
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",

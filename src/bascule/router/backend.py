@@ -36,7 +36,7 @@ class Backend(Protocol):
 
     @property
     def kv_tokens(self) -> int:
-        """The longest prompt plus output that some worker's KV memory can hold, in tokens."""
+        """The longest prompt plus output that every worker's KV memory can hold, in tokens."""
         ...
 
     async def start(self, request: Request) -> Generation:

@@ -30,6 +30,8 @@ class Flight:
         """Tokens that the current attempt had to compute when it was placed."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
+        self.handed_over = False
+        """The decode worker of this attempt has sent a token: the prefill worker is no longer needed."""
         self.ended = False
         self._route: Placement | None = None
         self._on_cancel = on_cancel
@@ -54,6 +56,13 @@ class Flight:
         self.placed = self._route = placement
         self.placed_tokens = self.known_tokens
         self.prefilling = True
+        self.handed_over = False
+
+    def needs(self, worker: WorkerId) -> bool:
+        """Whether the current attempt cannot go on without that worker."""
+        if self.placed is None:
+            return False
+        return worker == self.placed.decode or (worker == self.placed.prefill and not self.handed_over)
 
     def retry(self, failed: WorkerId) -> None:
         """Give the attempt up; the next one continues after the tokens taken so far."""

@@ -93,7 +93,7 @@ class Service:
         """A worker is gone for good (and off the view): what ran there goes on elsewhere."""
         self.clients.pop(member.id, None)
         for flight in list(self._flights.values()):
-            if flight.placed and member.id in (flight.placed.prefill, flight.placed.decode):
+            if flight.needs(member.id):
                 self._again(flight, member.id, f"worker {member.id} {why}")
         self._dispatch()
 
@@ -109,6 +109,7 @@ class Service:
                 continue
             if message.worker not in (flight.placed.prefill, flight.placed.decode) or not flight.take(item):
                 continue
+            flight.handed_over |= message.worker == flight.placed.decode
             freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._forget(flight)
@@ -140,12 +141,6 @@ class Service:
                 ),
             )
         self._dispatch()
-
-    def stop(self, reason: str) -> None:
-        """End every request with an error (the server is going down)."""
-        for flight in list(self._flights.values()):
-            self._stop_workers(flight)
-            self._end_with(flight, Unavailable(reason))
 
     # ------------------------------------------------------------ inside
 
@@ -196,7 +191,7 @@ class Service:
         self._forget(flight)
         self._dispatch()
 
-    def _end_with(self, flight: Flight, error: WorkerFailure | DeadlineExceeded | Unavailable) -> None:
+    def _end_with(self, flight: Flight, error: WorkerFailure | DeadlineExceeded) -> None:
         self._forget(flight)
         flight.fail(error)
 

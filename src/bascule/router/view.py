@@ -103,8 +103,8 @@ class ClusterView:
 
     @property
     def kv_tokens(self) -> int:
-        """The largest KV memory of any member, in tokens."""
-        return max((_kv_tokens(member) for member in self.members.values()), default=0)
+        """The smallest KV memory of any member, in tokens: what fits there fits wherever it is placed."""
+        return min((_kv_tokens(member) for member in self.members.values()), default=0)
 
     def snapshot(self) -> Snapshot:
         views = tuple(

@@ -293,7 +293,7 @@ class PrefillSide:
             while sent < total or handoff.first_token is None:
                 if handoff.verdict.done():
                     handoff.verdict.result()
-                ready = len(handoff.checksums) if handoff.blocks else 0
+                ready = min(len(handoff.checksums), len(handoff.blocks))
                 if ready > sent:
                     moves = [Move(handoff.blocks[i], reserved.blocks[i]) for i in range(sent, ready)]
                     self.bytes_sent[handoff.transport] += await self._in_thread(partial(session.push, moves))

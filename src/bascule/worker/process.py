@@ -120,7 +120,9 @@ def _torch_runner(settings: WorkerSettings) -> Runner:
     try:
         from bascule.engine.torch.runner import TorchRunner
     except ModuleNotFoundError as error:
-        raise ConfigError(f"this worker needs {error.name}; pip install 'bascule[engine]'") from error
+        raise ConfigError(
+            f"this worker needs {error.name}; pip install 'bascule[engine]' (in a clone: '.[engine]')"
+        ) from error
     loaded = load(settings.model)
     device = "cpu" if settings.device_kind == "cpu" else f"cuda:{settings.device_index}"
     return TorchRunner(

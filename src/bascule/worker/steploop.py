@@ -16,14 +16,18 @@ _IDLE_CHECK_S = 0.5
 class StepLoop:
     """Steps the engine while there is work; when idle, audits its books now and then.
 
-    `on_result` is called in this thread after each step that brought something.
+    `on_result` is called in this thread after each step that brought something; `on_failure` if the loop itself fails:
+    a worker that steps no more must not go on as if it did.
     """
 
-    def __init__(self, engine: Engine, on_result: Callable[[StepResult], None]) -> None:
+    def __init__(
+        self, engine: Engine, on_result: Callable[[StepResult], None], on_failure: Callable[[Exception], None]
+    ) -> None:
         self.violations: list[str] = []
         """What the last audit found; must be empty."""
         self._engine = engine
         self._on_result = on_result
+        self._on_failure = on_failure
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
@@ -42,6 +46,13 @@ class StepLoop:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception as error:
+            log.exception("the step loop failed")
+            self._on_failure(error)
+
+    def _step_until_stopped(self) -> None:
         audited = False
         while not self._stopping:
             self._wake.clear()

@@ -90,7 +90,7 @@ class Worker:
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
-        self._steps = StepLoop(parts.engine, self._stepped)
+        self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
@@ -162,12 +162,15 @@ class Worker:
         elif isinstance(message, Reregister):
             self._registered.clear()
         elif isinstance(message, RegistrationRefusal):
-            if not self._done.done():
-                self._done.set_exception(RegistrationRefused(message.reason))
+            self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Stop):
             self.stop()
 
     def _submit(self, submission: Submit) -> None:
+        key = Key(submission.request, submission.attempt)
+        if submission.decode is not None:
+            # Before the engine has it: a step of another thread may be done with it at once.
+            self._prefill.begin(submission, submission.decode)
         try:
             self._parts.engine.submit(
                 Work(
@@ -180,10 +183,12 @@ class Worker:
                 )
             )
         except RequestError as error:
-            self._fail(Key(submission.request, submission.attempt), str(error), retryable=False)
-            return
-        if submission.decode is not None:
-            self._prefill.begin(submission, submission.decode)
+            self._prefill.cancel(key)
+            self._fail(key, str(error), retryable=False)
+        except Exception as error:
+            log.exception("a request could not be submitted")
+            self._prefill.cancel(key)
+            self._fail(key, f"{type(error).__name__}: {error}", retryable=True)
         self._steps.wake()
 
     def _cancel(self, key: Key) -> None:
@@ -214,6 +219,14 @@ class Worker:
         for progress in result.progress:
             self._prefill.digest(progress)
         self._loop.call_soon_threadsafe(self._publish, result)
+
+    def _steps_failed(self, error: Exception) -> None:
+        """In the step thread: end the worker, so that its requests go elsewhere."""
+        self._loop.call_soon_threadsafe(self._end_with, error)
+
+    def _end_with(self, error: BaseException) -> None:
+        if not self._done.done():
+            self._done.set_exception(error)
 
     def _publish(self, result: StepResult) -> None:
         """One message for all tokens of the step; then what the step means for handoffs."""
@@ -304,8 +317,8 @@ class Worker:
         )
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and not self._done.done():
-            self._done.set_exception(error)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end_with(error)
 
 
 async def _every(seconds: float, call: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from bascule.types import Role, WorkerId
 log = logging.getLogger(__name__)
 
 _RESTARTS = 5
-"""A worker that has died this often is left dead."""
+"""A worker that dies this often in a row, without a stretch of `_STEADY_S` between, is not started again."""
+_STEADY_S = 60.0
 _GRACE_S = 5.0
 
 
@@ -65,7 +67,9 @@ class ProcessActuator:
                 group.create_task(self._keep(plan))
 
     async def _keep(self, plan: WorkerPlan) -> None:
-        for restart in range(_RESTARTS + 1):
+        deaths = 0
+        while deaths <= _RESTARTS:
+            started = time.monotonic()
             child = await asyncio.create_subprocess_exec(
                 *plan.command(self._model, self._join),
                 *("--parent", str(os.getpid())),
@@ -80,9 +84,10 @@ class ProcessActuator:
             self._on_death(plan.worker, how)
             if code == 2:
                 raise ConfigError(f"worker {plan.worker} could not start; its message is above")
+            deaths = 1 if time.monotonic() - started > _STEADY_S else deaths + 1
             log.error("worker %s (pid %d) %s; starting it again", plan.worker, child.pid, how)
-            await asyncio.sleep(min(5.0, 0.2 * 2**restart))
-        raise ConfigError(f"worker {plan.worker} died {_RESTARTS + 1} times; its messages are above")
+            await asyncio.sleep(min(5.0, 0.1 * 2**deaths))
+        raise ConfigError(f"worker {plan.worker} died {deaths} times in a row; its messages are above")
 
     async def stop(self) -> None:
         """End all workers: asked first, killed if they do not answer."""
