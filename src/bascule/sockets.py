@@ -32,14 +32,16 @@ def open_socket(
     return socket
 
 
-def post(socket: zmq.asyncio.Socket, frames: Sequence[bytes]) -> None:
-    """Queue a message without waiting; a peer that is gone is noticed by other means, not here."""
-    asyncio.ensure_future(socket.send_multipart(frames)).add_done_callback(_note_failure)
+def post(socket: zmq.asyncio.Socket, frames: Sequence[bytes], on_failure: Callable[[], None] | None = None) -> None:
+    """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there."""
 
+    def sent(future: asyncio.Future[Any]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            log.debug("a message was not sent: %s", error)
+            if on_failure is not None:
+                on_failure()
 
-def _note_failure(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        log.debug("a message was not sent: %s", error)
+    asyncio.ensure_future(socket.send_multipart(frames)).add_done_callback(sent)
 
 
 async def deliver(socket: zmq.asyncio.Socket, apply: Callable[[list[bytes]], None]) -> None:

@@ -69,6 +69,17 @@ def test_64_streams_of_mixed_lengths_all_complete_with_exact_counts(cluster: Clu
     cluster.wait_idle()
 
 
+@pytest.mark.timeout(200)
+def test_requests_that_end_with_their_first_token_leave_no_ticket_behind(cluster: Cluster) -> None:
+    async def all_at_once() -> list[tuple[int, int]]:
+        async with httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client:
+            return await asyncio.gather(*(stream(client, cluster, body(cluster, 17, 1, 5000 + i)) for i in range(96)))
+
+    assert asyncio.run(all_at_once()) == [(1, 1)] * 96
+    state = cluster.wait_idle()
+    assert all(worker["promised"] == 0 for worker in state["workers"])
+
+
 def worker_memory(cluster: Cluster) -> int:
     return sum(psutil.Process(worker["pid"]).memory_full_info().uss for worker in cluster.state()["workers"])
 

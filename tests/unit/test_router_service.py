@@ -12,7 +12,7 @@ from bascule.clock import VirtualClock
 from bascule.config import RoutingConfig
 from bascule.errors import DeadlineExceeded, Overloaded, RegistrationRefused, Unavailable, WorkerFailure
 from bascule.router.flight import Flight
-from bascule.router.service import MAX_ATTEMPTS, Service
+from bascule.router.service import GAP_S, MAX_ATTEMPTS, Service
 from bascule.router.view import ClusterView
 from bascule.types import (
     Epoch,
@@ -187,6 +187,63 @@ async def test_a_request_fails_only_after_several_workers_did() -> None:
 
 
 @scenario
+async def test_cached_tokens_are_those_of_the_first_prefill() -> None:
+    bench = Bench()
+    starting = bench.start()
+    await settle()
+    bench.tokens("p", TokenItem(RequestId("r"), 0, 0, 7, 4))
+    flight = await starting
+    bench.tokens("d", TokenItem(RequestId("r"), 0, 1, 8, 0, FinishReason.LENGTH))
+    assert [delta.cached_tokens async for delta in flight] == [4]
+
+
+@scenario
+async def test_a_prefill_worker_that_has_handed_over_can_fail_or_die_without_effect() -> None:
+    bench = Bench()
+    starting = bench.start()
+    await settle()
+    bench.tokens("p", item(0, 7))
+    flight = await starting
+    bench.tokens("d", item(1, 8))
+    bench.service.failed(
+        Failed(worker=WorkerId("p"), epoch=Epoch("p-1"), request=RequestId("r"), attempt=0, message="?", retryable=True)
+    )
+    bench.lose("p")
+    bench.tokens("d", item(2, 9, finish=FinishReason.LENGTH))
+    assert await collect(flight) == [7, 8, 9]
+    assert flight.attempt == 0 and not bench.clients["d"].cancelled
+
+
+@scenario
+async def test_a_token_lost_on_the_way_is_computed_again() -> None:
+    bench = Bench({"a": Role.MIXED, "b": Role.MIXED}, policy="replicated")
+    starting = bench.start()
+    await settle()
+    first = next(name for name, client in bench.clients.items() if client.submitted)
+    bench.tokens(first, item(0, 7), item(2, 9, finish=FinishReason.LENGTH))
+    flight = await starting
+    bench.service.tick()
+    bench.clock.advance(GAP_S + 0.1)
+    bench.service.tick()
+    other = "b" if first == "a" else "a"
+    assert bench.clients[other].submitted[0].generated == (7,)
+    bench.tokens(other, item(1, 8, attempt=1), item(2, 9, attempt=1, finish=FinishReason.LENGTH))
+    assert await collect(flight) == [7, 8, 9]
+
+
+@scenario
+async def test_a_submission_that_cannot_be_sent_goes_to_another_worker() -> None:
+    bench = Bench({"a": Role.MIXED, "b": Role.MIXED}, policy="replicated")
+    starting = bench.start()
+    await settle()
+    first = next(name for name, client in bench.clients.items() if client.submitted)
+    bench.service.unsent(WorkerId(first), bench.clients[first].submitted[0])
+    other = "b" if first == "a" else "a"
+    assert [submission.attempt for submission in bench.clients[other].submitted] == [1]
+    starting.cancel()
+
+
+@scenario
 async def test_a_failure_that_cannot_be_retried_ends_the_request_at_once() -> None:
     bench = Bench()
     starting = bench.start()
@@ -283,6 +340,13 @@ def test_a_burned_epoch_is_never_taken_back() -> None:
     with pytest.raises(RegistrationRefused, match="a-1"):
         view.check(offer("a", Role.MIXED, "a-1"))
     view.check(offer("a", Role.MIXED, "a-2"))
+
+
+def test_a_router_that_stood_still_does_not_blame_its_workers() -> None:
+    view = ClusterView(1000)
+    member = view.add(offer("a", Role.MIXED), 0.0)
+    view.excuse(60.0)
+    assert view.overdue(61.0, 3.0, 10.0) == [] and not member.suspect
 
 
 def test_missed_heartbeats_make_a_worker_suspect_and_then_dead() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from bascule.router.link import RouterLink
-from bascule.types import Epoch, RequestId
+from bascule.types import Epoch, RequestId, WorkerId
 from bascule.wire import Cancel, Stop, Submit
 
 
 class WorkerClient(Protocol):
-    """Sends never block and never fail: a worker that is gone is noticed by its heartbeats."""
+    """Sends never block. A submission that cannot be sent is reported; all else is noticed by missing heartbeats."""
 
     def submit(self, submission: Submit) -> None: ...
 
@@ -22,12 +23,16 @@ class WorkerClient(Protocol):
 class NativeClient:
     """A Bascule worker at the other end of the router's socket."""
 
-    def __init__(self, link: RouterLink, epoch: Epoch) -> None:
+    def __init__(
+        self, link: RouterLink, worker: WorkerId, epoch: Epoch, on_unsent: Callable[[WorkerId, Submit], None]
+    ) -> None:
         self._link = link
+        self._worker = worker
         self._epoch = epoch
+        self._on_unsent = on_unsent
 
     def submit(self, submission: Submit) -> None:
-        self._link.send(self._epoch, submission)
+        self._link.send(self._epoch, submission, lambda: self._on_unsent(self._worker, submission))
 
     def cancel(self, request: RequestId, attempt: int) -> None:
         self._link.send(self._epoch, Cancel(request, attempt))

@@ -36,6 +36,8 @@ class Flight:
         self._route: Placement | None = None
         self._on_cancel = on_cancel
         self._held: dict[int, TokenItem] = {}
+        self._gap_since: float | None = None
+        self._cached_tokens: int | None = None
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._wake = asyncio.Event()
@@ -58,6 +60,14 @@ class Flight:
         self.prefilling = True
         self.handed_over = False
 
+    def gap_outlasts(self, now: float, seconds: float) -> bool:
+        """Whether later tokens have waited that long for one that is missing. Called now and then."""
+        if not self._held:
+            self._gap_since = None
+        elif self._gap_since is None:
+            self._gap_since = now
+        return self._gap_since is not None and now - self._gap_since > seconds
+
     def needs(self, worker: WorkerId) -> bool:
         """Whether the current attempt cannot go on without that worker."""
         if self.placed is None:
@@ -77,6 +87,9 @@ class Flight:
         self._held[item.position] = item
         grown = False
         while not self.ended and (ready := self._held.pop(len(self.tokens), None)) is not None:
+            if self._cached_tokens is None:
+                # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
+                self._cached_tokens = ready.cached_tokens
             self.tokens.append(ready.token)
             self._fresh.append(ready)
             self.ended = ready.finish is not None
@@ -126,5 +139,5 @@ class Flight:
             tokens=tuple(item.token for item in items),
             logprobs=logprobs,
             finish=finish,
-            cached_tokens=items[0].cached_tokens,
+            cached_tokens=self._cached_tokens or 0,
         )

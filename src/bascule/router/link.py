@@ -31,9 +31,9 @@ class RouterLink:
             ) from error
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def send(self, epoch: Epoch, message: RouterMessage) -> None:
-        """Queue a message to the worker with that epoch; one that is gone is not an error here."""
-        post(self._socket, [epoch.encode(), encode(message)])
+    def send(self, epoch: Epoch, message: RouterMessage, on_failure: Callable[[], None] | None = None) -> None:
+        """Queue a message to the worker with that epoch; `on_failure` is called later if it is not connected."""
+        post(self._socket, [epoch.encode(), encode(message)], on_failure)
 
     async def serve(self, handler: Handler) -> None:
         """Deliver messages until cancelled."""

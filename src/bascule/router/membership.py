@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 TICK_S = 0.1
+STOOD_STILL_S = 0.5
+"""A tick later than this means that this process was paused, and heartbeats wait unread."""
 
 
 class Membership:
@@ -93,7 +95,7 @@ class Membership:
         self.stages.pop(offer.worker, None)
         self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
         log.info("worker %s joined as %s on %s", member.id, offer.role, offer.device)
-        self._service.joined(member, NativeClient(self._link, offer.epoch))
+        self._service.joined(member, NativeClient(self._link, member.id, offer.epoch, self._service.unsent))
 
     def _answer_stranger(self, sender: Epoch, message: Heartbeat) -> None:
         """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again."""
@@ -110,8 +112,14 @@ class Membership:
         self._service.lost(member, why)
 
     async def _watch(self) -> None:
+        last = self._clock.now()
         while True:
             await asyncio.sleep(TICK_S)
+            late = self._clock.now() - last - TICK_S
+            last = self._clock.now()
+            if late > STOOD_STILL_S:
+                log.warning("the router stood still for %.1f s", late)
+                self._view.excuse(late)
             dead = self._view.overdue(self._clock.now(), self._config.suspect_after, self._config.dead_after)
             for member in dead:
                 self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """Placements of one request, the first included, before a worker's failure becomes the request's."""
 
+GAP_S = 5.0
+"""Seconds that a stream may lack a token while later ones are there; a connection that broke has lost it."""
+
 
 class Service:
     """The `Backend` behind the api. Everything runs in one asyncio loop; nothing here waits for a worker."""
@@ -119,7 +122,7 @@ class Service:
 
     def failed(self, message: Failed) -> None:
         flight = self._flights.get(message.request)
-        if flight is None or flight.attempt != message.attempt or flight.placed is None:
+        if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
             return
         if message.retryable:
             self._again(flight, message.worker, message.message)
@@ -127,9 +130,19 @@ class Service:
             self._end_with(flight, WorkerFailure(f"worker {message.worker}: {message.message}"))
         self._dispatch()
 
+    def unsent(self, worker: WorkerId, submission: Submit) -> None:
+        """A submission did not reach its worker, which is not connected."""
+        flight = self._flights.get(submission.request)
+        if flight is not None and flight.attempt == submission.attempt and flight.placed is not None:
+            self._again(flight, worker, f"worker {worker} is not connected")
+            self._dispatch()
+
     def tick(self) -> None:
-        """Called a few times a second: ends requests whose deadline has passed."""
+        """Called a few times a second: ends requests whose deadline has passed, and retries those that lost a token."""
         now = self._clock.now()
+        for flight in list(self._flights.values()):
+            if flight.gap_outlasts(now, GAP_S) and flight.placed is not None:
+                self._again(flight, flight.placed.decode, "a token of the stream was lost")
         for flight in [flight for flight in self._flights.values() if now >= flight.deadline]:
             self._stop_workers(flight)
             self._end_with(

@@ -70,6 +70,11 @@ class ClusterView:
         member.last_seen = now
         member.suspect = False
 
+    def excuse(self, seconds: float) -> None:
+        """Silence does not count while nobody listened: the router itself stood still for that long."""
+        for member in self.members.values():
+            member.last_seen += seconds
+
     def overdue(self, now: float, suspect_after: float, dead_after: float) -> list[Member]:
         """Mark members suspect by missed heartbeats; returns those to be declared dead (seconds)."""
         for member in self.members.values():

@@ -23,7 +23,7 @@ from bascule.errors import RequestError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.transfer.base import Grant, Receiver
+from bascule.kv.transfer.base import SECRET_BYTES, Grant, Receiver
 from bascule.types import Epoch, ModelCard, TicketId
 from bascule.wire import (
     Abort,
@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 
 _GROWTH_TOKENS = 256
 """Output tokens that a reservation foresees room for."""
+
+
+_STOOD_STILL_S = 2.0
+"""Seconds between two calls of `expire` that mean a paused process."""
 
 
 class Stage(Enum):
@@ -96,6 +100,7 @@ class DecodeSide:
         self._clock = clock
         self._answer = answer
         self._wake = wake
+        self._last_expiry = clock.now()
         self._tickets: dict[TicketId, Incoming] = {}
         self._promised: deque[Incoming] = deque()
         self._quarantined: dict[TicketId, Lease] = {}
@@ -128,8 +133,16 @@ class DecodeSide:
 
     def grant_promises(self) -> None:
         """Memory may have become free: grant the tickets that wait, in order of arrival."""
-        while self._promised and self._grant(self._promised[0]):
-            self._promised.popleft()
+        while self._promised:
+            incoming = self._promised[0]
+            try:
+                if not self._grant(incoming):
+                    return
+            except Exception as error:
+                log.exception("a reservation failed")
+                self._refuse(incoming, "engine", f"the reservation failed: {type(error).__name__}: {error}")
+            else:
+                self._promised.popleft()
 
     def safe(self, ticket: TicketId) -> None:
         """No late write is possible for this ticket any more: its blocks leave quarantine."""
@@ -141,6 +154,12 @@ class DecodeSide:
     def expire(self) -> None:
         """Give up tickets that nobody renewed, and forget verdicts that nobody asks for any more."""
         now = self._clock.now()
+        paused = now - self._last_expiry
+        self._last_expiry = now
+        if paused > _STOOD_STILL_S:
+            # This process itself was paused: renewals wait unread, and their senders are not to blame.
+            for incoming in self._tickets.values():
+                incoming.deadline += paused
         for ticket, incoming in list(self._tickets.items()):
             if incoming.deadline > now:
                 continue
@@ -175,6 +194,10 @@ class DecodeSide:
             return "fingerprint", f"the KV is of model {prepare.fingerprint}, this worker serves {ours.fingerprint}"
         if prepare.layout != ours.layout:
             return "layout", f"the KV has layout {prepare.layout}, this worker's is {ours.layout}"
+        if len(prepare.secret) != SECRET_BYTES:
+            return "malformed", f"the secret has {len(prepare.secret)} bytes instead of {SECRET_BYTES}"
+        if not prepare.prompt or not all(0 <= token < ours.vocab for token in (*prepare.prompt, *prepare.generated)):
+            return "malformed", f"the prompt is empty or holds a token outside 0 to {ours.vocab - 1}"
         return None
 
     def _grant(self, incoming: Incoming) -> bool:
@@ -289,7 +312,7 @@ class DecodeSide:
         if incoming.verdict is not None:
             return
         ticket = incoming.prepare.ticket
-        if incoming.stage is Stage.PROMISED and incoming in self._promised:
+        if incoming in self._promised:
             self._promised.remove(incoming)
         incoming.stage = Stage.REFUSED
         if incoming.lease is not None:

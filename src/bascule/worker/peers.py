@@ -25,6 +25,7 @@ class Peers:
         self._epoch = epoch
         self._connections: dict[str, zmq.asyncio.Socket] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
+        self._peers: dict[WorkerId, PeerAddress] = {}
         self._listener = open_socket(context, zmq.ROUTER, linger_ms=0)
         try:
             self._listener.bind(f"tcp://{host}:*")
@@ -42,9 +43,11 @@ class Peers:
         """Send to a peer's listening socket; connects on first use."""
         connection = self._connections.get(peer.address)
         if connection is None:
+            self._forget_earlier(peer)
             connection = open_socket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch)
             connection.connect(peer.address)
             self._connections[peer.address] = connection
+            self._peers[peer.worker] = peer
             answers = deliver(connection, lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))
             self._readers[peer.address] = asyncio.create_task(answers)
         post(connection, [encode(message)])
@@ -58,6 +61,12 @@ class Peers:
         if (connection := self._connections.pop(peer.address, None)) is not None:
             self._readers.pop(peer.address).cancel()
             connection.close()
+
+    def _forget_earlier(self, peer: PeerAddress) -> None:
+        """A new incarnation listens elsewhere; nobody answers at the old address any more."""
+        earlier = self._peers.get(peer.worker)
+        if earlier is not None and earlier.epoch != peer.epoch:
+            self.forget(earlier)
 
     def close(self) -> None:
         for reader in self._readers.values():

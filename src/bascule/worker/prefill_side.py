@@ -125,6 +125,8 @@ class PrefillSide:
         handoff = Outgoing(submission, decode)
         self._by_key[handoff.key] = handoff
         handoff.task = asyncio.create_task(self._run(handoff))
+        # Not in the coroutine: one that is cancelled before its first step never gets to its `finally`.
+        handoff.task.add_done_callback(lambda _: self._ended(handoff))
 
     def digest(self, progress: Progress) -> None:
         """Take the checksums of what a step has just computed (in the step thread, before anyone else sees it)."""
@@ -206,9 +208,11 @@ class PrefillSide:
             log.exception("a handoff failed unexpectedly")
             self._engine.cancel(*handoff.key)
             self._on_lost(handoff.key, f"the handoff failed: {error}")
-        finally:
+
+    def _ended(self, handoff: Outgoing) -> None:
+        if self._by_key.get(handoff.key) is handoff:
             del self._by_key[handoff.key]
-            self._wake()
+        self._wake()
 
     async def _hand_over(self, handoff: Outgoing) -> None:
         for round_number in range(1, _ROUNDS + 1):
@@ -264,7 +268,8 @@ class PrefillSide:
             ),
         )
         try:
-            return await asyncio.wait_for(asyncio.shield(handoff.reserved), self._config.reserve_timeout)
+            async with asyncio.timeout(self._config.reserve_timeout):
+                return await asyncio.shield(handoff.reserved)
         except TimeoutError:
             raise HandoffFailed(
                 f"no blocks were granted within {self._config.reserve_timeout:g} s; decoding here", again=False
@@ -329,11 +334,13 @@ class PrefillSide:
         while asyncio.get_running_loop().time() < deadline:
             self._peers.send(handoff.decode, commit)
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(handoff.verdict), _REPEAT_S)
+                async with asyncio.timeout(_REPEAT_S):
+                    return await asyncio.shield(handoff.verdict)
         self._peers.forget(handoff.decode)
         raise VerdictLost
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Run a blocking transfer call, for as long as a handoff may go without a sign of life."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        return await asyncio.wait_for(running, self._config.handoff_timeout)
+        async with asyncio.timeout(self._config.handoff_timeout):
+            return await running

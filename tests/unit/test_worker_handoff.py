@@ -1,0 +1,241 @@
+"""Both sides of a handoff, alone: what they do with messages and cancels that come at the wrong moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from bascule.clock import VirtualClock
+from bascule.config import HandoffConfig
+from bascule.engine.core import Engine, EngineLimits
+from bascule.engine.mock import MockRunner, mock_card
+from bascule.engine.sequence import Key
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
+from bascule.policies.cost import CostModel
+from bascule.types import Epoch, RequestId, SamplingParams, TicketId, WorkerId
+from bascule.wire import Abort, Commit, HandoffRefused, Manifest, PeerAddress, PeerMessage, Prepare, Reserved, Submit
+from bascule.worker.decode_side import DecodeSide
+from bascule.worker.prefill_side import PrefillSide
+
+CARD = mock_card(vocab=1000)
+SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
+
+
+@dataclass
+class FakePeers:
+    """Records what would be sent."""
+
+    address: PeerAddress = SOURCE
+    sent: list[PeerMessage] = field(default_factory=list)
+
+    def send(self, peer: PeerAddress, message: PeerMessage) -> None:
+        self.sent.append(message)
+
+    def forget(self, peer: PeerAddress) -> None:
+        raise AssertionError("nobody asked")
+
+
+@dataclass
+class Rig:
+    engine: Engine
+    arena: Arena
+    books: Books
+    hasher: BlockHasher
+
+
+@contextmanager
+def rig() -> Iterator[Rig]:
+    """An engine of 32 blocks; its books must be clean and without leases at the end."""
+    with Arena.create(CARD.layout, 32) as arena:
+        books, hasher = Books(32, CARD.layout.block_size), BlockHasher(CARD.fingerprint, CARD.layout.block_size)
+        limits = EngineLimits(max_sequences=8, chunk_tokens=64, step_tokens=64)
+        engine = Engine(MockRunner(CARD, CostModel(), lambda _: None), arena, books, hasher, limits)
+        yield Rig(engine, arena, books, hasher)
+        assert engine.check_integrity() == []
+        assert (books.counts.held, books.counts.quarantined) == (0, 0)
+
+
+def prepare(**changes: Any) -> Prepare:
+    values: dict[str, Any] = {
+        "ticket": TicketId("t"),
+        "secret": bytes(16),
+        "source": SOURCE,
+        "request": RequestId("r"),
+        "attempt": 0,
+        "prompt": tuple(range(1, 41)),
+        "generated": (),
+        "sampling": SamplingParams(max_tokens=8),
+        "fingerprint": CARD.fingerprint,
+        "layout": CARD.layout,
+    }
+    return Prepare(**(values | changes))
+
+
+@dataclass
+class DecodeRig:
+    side: DecodeSide
+    answers: list[PeerMessage]
+    clock: VirtualClock
+    books: Books
+
+
+@contextmanager
+def decode_side() -> Iterator[DecodeRig]:
+    with rig() as parts:
+        answers: list[PeerMessage] = []
+        clock = VirtualClock()
+        side = DecodeSide(
+            parts.engine,
+            parts.arena,
+            parts.hasher,
+            CARD,
+            Epoch("d-1"),
+            HandoffConfig(),
+            clock,
+            answer=lambda epoch, message: answers.append(message),
+            wake=lambda: None,
+        )
+        side.receivers = {"loopback": LoopbackReceiver(parts.arena, side.safe, LoopbackNetwork())}
+        yield DecodeRig(side, answers, clock, parts.books)
+        side.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"secret": b"short"}, "malformed"),
+        ({"prompt": ()}, "malformed"),
+        ({"prompt": (1, -1)}, "malformed"),
+        ({"prompt": (1, 2**40)}, "malformed"),
+        ({"fingerprint": "other"}, "fingerprint"),
+        ({"layout": structs.replace(CARD.layout, block_size=8)}, "layout"),
+    ],
+)
+def test_a_prepare_that_cannot_be_meant_is_refused_and_the_next_one_granted(changes: dict[str, Any], kind: str) -> None:
+    with decode_side() as rigged:
+        rigged.side.apply(SOURCE.epoch, prepare(**changes))
+        refusal = rigged.answers.pop()
+        assert isinstance(refusal, HandoffRefused) and refusal.kind == kind and refusal.reason
+        rigged.side.apply(SOURCE.epoch, prepare(ticket=TicketId("u")))
+        assert isinstance(rigged.answers.pop(), Reserved)
+        rigged.side.apply(SOURCE.epoch, Abort(TicketId("u")))
+        rigged.side.expire()
+
+
+def test_tickets_wait_for_memory_in_order_and_expire_without_renewal() -> None:
+    with decode_side() as rigged:
+        for name in ("a", "b"):
+            rigged.side.apply(SOURCE.epoch, prepare(ticket=TicketId(name), prompt=tuple(range(1, 401))))
+        assert rigged.side.promised == 1
+        rigged.side.apply(SOURCE.epoch, Abort(TicketId("a")))
+        rigged.side.expire()
+        granted = [answer.ticket for answer in rigged.answers if isinstance(answer, Reserved)]
+        assert granted == ["a", "b"]
+        for _ in range(40):
+            rigged.clock.advance(1.0)
+            rigged.side.expire()
+        assert rigged.side.refused["expired"] == 1
+
+
+def test_a_decode_worker_that_was_paused_does_not_expire_tickets_at_once() -> None:
+    with decode_side() as rigged:
+        rigged.side.apply(SOURCE.epoch, prepare())
+        rigged.clock.advance(300.0)
+        rigged.side.expire()
+        assert rigged.side.refused["expired"] == 0
+        rigged.side.cancel(Key(RequestId("r"), 0))
+
+
+@pytest.mark.parametrize("kind", ["checksum", "epoch", "attempt", "hashes", "length"])
+def test_a_commit_whose_manifest_lies_is_refused_and_its_blocks_given_back(kind: str) -> None:
+    async def scenario(rigged: DecodeRig, hasher: BlockHasher) -> None:
+        asked = prepare()
+        rigged.side.apply(SOURCE.epoch, asked)
+        reserved = rigged.answers.pop()
+        assert isinstance(reserved, Reserved)
+        true = Manifest(
+            fingerprint=CARD.fingerprint,
+            layout=CARD.layout,
+            source_epoch=SOURCE.epoch,
+            target_epoch=reserved.epoch,
+            attempt=0,
+            tokens=40,
+            have_blocks=0,
+            hashes=tuple(hasher.chain(asked.prompt)),
+            checksums=(b"no", b"not", b"never"),
+        )
+        lies: dict[str, dict[str, Any]] = {
+            "checksum": {},
+            "epoch": {"target_epoch": Epoch("d-0")},
+            "attempt": {"attempt": 1},
+            "hashes": {"hashes": true.hashes[::-1]},
+            "length": {"tokens": 39},
+        }
+        commit = Commit(asked.ticket, 5, structs.replace(true, **lies[kind]))
+        rigged.side.apply(SOURCE.epoch, commit)
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if rigged.answers:
+                break
+        refusal = rigged.answers.pop()
+        assert isinstance(refusal, HandoffRefused) and refusal.kind == kind
+        rigged.side.apply(SOURCE.epoch, commit)
+        assert rigged.answers.pop() == refusal, "a verdict stands"
+
+    with decode_side() as rigged:
+        asyncio.run(scenario(rigged, BlockHasher(CARD.fingerprint, CARD.layout.block_size)))
+
+
+@pytest.mark.parametrize("passes", range(6))
+def test_a_cancel_around_the_reservation_ends_the_handoff_and_says_so(passes: int) -> None:
+    """Whatever number of loop passes lie between the answer and the cancel: the ticket is given up."""
+
+    async def scenario(parts: Rig) -> None:
+        peers = FakePeers()
+        side = PrefillSide(
+            parts.engine,
+            parts.arena,
+            parts.hasher,
+            CARD,
+            peers,  # type: ignore[arg-type]
+            {},
+            HandoffConfig(),
+            on_lost=lambda key, why: pytest.fail(why),
+            wake=lambda: None,
+        )
+        decode = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
+        submission = Submit(
+            request=RequestId("r"),
+            attempt=0,
+            prompt=tuple(range(1, 41)),
+            generated=(),
+            sampling=SamplingParams(max_tokens=8),
+            decode=decode,
+        )
+        side.begin(submission, decode)
+        if passes:
+            await asyncio.sleep(0.01)
+            asked = peers.sent[0]
+            assert isinstance(asked, Prepare)
+            side.apply(Reserved(ticket=asked.ticket, epoch=decode.epoch, blocks=(0, 1, 2), have_blocks=3, endpoints=()))
+            for _ in range(passes - 1):
+                await asyncio.sleep(0)
+        side.cancel(Key(RequestId("r"), 0))
+        await asyncio.wait_for(side.close(), 5)
+        await asyncio.sleep(0)
+        before = len(peers.sent)
+        side.renew()
+        assert len(peers.sent) == before, "an ended handoff is still renewed"
+        assert not passes or isinstance(peers.sent[-1], Abort)
+
+    with rig() as parts:
+        asyncio.run(scenario(parts))
