@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,22 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.base import Endpoint, Move
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
 from bascule.policies.cost import CostModel
 from bascule.types import Epoch, RequestId, SamplingParams, TicketId, WorkerId
-from bascule.wire import Abort, Commit, HandoffRefused, Manifest, PeerAddress, PeerMessage, Prepare, Reserved, Submit
+from bascule.wire import (
+    Abort,
+    Commit,
+    HandoffRefused,
+    Manifest,
+    PeerAddress,
+    PeerMessage,
+    Prepare,
+    Reserved,
+    Submit,
+    TransferEndpoint,
+)
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.prefill_side import PrefillSide
 
@@ -42,6 +54,31 @@ class FakePeers:
 
     def forget(self, peer: PeerAddress) -> None:
         raise AssertionError("nobody asked")
+
+
+class FakeSession:
+    """A session that moves nothing."""
+
+    transport = "fake"
+
+    def push(self, moves: Sequence[Move]) -> int:
+        return 0
+
+    def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class FakeSender:
+    transport = "fake"
+
+    def open(self, endpoint: Endpoint, ticket: TicketId, secret: bytes) -> FakeSession:
+        return FakeSession()
+
+    def close(self) -> None:
+        return None
 
 
 @dataclass
@@ -207,7 +244,7 @@ def test_a_cancel_around_the_reservation_ends_the_handoff_and_says_so(passes: in
             parts.hasher,
             CARD,
             peers,  # type: ignore[arg-type]
-            {},
+            {"fake": FakeSender()},
             HandoffConfig(),
             on_lost=lambda key, why: pytest.fail(why),
             wake=lambda: None,
@@ -226,16 +263,19 @@ def test_a_cancel_around_the_reservation_ends_the_handoff_and_says_so(passes: in
             await asyncio.sleep(0.01)
             asked = peers.sent[0]
             assert isinstance(asked, Prepare)
-            side.apply(Reserved(ticket=asked.ticket, epoch=decode.epoch, blocks=(0, 1, 2), have_blocks=3, endpoints=()))
+            ways = (TransferEndpoint("fake", "nowhere", "here"),)
+            side.apply(
+                Reserved(ticket=asked.ticket, epoch=decode.epoch, blocks=(0, 1, 2), have_blocks=0, endpoints=ways)
+            )
             for _ in range(passes - 1):
                 await asyncio.sleep(0)
         side.cancel(Key(RequestId("r"), 0))
-        await asyncio.wait_for(side.close(), 5)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.2)
         before = len(peers.sent)
         side.renew()
         assert len(peers.sent) == before, "an ended handoff is still renewed"
         assert not passes or isinstance(peers.sent[-1], Abort)
+        await asyncio.wait_for(side.close(), 5)
 
     with rig() as parts:
         asyncio.run(scenario(parts))
