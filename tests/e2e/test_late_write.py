@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import signal
+import socket
 import threading
 
 import httpx
@@ -28,17 +29,14 @@ def test_a_late_write_changes_no_other_requests_tokens(transfer: str, references
     flags += ["--dtype", "float32", "--chunk-tokens", "64", "--kv-memory", "128MiB", "--no-prefix-cache"]
     with serve("smollm2", *flags, "--dead-after", "60", "--suspect-after", "1") as cluster:
         body = {"model": cluster.model, "prompt": victim, "max_tokens": 8, "stream": True}
-        client = httpx.Client(timeout=60)
-        sending = threading.Thread(target=lambda: _abandon(client, cluster, body))
-        sending.start()
+        connection = _send(cluster, body)
         state = cluster.wait(lambda state: _pushing(state) is not None, "a push has begun")
         stopped = _pushing(state)
         assert stopped is not None
         pid = cluster.pid(stopped)
         os.kill(pid, signal.SIGSTOP)
         try:
-            client.close()
-            sending.join(10)
+            connection.close()
             if transfer == "shm":
                 cluster.wait(
                     lambda state: _decode(state)["kv_blocks_quarantined"] > 0, "the granted blocks in quarantine"
@@ -63,10 +61,14 @@ def test_a_late_write_changes_no_other_requests_tokens(transfer: str, references
         assert cluster.pid(stopped) == pid, "the worker came back as it was"
 
 
-def _abandon(client: httpx.Client, cluster: Cluster, body: dict[str, object]) -> None:
-    """Send a request whose client is closed under it."""
-    with contextlib.suppress(httpx.HTTPError, RuntimeError, OSError):
-        client.post(f"{cluster.url}/v1/completions", json=body)
+def _send(cluster: Cluster, body: dict[str, object]) -> socket.socket:
+    """Send a request and read nothing; closing the socket is the client going away."""
+    address = httpx.URL(cluster.url)
+    content = json.dumps(body).encode()
+    connection = socket.create_connection((address.host, address.port or 80))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
 
 
 def _complete(cluster: Cluster, one: Reference, outputs: dict[int, list[int]], index: int) -> None:

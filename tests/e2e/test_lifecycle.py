@@ -193,6 +193,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 def test_two_workers_share_one_core_and_xpyd_pools_of_any_size_serve(tmp_path: Path) -> None:
     flags = ["--prefill", "2", "--decode", "3", "--devices", "cpu:0,cpu:0,cpu:0,cpu:0,cpu:0", *MOCK]
+    flags += ["--suspect-after", "60", "--dead-after", "120"]
     with serve("smollm2", *flags) as cluster:
         routes = {cluster.complete([index, 5, 6], max_tokens=3)["route"] for index in range(12)}
         assert len(routes) > 3 and all(route.startswith("remote;") for route in routes)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request
 
-from bascule.api.errors import ClientGone
+from bascule.api.errors import ClientGone, SlowBody
 from bascule.api.fields import type_name
 from bascule.errors import InvalidRequest, TooLarge
+
+BODY_SECONDS = 20.0
+"""A body that takes longer to arrive is given up, so that it holds neither its connection nor a stop of the server."""
 
 
 async def read_object(request: Request, limit: int) -> dict[str, object]:
     """The JSON object in the body of at most `limit` bytes.
 
-    Raises TooLarge as soon as that is known, InvalidRequest for anything but a JSON object, and ClientGone.
+    Raises TooLarge as soon as that is known, InvalidRequest for anything but a JSON object, SlowBody, and ClientGone.
     """
-    return _decode(await _read(request, limit))
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await _read(request, limit)
+    except TimeoutError:
+        raise SlowBody(f"The body did not arrive within {BODY_SECONDS:g} s; send it whole.", code="timeout") from None
+    return _decode(body)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -35,6 +45,8 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def _decode(body: bytes) -> dict[str, object]:
+    if not body:
+        raise InvalidRequest("The body is empty; send a JSON object.", code="invalid_json")
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError as error:

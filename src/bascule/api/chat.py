@@ -5,7 +5,16 @@ from __future__ import annotations
 from bascule.api.fields import Fields, check_text, type_name, wrong_type, wrong_value
 from bascule.api.forms import json_logprob
 from bascule.api.parameters import check_model, read_parameters
-from bascule.api.prompts import Call, Served, check_outputs, fitted, refuse_unsupported, tokenised
+from bascule.api.prompts import (
+    MAX_TOKENS,
+    TEXT_ONLY,
+    Call,
+    Served,
+    check_outputs,
+    fitted,
+    refuse_unsupported,
+    tokenised,
+)
 from bascule.api.text import Piece, TokenReport
 from bascule.api.tokens import Message, Tokenizer
 from bascule.errors import InvalidRequest
@@ -38,14 +47,13 @@ def _refuse_unsupported_fields(fields: Fields) -> None:
     refuse_unsupported(fields, "audio", "is not supported: this server answers with text only.")
     refuse_unsupported(fields, "modalities", 'may only be ["text"]: this server answers with text.', (["text"],))
     refuse_unsupported(fields, "web_search_options", "is not supported: this server does not search the web.")
-    text_only = 'may only be {"type": "text"}: this server does not constrain its output.'
-    refuse_unsupported(fields, "response_format", text_only, ({"type": "text"},))
+    refuse_unsupported(fields, "response_format", TEXT_ONLY, ({"type": "text"},))
 
 
 def _max_tokens(fields: Fields) -> int | None:
     """`max_completion_tokens`, or else its older name."""
-    older = fields.integer("max_tokens", None, 1)
-    return fields.integer("max_completion_tokens", older, 1)
+    older = fields.integer("max_tokens", None, 1, MAX_TOKENS)
+    return fields.integer("max_completion_tokens", older, 1, MAX_TOKENS)
 
 
 def _logprobs(fields: Fields) -> int | None:

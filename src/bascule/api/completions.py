@@ -5,7 +5,17 @@ from __future__ import annotations
 from bascule.api.fields import Fields, wrong_type, wrong_value
 from bascule.api.forms import json_logprob
 from bascule.api.parameters import Parameters, check_model, read_parameters
-from bascule.api.prompts import Call, Prompt, Served, check_outputs, fitted, refuse_unsupported, tokenised
+from bascule.api.prompts import (
+    MAX_TOKENS,
+    TEXT_ONLY,
+    Call,
+    Prompt,
+    Served,
+    check_outputs,
+    fitted,
+    refuse_unsupported,
+    tokenised,
+)
 from bascule.api.text import Piece, TokenReport
 from bascule.api.tokens import Tokenizer
 from bascule.errors import InvalidRequest
@@ -18,8 +28,10 @@ async def read_completion(fields: Fields, served: Served, tokenizer: Tokenizer) 
     """Check the body of a completion; raises InvalidRequest or NotFound."""
     check_model(fields, served.card)
     refuse_unsupported(fields, "suffix", "is not supported: this server does not insert text.", harmless=("",))
+    refuse_unsupported(fields, "tools", "is not supported: this server does not call tools.", harmless=([],))
+    refuse_unsupported(fields, "response_format", TEXT_ONLY, harmless=({"type": "text"},))
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-    max_tokens = fields.integer("max_tokens", None, 1)
+    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKENS)
     parameters = read_parameters(fields, served.card, max_tokens=max_tokens, logprobs=logprobs)
     best_of = fields.integer("best_of", parameters.n, 1)
     if best_of != parameters.n:

@@ -9,6 +9,16 @@ from starlette.responses import Response
 
 from bascule.errors import NotFound, Overloaded, RequestError
 
+MAX_MESSAGE = 1000
+"""Characters of an error message; a client's own words in it may be long."""
+
+
+class SlowBody(RequestError):
+    """408: the body did not arrive in time."""
+
+    status = 408
+    kind = "invalid_request_error"
+
 
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
@@ -23,7 +33,8 @@ class MethodNotAllowed(RequestError):
 
 def error_body(error: RequestError) -> bytes:
     """`error` as the JSON object that OpenAI's clients read: `{"error": {message, type, param, code}}`."""
-    fields = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    message = error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + " ..."
+    fields = {"message": message, "type": error.kind, "param": error.param, "code": error.code}
     return msgspec.json.encode({"error": fields})
 
 

@@ -19,6 +19,11 @@ Text = TypeVar("Text")
 MAX_OUTPUTS = 256
 """Most choices of one HTTP request, over all its prompts."""
 
+MAX_TOKENS = 2**31 - 1
+"""Largest output that may be asked for; what fits is far less, but numbers up to here can be compared and named."""
+
+TEXT_ONLY = 'may only be {"type": "text"}: this server does not constrain its output.'
+
 LONG_TEXT = 16_384
 """Characters from which on tokenising leaves the event loop, so that it does not stall other requests' streams."""
 

@@ -26,11 +26,11 @@ app = App(
     help="Disaggregated LLM inference: prefill and decode on separate workers, the KV cache handed off between them.",
 )
 # By name, so that a process imports only what its own command needs.
-app.command("bascule.cli.serve:serve", name="serve")
-app.command("bascule.cli.router:router", name="router")
-app.command("bascule.cli.worker:worker", name="worker")
-app.command("bascule.cli.models:app", name="models")
-app.command("bascule.cli.doctor:doctor", name="doctor")
+app.command("bascule.cli.serve:serve", name="serve", help="Serve a model from this machine: a router and its workers.")
+app.command("bascule.cli.router:router", name="router", help="Run a router without workers.")
+app.command("bascule.cli.worker:worker", name="worker", help="Run one worker and join a router.")
+app.command("bascule.cli.models:app", name="models", help="Pull models, and list those on this machine.")
+app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
     "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig),

@@ -70,7 +70,8 @@ class TextTokenizer:
         InvalidRequest for text that is not valid Unicode (half of a surrogate pair).
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_bos).ids
+            # As a batch of one: unlike `encode` it lets other threads run, and a long text is several times as fast.
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_bos)[0].ids
         except TypeError:  # what the library raises for a string that UTF-8 cannot express
             raise InvalidRequest("the text holds half of a surrogate pair, which is not valid Unicode") from None
         return ids
