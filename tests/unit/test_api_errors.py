@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -219,6 +220,32 @@ def test_a_missing_model_or_prompt_is_said_to_be_missing(rig: ApiRig) -> None:
 def test_a_body_that_is_no_json_object_is_refused(rig: ApiRig, body: bytes) -> None:
     error = assert_shape(rig.http.post("/v1/completions", content=body), 400)
     assert error["message"].startswith("The body")
+
+
+def test_an_empty_body_is_called_that(rig: ApiRig) -> None:
+    assert "empty" in assert_shape(rig.http.post("/v1/completions", content=b""), 400)["message"]
+
+
+def test_a_body_that_never_ends_is_given_up(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bascule.api.body.BODY_SECONDS", 0.2)
+    with socket.create_connection((rig.http.base_url.host, rig.http.base_url.port or 80), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_number_too_long_to_print_is_refused_like_any_other(rig: ApiRig) -> None:
+    body = b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 4300 + b"}"
+    error = assert_shape(rig.http.post("/v1/completions", content=body), 400)
+    assert error["param"] == "max_tokens" and len(error["message"]) < 200
+
+
+def test_a_clients_long_words_are_not_repeated_whole(rig: ApiRig) -> None:
+    assert len(assert_shape(rig.complete(model="x" * 15_000), 404)["message"]) < 1200
+
+
+@pytest.mark.parametrize("field", ["tools", "response_format"])
+def test_completions_refuse_what_would_change_the_answer(rig: ApiRig, field: str) -> None:
+    assert assert_shape(rig.complete(**{field: {"type": "other"}}), 400)["param"] == field
 
 
 def test_invalid_utf8_is_called_that(rig: ApiRig) -> None:
