@@ -29,6 +29,7 @@ PROMPTS = [
     "1",
 ]
 TOP_LOGPROB = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
+TOP_LOGPROBS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
 BLOCKS_EACH = 40
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
@@ -115,10 +116,19 @@ def test_bfloat16_keeps_the_top_log_probability_of_every_position(
 
 
 @pytest.mark.parametrize("chunk", [1000, 16, 7, 1])
-def test_bfloat16_decides_a_close_call_as_float32_does(bfloat16: TorchRunner, chunk: int) -> None:
-    """The answer's first token leads by 0.08 in a logit of 25, less than the 0.125 between neighbours in bfloat16."""
+def test_bfloat16_keeps_the_margin_of_a_close_call(bfloat16: TorchRunner, chunk: int) -> None:
+    """The answer's first token leads by 0.08 in float32, less than the 0.125 between neighbouring bfloat16 logits.
+
+    Which of the two wins is not asserted: bfloat16 promises a distribution, and processors round differently.
+    """
     model = load_model("smollm2")
     question = model.chat_template.render([{"role": "user", "content": "What is the capital of France?"}])
-    sequence = Running(model.tokenizer.encode(question, add_bos=False), blocks_of(0))
-    answer = model.tokenizer.decode(generate(bfloat16, sequence, 7, chunk))
-    assert answer == "The capital of France is Paris."
+    tokens = model.tokenizer.encode(question, add_bos=False)
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
+        wanted = TOP_LOGPROBS if start + len(part) == len(tokens) else None
+        (sampled,) = bfloat16.execute([Slice(part, start, blocks_of(0), wanted, tokens, len(tokens))])
+    assert sampled is not None and sampled.logprobs is not None
+    logprobs = dict(sampled.logprobs.top)
+    (answer, *_), (other, *_) = model.tokenizer.encode("The", add_bos=False), model.tokenizer.encode("L", add_bos=False)
+    assert abs(logprobs[answer] - logprobs[other] - 0.08) < 0.15
