@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch_support import Running, generate, poisoned_arena, reference_greedy, step
+from torch_support import Running, poisoned_arena, reference_greedy, step
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from bascule.engine.protocol import Sampled, Slice
