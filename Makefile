@@ -19,6 +19,7 @@ $(VENV)/.engine: pyproject.toml | $(BIN)/python
 	@echo "installing the engine (a few minutes the first time)"
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[engine]'
+	@$(BIN)/python -m bascule.engine.native.build
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.engine

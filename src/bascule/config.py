@@ -36,6 +36,11 @@ class ModelConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of weights and KV cache; float32 is exact and slower."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """Weights as codes of 4 or 8 bits, which small batches read faster: auto where the file stores them so (none of its
+    precision is lost), int8 or int4 for any model (some is), none for bfloat16 alone."""
+    dense_twin: bool = True
+    """Keep quantised weights in bfloat16 too, for large batches; without, a worker needs a third of the memory."""
     model_name: str | None = None
     """Name under which the API serves the model (default: as given on the command line)."""
     max_model_len: int | None = None

@@ -67,12 +67,17 @@ class InstalledModel(Struct, frozen=True):
     state: FileState
 
 
-def models_directory() -> Path:
-    """Where pulled models lie: in `models` under $BASCULE_CACHE, $XDG_CACHE_HOME/bascule or ~/.cache/bascule."""
+def cache_home() -> Path:
+    """Where what can be made again lies: $BASCULE_CACHE, $XDG_CACHE_HOME/bascule or ~/.cache/bascule."""
     if own := os.environ.get("BASCULE_CACHE"):
-        return Path(own).expanduser() / "models"
+        return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bascule" / "models"
+    return (Path(base) if base else Path.home() / ".cache") / "bascule"
+
+
+def models_directory() -> Path:
+    """Where pulled models lie."""
+    return cache_home() / "models"
 
 
 def installed() -> list[InstalledModel]:

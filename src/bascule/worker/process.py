@@ -134,6 +134,8 @@ def _torch_runner(settings: WorkerSettings) -> Runner:
         name=settings.model_config.model_name or settings.model,
         block_size=settings.engine_config.block_size,
         context=settings.model_config.max_model_len,
+        quantize=settings.model_config.quantize,
+        dense_twin=settings.model_config.dense_twin,
     )
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import embedding, silu
 
 from bascule.engine.torch.attention import attend
 from bascule.engine.torch.linear import Head, Linear
-from bascule.engine.torch.plan import StepPlan
+from bascule.engine.torch.plan import StepPlan, StepTensors, on_device
 from bascule.engine.torch.rope import Rope, RopeTables, rotate
 from bascule.models.spec import ModelSpec
 
@@ -62,28 +62,31 @@ class Decoder:
 
         `kv` is [2 * layers, slots, kv_heads, head_dim]; the keys and values of the step's tokens are written into it.
         """
-        hidden = embedding(plan.tokens, self._embedding).float()
-        tables = self._rope.tables(plan.positions)
+        step = on_device(plan, kv.dtype, kv.device)
+        hidden = embedding(step.tokens, self._embedding).float()
+        tables = self._rope.tables(step.positions)
         for index, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, self._spec.norm_eps)
-            hidden = hidden + self._attention(layer, normed, plan, tables, kv[2 * index : 2 * index + 2])
+            hidden = hidden + self._attention(layer, normed, plan, step, tables, kv[2 * index : 2 * index + 2])
             normed = rms_norm(hidden, layer.mlp_norm, self._spec.norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(silu(gate.float()) * up)
         if not len(plan.drawn):
             return hidden.new_empty(0, self._spec.vocab)
-        return self._head(rms_norm(hidden[plan.drawn], self._norm, self._spec.norm_eps))
+        return self._head(rms_norm(hidden[step.drawn], self._norm, self._spec.norm_eps))
 
-    def _attention(self, layer: Layer, x: Tensor, plan: StepPlan, tables: RopeTables, kv: Tensor) -> Tensor:
+    def _attention(
+        self, layer: Layer, x: Tensor, plan: StepPlan, step: StepTensors, tables: RopeTables, kv: Tensor
+    ) -> Tensor:
         spec = self._spec
         projected = layer.query_key_value(x).view(len(x), spec.heads + 2 * spec.kv_heads, spec.head_dim)
         turned = projected[:, : spec.heads + spec.kv_heads]
         if layer.head_norm is not None:
             turned = rms_norm(turned, layer.head_norm, spec.norm_eps)
         turned = rotate(turned, tables).to(kv.dtype)
-        kv[0].index_copy_(0, plan.slots, turned[:, spec.heads :])
-        kv[1].index_copy_(0, plan.slots, projected[:, spec.heads + spec.kv_heads :])
-        return layer.attention_output(attend(turned[:, : spec.heads], kv, plan.sequences))
+        kv[0].index_copy_(0, step.slots, turned[:, spec.heads :])
+        kv[1].index_copy_(0, step.slots, projected[:, spec.heads + spec.kv_heads :])
+        return layer.attention_output(attend(turned[:, : spec.heads], kv, plan.sequences, step.masks))
 
 
 def _layer(spec: ModelSpec, weights: dict[str, Tensor], prefix: str) -> Layer:

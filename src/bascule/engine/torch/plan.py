@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.engine.protocol import Slice
@@ -16,14 +18,13 @@ from bascule.kv.arena import runs
 class SequencePlan:
     """One slice of the batch, as attention sees it.
 
-    `rows` are its tokens among the packed tokens of the step. `context` are the runs of arena slots that hold its keys
-    and values from position 0 through its last token, in order.
+    `rows` are its tokens among the packed tokens of the step, the first at position `start`. `context` are the runs of
+    arena slots that hold its keys and values from position 0 through its last token, in order.
     """
 
     rows: slice
+    start: int
     context: tuple[slice, ...]
-    mask: Tensor | None
-    """What is added to the scores, [tokens, context], where a chunk follows KV of earlier steps; else None."""
 
     @property
     def tokens(self) -> int:
@@ -37,19 +38,31 @@ class StepPlan:
     A slot is a position of the arena: block `b` holds the slots `b * block_size` to `(b + 1) * block_size - 1`.
     """
 
-    tokens: Tensor
+    tokens: NDArray[np.int32]
     """[T] token ids."""
-    positions: Tensor
+    positions: NDArray[np.int32]
     """[T] place of each token in its own sequence."""
-    slots: Tensor
+    slots: NDArray[np.int64]
     """[T] where each token's keys and values go."""
-    drawn: Tensor
+    drawn: NDArray[np.int32]
     """Rows after which a token is drawn."""
     sequences: tuple[SequencePlan, ...]
 
 
-def plan_step(batch: Sequence[Slice], block_size: int, dtype: torch.dtype, device: torch.device) -> StepPlan:
-    """Lay out `batch`; masks get `dtype`. Raises ValueError for an empty slice or a block table that is too short."""
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A plan's arrays on the device, as torch wants them."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    drawn: Tensor
+    masks: tuple[Tensor | None, ...]
+    """For each sequence what is added to its scores, [tokens, context], or None (see `_causal_mask`)."""
+
+
+def plan_step(batch: Sequence[Slice], block_size: int) -> StepPlan:
+    """Lay out `batch`. Raises ValueError for an empty slice or a block table that is too short."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -63,14 +76,24 @@ def plan_step(batch: Sequence[Slice], block_size: int, dtype: torch.dtype, devic
         slots.extend(_slots_from(context, part.start))
         if part.sampling is not None:
             drawn.append(len(tokens) - 1)
-        mask = _causal_mask(part.start, len(part.tokens), dtype, device)
-        sequences.append(SequencePlan(rows=slice(first, len(tokens)), context=context, mask=mask))
+        sequences.append(SequencePlan(rows=slice(first, len(tokens)), start=part.start, context=context))
     return StepPlan(
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        drawn=torch.tensor(drawn, dtype=torch.long, device=device),
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        slots=np.array(slots, np.int64),
+        drawn=np.array(drawn, np.int32),
         sequences=tuple(sequences),
+    )
+
+
+def on_device(plan: StepPlan, dtype: torch.dtype, device: torch.device) -> StepTensors:
+    """The plan's arrays as tensors on `device`; masks get `dtype`."""
+    return StepTensors(
+        tokens=torch.from_numpy(plan.tokens).to(device),
+        positions=torch.from_numpy(plan.positions).to(device),
+        slots=torch.from_numpy(plan.slots).to(device),
+        drawn=torch.from_numpy(plan.drawn).to(device, torch.long),
+        masks=tuple(_causal_mask(sequence.start, sequence.tokens, dtype, device) for sequence in plan.sequences),
     )
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bascule.engine.protocol import Sampled, Slice
-from bascule.engine.torch.model import Decoder
+from bascule.engine.torch.forms import Decoders, load_decoders
 from bascule.engine.torch.penalties import Draw
 from bascule.engine.torch.plan import plan_step
 from bascule.engine.torch.sampling import sample
-from bascule.engine.torch.weights import load_weights
+from bascule.engine.torch.weights import WeightForm
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena, runs
 from bascule.models.fingerprint import fingerprint
@@ -38,26 +38,30 @@ class TorchRunner:
         name: str,
         block_size: int,
         context: int | None = None,
+        quantize: WeightForm = "auto",
+        dense_twin: bool = True,
     ) -> None:
         """Load the model called `name`; takes seconds.
 
         `device` is `cpu`, `cuda` or `cuda:N`; `threads` is the number of CPU threads torch may use in this process;
-        `context` bounds prompt plus output below the model's own limit. Raises ModelError for files that cannot be
-        read or do not fit the spec, ConfigError for a device or a context that cannot be had.
+        `context` bounds prompt plus output below the model's own limit; `quantize` and `dense_twin` are those of
+        `forms.load_decoders`. Raises ModelError for files that cannot be read or do not fit the spec, ConfigError for a
+        device, a context or a form of the weights that cannot be had.
         """
         self._dtype = _DTYPES[dtype]
         self._device = _usable_device(device)
         torch.set_num_threads(threads)
         self.card = ModelCard(
             name=name,
-            fingerprint=fingerprint(source, spec, dtype),
+            fingerprint=fingerprint(source, spec, dtype if quantize in ("auto", "none") else f"{dtype} {quantize}"),
             context=_bounded_context(spec.context, context),
             vocab=spec.vocab,
             layout=_layout(spec, dtype, self._dtype.itemsize, block_size),
         )
         self.stop_tokens = frozenset(spec.eos_token_ids)
-        weights = load_weights(spec, source, self._dtype)
-        self._decoder = Decoder(spec, {key: weights.pop(key).to(self._device) for key in list(weights)})
+        self._decoders: Decoders = load_decoders(
+            spec, source, self._dtype, self._device, threads, quantize=quantize, dense_twin=dense_twin
+        )
 
     def bind(self, arena: Arena) -> None:
         """Keep KV in `arena` from now on: on a CPU in its very bytes, on CUDA in a device tensor of the same shape.
@@ -75,8 +79,8 @@ class TorchRunner:
     @torch.inference_mode()
     def execute(self, batch: Sequence[Slice]) -> list[Sampled | None]:
         """Compute one step (see `Runner.execute`); raises ModelError if a logit is not finite."""
-        plan = plan_step(batch, self.card.layout.block_size, self._dtype, self._device)
-        logits = self._decoder.forward(plan, self._kv)
+        plan = plan_step(batch, self.card.layout.block_size)
+        logits = self._decoders.for_rows(len(plan.tokens)).forward(plan, self._kv)
         draws = [Draw(part.sampling, part.history, part.prompt_tokens) for part in batch if part.sampling is not None]
         drawn = iter(sample(logits, draws, self.stop_tokens) if draws else ())
         return [None if part.sampling is None else next(drawn) for part in batch]

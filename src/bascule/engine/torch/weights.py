@@ -3,41 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bascule.engine.torch.packing import GROUP, Quantised, quantise, quantised_as_stored
 from bascule.errors import ModelError
 from bascule.models.gguf_file import GgufFile
 from bascule.models.source import ModelSource, SourceKind
 from bascule.models.spec import ModelSpec
 
+WeightForm = Literal["auto", "none", "int8", "int4"]
 _NAMES_SHOWN = 4
 
 
 def load_weights(spec: ModelSpec, source: ModelSource, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read the tensors that `spec` calls for, in `dtype`, into CPU memory, by Hugging Face name.
+    """Read the tensors that `spec` calls for, in `dtype`, into CPU memory, by Hugging Face name; errors as below."""
+    return {name: _dense(value, dtype) for name, value in _checked(spec, source, stored=False)}
+
+
+def load_native_weights(spec: ModelSpec, source: ModelSource, form: WeightForm) -> dict[str, Tensor | Quantised]:
+    """The same for the native kernels: vectors in float32, matrices in bfloat16 or as codes; errors as below.
+
+    `auto` leaves as codes what is stored so, `none` leaves no codes, `int8` and `int4` round all matrices to them; but
+    the embedding and the head get 8 bits of `int4` too, because an error in a logit shows at once.
+    """
+    bits = {"int8": 8, "int4": 4}
+    found: dict[str, Tensor | Quantised] = {}
+    for name, value in _checked(spec, source, stored=form == "auto"):
+        if isinstance(value, Tensor) and value.ndim == 2 and form in bits and value.shape[1] % GROUP == 0:
+            value = quantise(value, 8 if name.startswith(("model.embed", "lm_head")) else bits[form])
+        dtype = torch.bfloat16 if len(value.shape) == 2 else torch.float32
+        found[name] = value if isinstance(value, Quantised) else _dense(value, dtype)
+    return found
+
+
+def _dense(value: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
+    dense = value.dequantised() if isinstance(value, Quantised) else value
+    return dense.to(dtype).contiguous()
+
+
+def _checked(spec: ModelSpec, source: ModelSource, stored: bool) -> Iterator[tuple[str, Tensor | Quantised]]:
+    """The tensors that `spec` calls for, one at a time; with `stored` as they are in the file where that is codes.
 
     Raises ModelError, naming the tensors, where some are missing, have the wrong shape or belong to no part of the
     decoder (dropping those in silence would compute another model), and where a file is missing or truncated.
     """
     expected = expected_shapes(spec)
-    tensors: dict[str, Tensor] = {}
+    missing = dict.fromkeys(expected)
     foreign: list[str] = []
-    for name, tensor in _read(source):
+    for name, tensor in _read(source, stored):
         if name in expected:
             _check_shape(name, tensor, expected[name])
-            tensors[name] = tensor.to(dtype).contiguous()
+            missing.pop(name, None)
+            yield name, tensor
         elif not _is_derived(name, spec):
             foreign.append(name)
-    missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ModelError(f"{source.path} lacks tensors of a {spec.architecture}: {_listed(missing)}; fetch it again")
+        raise ModelError(f"{source.path} lacks tensors of a {spec.architecture}: {_listed([*missing])}; fetch it again")
     if foreign:
         raise ModelError(f"{source.path} holds tensors that no {spec.architecture} has: {_listed(foreign)}")
-    return tensors
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -74,10 +102,14 @@ def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.weight": (size,) for name, size in norms.items()}
 
 
-def _read(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+def _read(source: ModelSource, stored: bool) -> Iterator[tuple[str, Tensor | Quantised]]:
     if source.kind is SourceKind.GGUF:
-        for name, values in GgufFile(source.path).tensors():
-            yield name, torch.from_numpy(np.require(values, requirements="W"))  # the map itself is read-only
+        file = GgufFile(source.path)
+        for name in file.tensor_names:
+            raw = file.raw(name)
+            codes = quantised_as_stored(raw) if stored and len(raw.shape) == 2 else None
+            # The file's map is read-only.
+            yield name, codes or torch.from_numpy(np.require(raw.dequantised(), requirements="W"))
         return
     for path in source.weights:
         try:
@@ -88,10 +120,10 @@ def _read(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
             raise ModelError(f"cannot read the weights in {path}: {error}; fetch the model again") from error
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor | Quantised, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ModelError(f"the tensor {name} has the shape {list(tensor.shape)}, the model's config says {list(shape)}")
-    if not tensor.is_floating_point():
+    if isinstance(tensor, Tensor) and not tensor.is_floating_point():
         raise ModelError(f"the tensor {name} holds {tensor.dtype}; weights must be float32, float16 or bfloat16")
 
 

@@ -1,0 +1,102 @@
+"""Which decoder computes a step: the form of the weights that is best for its number of tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bascule.engine.native.build import cpu_flags
+from bascule.engine.torch.model import Decoder
+from bascule.engine.torch.native import NativeDecoder, why_not
+from bascule.engine.torch.packing import Quantised
+from bascule.engine.torch.plan import StepPlan
+from bascule.engine.torch.weights import WeightForm, load_native_weights, load_weights
+from bascule.errors import ConfigError
+from bascule.models.source import ModelSource
+from bascule.models.spec import ModelSpec
+
+FEW = 6
+"""Tokens of a step up to which codes are faster than bfloat16: what one pass over them can take (see ADR 0007)."""
+
+logger = logging.getLogger(__name__)
+
+
+class Forward(Protocol):
+    """What a step needs of a decoder."""
+
+    def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
+        """Compute one step; returns float32 logits [rows drawn, vocab] and writes the step's KV into `kv`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoders:
+    """One decoder for steps of few tokens, one for the others; they may be the same."""
+
+    few: Forward
+    many: Forward
+
+    def for_rows(self, tokens: int) -> Forward:
+        """The decoder for a step of `tokens` tokens."""
+        return self.few if tokens <= FEW else self.many
+
+
+def load_decoders(
+    spec: ModelSpec,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    *,
+    quantize: WeightForm,
+    dense_twin: bool,
+) -> Decoders:
+    """Read the weights in the forms that this device computes best.
+
+    `quantize` says which matrices become codes (see `load_native_weights`); with `dense_twin` steps of many tokens get
+    them in bfloat16 too, at the cost of that memory. Raises ModelError for files that cannot be read or do not fit the
+    spec, ConfigError where codes are asked for and cannot be computed.
+    """
+    obstacle = _obstacle(spec, dtype, device)
+    if obstacle is None:
+        return _native(spec, source, threads, quantize, dense_twin)
+    if quantize in ("int8", "int4"):
+        raise ConfigError(f"quantize {quantize} cannot be had: {obstacle}; use auto or none")
+    if dtype is torch.bfloat16 and device.type == "cpu":
+        logger.info("computing with torch: %s", obstacle)
+    weights = load_weights(spec, source, dtype)
+    decoder = Decoder(spec, {key: weights.pop(key).to(device) for key in list(weights)})
+    return Decoders(decoder, decoder)
+
+
+def _obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native kernels are not for this model here; None if they are."""
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return "the native kernels compute bfloat16 on a CPU only"
+    return why_not(spec)
+
+
+def _native(spec: ModelSpec, source: ModelSource, threads: int, quantize: WeightForm, dense_twin: bool) -> Decoders:
+    weights = load_native_weights(spec, source, quantize)
+    has_codes = any(isinstance(weight, Quantised) for weight in weights.values())
+    if has_codes and not dense_twin:
+        few = NativeDecoder(spec, weights, threads)
+        return Decoders(few, few)
+    many = _dense_decoder(spec, dict(weights), threads)
+    return Decoders(NativeDecoder(spec, weights, threads) if has_codes else many, many)
+
+
+def _dense_decoder(spec: ModelSpec, weights: dict[str, Tensor | Quantised], threads: int) -> Forward:
+    """The decoder of all numbers in bfloat16. With matrix tiles (AMX) torch's products are faster than the kernels'."""
+    dense = {name: _bfloat16(weight) for name, weight in weights.items()}
+    if "amx_bf16" in cpu_flags():
+        return Decoder(spec, {name: weight.to(torch.bfloat16) for name, weight in dense.items()})
+    return NativeDecoder(spec, dict(dense), threads)
+
+
+def _bfloat16(weight: Tensor | Quantised) -> Tensor:
+    return weight.dequantised().to(torch.bfloat16) if isinstance(weight, Quantised) else weight

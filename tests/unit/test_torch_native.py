@@ -1,0 +1,239 @@
+"""The native kernels against torch in float32 over the very same numbers, in every form of the weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bascule.engine.native import build
+from bascule.engine.protocol import Slice
+from bascule.engine.torch import forms
+from bascule.engine.torch.forms import load_decoders
+from bascule.engine.torch.model import Decoder
+from bascule.engine.torch.native import NativeDecoder, why_not
+from bascule.engine.torch.packing import Quantised, quantise, quantised_as_stored
+from bascule.engine.torch.plan import plan_step
+from bascule.engine.torch.weights import WeightForm, load_native_weights
+from bascule.errors import ConfigError
+from bascule.models.gguf_file import RawTensor
+from bascule.models.hf_directory import ModelDirectory
+from bascule.models.source import resolve
+from bascule.models.spec import ModelSpec
+from bascule.types import SamplingParams
+
+BLOCK = 16
+BLOCKS = 48
+DRAW = SamplingParams(max_tokens=1, temperature=0.0)
+SHAPE = {
+    "vocab_size": 141,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama-untied-heads-of-64": (transformers.LlamaConfig, {"head_dim": 64, "tie_word_embeddings": False}),
+    "llama-all-biases": (
+        transformers.LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "mistral-heads-of-96-no-gqa": (
+        transformers.MistralConfig,
+        {"head_dim": 96, "num_key_value_heads": 6, "sliding_window": None},
+    ),
+    "qwen3-normed-heads-of-128": (transformers.Qwen3Config, {"head_dim": 128}),
+}
+STEPS = ([5], [1], [1], [3, 70], [1, 1], [64, 1], [130, 1], [1, 17], [1, 1])
+"""Tokens that each sequence gets in each step: chunks below, at and above every tile and block of the kernels."""
+
+native = pytest.mark.skipif(bool(build._NEEDED - build.cpu_flags()), reason="this CPU has no AVX-512 bfloat16")
+
+
+def saved(name: str, directory: Path) -> ModelSpec:
+    torch.manual_seed(11)
+    config_class, changes = MODELS[name]
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SHAPE | changes)), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in parameter_name else 0.0, std=0.2 if parameter.dim() == 1 else 0.1)
+    model.save_pretrained(directory)
+    return ModelDirectory(directory).spec()
+
+
+def reference(spec: ModelSpec, weights: Mapping[str, Tensor | Quantised]) -> Decoder:
+    """Torch's decoder in float32 over the numbers that the packed ones stand for."""
+    return Decoder(
+        spec,
+        {
+            name: value.dequantised() if isinstance(value, Quantised) else value.float()
+            for name, value in weights.items()
+        },
+    )
+
+
+@torch.inference_mode()
+def distributions(decoder: forms.Forward, spec: ModelSpec, dtype: torch.dtype) -> Tensor:
+    """Log probabilities after every slice of STEPS, over KV memory that is NaN wherever nobody has written."""
+    kv = torch.full((2 * spec.layers, BLOCKS * BLOCK, spec.kv_heads, spec.head_dim), float("nan"), dtype=dtype)
+    order = list(range(BLOCKS))
+    random.Random(3).shuffle(order)
+    tables = [[block for block in order if block % 2 == 0], sorted(block for block in order if block % 2)]
+    known = [torch.randint(0, spec.vocab, (400,), generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 2)]
+    done = [0, 0]
+    found = []
+    for counts in STEPS:
+        batch = []
+        for index, count in enumerate(counts):
+            tokens = known[index][done[index] : done[index] + count]
+            batch.append(Slice(tokens, done[index], tables[index], DRAW))
+            done[index] += count
+        found.append(decoder.forward(plan_step(batch, BLOCK), kv))
+    return torch.cat(found).log_softmax(dim=-1)
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_form_computes_what_its_numbers_say(name: str, form: WeightForm, threads: int, tmp_path: Path) -> None:
+    spec = saved(name, tmp_path)
+    weights = load_native_weights(spec, resolve(str(tmp_path)), form)
+    assert any(isinstance(weight, Quantised) for weight in weights.values()) == (form != "none")
+    expected = distributions(reference(spec, dict(weights)), spec, torch.float32)
+    got = distributions(NativeDecoder(spec, weights, threads), spec, torch.bfloat16)
+    assert got.isfinite().all()
+    assert (got - expected).abs().mean() < 0.02
+    assert (got - expected).abs().max() < 0.2
+    # The bound above would not notice a small systematic mistake; torch's own rounding to bfloat16 is the measure.
+    rounded = Decoder(
+        spec,
+        {n: forms._bfloat16(v).bfloat16() for n, v in load_native_weights(spec, resolve(str(tmp_path)), form).items()},
+    )
+    torch_error = (distributions(rounded, spec, torch.bfloat16) - expected).abs().mean()
+    assert (got - expected).abs().mean() < 1.5 * torch_error
+
+
+@native
+def test_the_number_of_threads_and_the_company_in_a_step_change_nothing(tmp_path: Path) -> None:
+    spec = saved("llama-untied-heads-of-64", tmp_path)
+    decoders = [NativeDecoder(spec, load_native_weights(spec, resolve(str(tmp_path)), "int4"), n) for n in (1, 2)]
+    one, two = (distributions(decoder, spec, torch.bfloat16) for decoder in decoders)
+    assert torch.equal(one, two)
+
+
+@native
+def test_codes_are_for_few_tokens_and_their_dense_twin_for_many(tmp_path: Path) -> None:
+    spec = saved("llama-all-biases", tmp_path)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "threads": 1}
+    both = load_decoders(spec, resolve(str(tmp_path)), **options, quantize="int4", dense_twin=True)
+    assert isinstance(both.few, NativeDecoder)
+    assert both.for_rows(forms.FEW) is both.few
+    assert both.for_rows(forms.FEW + 1) is both.many is not both.few
+    lean = load_decoders(spec, resolve(str(tmp_path)), **options, quantize="int4", dense_twin=False)
+    assert lean.few is lean.many
+    assert isinstance(lean.few, NativeDecoder)
+    assert lean.few.weight_bytes < 0.4 * weight_bytes(both.many)
+    # The same codes, unpacked in the one and multiplied out before packing in the other.
+    many, few = (distributions(decoder, spec, torch.bfloat16) for decoder in (both.many, lean.many))
+    assert (many - few).abs().mean() < 0.02
+
+
+def weight_bytes(decoder: forms.Forward) -> int:
+    assert isinstance(decoder, NativeDecoder)
+    return decoder.weight_bytes
+
+
+@native
+def test_with_matrix_tiles_torch_computes_large_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "cpu_flags", lambda: build.cpu_flags() | {"amx_bf16"})
+    spec = saved("qwen3-normed-heads-of-128", tmp_path)
+    found = load_decoders(
+        spec,
+        resolve(str(tmp_path)),
+        torch.bfloat16,
+        torch.device("cpu"),
+        1,
+        quantize="int8",
+        dense_twin=True,
+    )
+    assert isinstance(found.few, NativeDecoder)
+    assert isinstance(found.many, Decoder)
+    few, many = (distributions(decoder, spec, torch.bfloat16) for decoder in (found.few, found.many))
+    assert (few - many).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_stored_codes_stand_for_exactly_the_stored_numbers(kind: str) -> None:
+    type_ = gguf.GGMLQuantizationType[kind]
+    values = np.random.default_rng(5).normal(size=(6, 96)).astype(np.float32)
+    raw = RawTensor(name="w", type=type_, shape=values.shape, data=gguf.quants.quantize(values, type_))
+    codes = quantised_as_stored(raw)
+    assert codes is not None
+    assert np.array_equal(codes.dequantised().numpy(), raw.dequantised())
+
+
+def test_what_is_not_stored_as_codes_has_none() -> None:
+    values = np.ones((2, 32), np.float16)
+    raw = RawTensor(name="w", type=gguf.GGMLQuantizationType.F16, shape=values.shape, data=values.view(np.uint8))
+    assert quantised_as_stored(raw) is None
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 15)])
+def test_quantising_rounds_to_half_a_level_at_most(bits: int, levels: int) -> None:
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    weight[3] = 0.25
+    weight[4] = 0.0
+    groups = weight.view(5, 2, 32)
+    span = groups.abs().amax(-1) if bits == 8 else groups.amax(-1) - groups.amin(-1)
+    allowed = (span / levels * 0.5 + groups.abs().amax(-1) * 2**-9).repeat_interleave(32, dim=1)
+    assert ((quantise(weight, bits).dequantised() - weight).abs() <= allowed + 1e-7).all()
+
+
+def test_without_kernels_torch_computes_and_codes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.DISABLE, "1")
+    build.load.cache_clear()
+    try:
+        spec = saved("llama-all-biases", tmp_path)
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "threads": 1}
+        found = load_decoders(spec, resolve(str(tmp_path)), **options, quantize="auto", dense_twin=True)
+        assert isinstance(found.few, Decoder)
+        with pytest.raises(ConfigError, match="quantize int4 cannot be had: native kernels are switched off"):
+            load_decoders(spec, resolve(str(tmp_path)), **options, quantize="int4", dense_twin=True)
+    finally:
+        build.load.cache_clear()
+
+
+def test_a_shape_that_the_kernels_cannot_take_is_named(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**(SHAPE | {"hidden_size": 72, "head_dim": 24}))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    reason = why_not(ModelDirectory(tmp_path).spec())
+    assert reason == "the native kernels want multiples of 32, the model has hidden size 72, head size 24"
+
+
+@native
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
+    build.load.cache_clear()
+    try:
+        with pytest.raises(build.NativeUnavailable, match="no such instruction"):
+            build.load()
+    finally:
+        build.load.cache_clear()
