@@ -10,7 +10,7 @@
 enum { TILE = 6 };  /* query rows at a time: 24 of 32 registers hold scores, then outputs */
 
 #define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* A task's working memory; `rows` are QUERIES times the heads of a group. */
 typedef struct {
@@ -66,32 +66,30 @@ ALWAYS void transpose(__m512i r[16]) {
     }
 }
 
-/* Keys with pairs of their dimensions side by side for all tokens; asks for those of `soon` meanwhile. */
-static void pack_keys(const bf16 *const token[KEYS], const bf16 *const soon[KEYS], int from, int dim, bf16 *to) {
+/* Keys with pairs of their dimensions side by side for all tokens. */
+static void pack_keys(const bf16 *const token[KEYS], int from, int dim, bf16 *to) {
     for (int first = 0; first < KEYS; first += 16)
         for (int d = 0; d < dim; d += 32) {
             __m512i rows[16];
-            UNROLL for (int i = 0; i < 16; i++) _mm_prefetch(soon[first + i] + from + d, _MM_HINT_T1);
             UNROLL for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(token[first + i] + from + d);
             transpose(rows);
             UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + ((d / 2 + i) * KEYS + first) * 2, rows[i]);
         }
 }
 
-/* Values with pairs of tokens side by side for all dimensions; asks for those of `soon` meanwhile. */
-static void pack_values(const bf16 *const token[KEYS], const bf16 *const soon[KEYS], int64_t from, int dim, bf16 *to) {
-    static const uint16_t order[2][32] = {{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-                                          {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                           24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-    const __m512i lower = _mm512_loadu_si512(order[0]), upper = _mm512_loadu_si512(order[1]);
+static const uint16_t pair_order[2][32] = {{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+                                           {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                            24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+
+/* Values with pairs of tokens side by side for all dimensions. */
+static void pack_values(const bf16 *const token[KEYS], int64_t from, int dim, bf16 *to) {
+    const __m512i lower = _mm512_loadu_si512(pair_order[0]), upper = _mm512_loadu_si512(pair_order[1]);
     for (int pair = 0; pair < KEYS / 2; pair++)
         for (int d = 0; d < dim; d += 32) {
             __m512i first = _mm512_loadu_si512(token[2 * pair] + from + d);
             __m512i second = _mm512_loadu_si512(token[2 * pair + 1] + from + d);
             bf16 *at = to + (pair * dim + d) * 2;
-            _mm_prefetch(soon[2 * pair] + from + d, _MM_HINT_T1);
-            _mm_prefetch(soon[2 * pair + 1] + from + d, _MM_HINT_T1);
             _mm512_storeu_si512(at, _mm512_permutex2var_epi16(first, lower, second));
             _mm512_storeu_si512(at + 32, _mm512_permutex2var_epi16(first, upper, second));
         }
@@ -103,20 +101,10 @@ ALWAYS __m512bh pair_of(const bf16 *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* Scores of `count` rows against KEYS keys, of which those from `first` on count; leaves the weights in bfloat16, and
- * in `decay` what the rows' former outputs are to be multiplied by. */
-ALWAYS void weigh(const int count, const Work *work, int row, int first, int dim, float scale, bf16 weights[TILE][KEYS], float decay[TILE]) {
-    __m512 scores[TILE][4];
-    UNROLL for (int r = 0; r < count; r++) UNROLL for (int c = 0; c < 4; c++) scores[r][c] = _mm512_setzero_ps();
-    const bf16 *query = work->query + (int64_t)row * dim;
-    for (int d = 0; d < dim; d += 2) {
-        __m512bh keys[4];
-        UNROLL for (int c = 0; c < 4; c++) keys[c] = (__m512bh)_mm512_loadu_si512(work->keys + d * KEYS + c * 32);
-        UNROLL for (int r = 0; r < count; r++) {
-            __m512bh pair = pair_of(query + r * dim + d);
-            UNROLL for (int c = 0; c < 4; c++) scores[r][c] = _mm512_dpbf16_ps(scores[r][c], pair, keys[c]);
-        }
-    }
+/* Softmax of `count` rows of scores, of which the keys from `first` to the rows' limits count: leaves the weights in
+ * bfloat16, and in `decay` what the rows' former outputs are to be multiplied by. */
+ALWAYS void weigh(const int count, const Work *work, int row, int first, float scale, __m512 scores[TILE][4], bf16 weights[TILE][KEYS],
+                  float decay[TILE]) {
     UNROLL for (int r = 0; r < count; r++) {
         int seen = work->limit[row + r] - first;
         uint64_t visible = seen >= KEYS ? ~0ull : seen <= 0 ? 0 : (1ull << seen) - 1;
@@ -136,6 +124,20 @@ ALWAYS void weigh(const int count, const Work *work, int row, int first, int dim
         decay[r] = exp2f(before - now);
         work->maximum[row + r] = now;
         work->total[row + r] = work->total[row + r] * decay[r] + _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* Scores against packed keys. */
+ALWAYS void score(const int count, const Work *work, int row, int dim, __m512 scores[TILE][4]) {
+    UNROLL for (int r = 0; r < count; r++) UNROLL for (int c = 0; c < 4; c++) scores[r][c] = _mm512_setzero_ps();
+    const bf16 *query = work->query + (int64_t)row * dim;
+    for (int d = 0; d < dim; d += 2) {
+        __m512bh keys[4];
+        UNROLL for (int c = 0; c < 4; c++) keys[c] = (__m512bh)_mm512_loadu_si512(work->keys + d * KEYS + c * 32);
+        UNROLL for (int r = 0; r < count; r++) {
+            __m512bh pair = pair_of(query + r * dim + d);
+            UNROLL for (int c = 0; c < 4; c++) scores[r][c] = _mm512_dpbf16_ps(scores[r][c], pair, keys[c]);
+        }
     }
 }
 
@@ -162,7 +164,9 @@ ALWAYS void add_values(const int count, const int width, const Work *work, int r
 ALWAYS void tile(const int count, const Work *work, int row, int first, int dim, float scale) {
     bf16 weights[TILE][KEYS] __attribute__((aligned(64)));
     float decay[TILE];
-    weigh(count, work, row, first, dim, scale, weights, decay);
+    __m512 scores[TILE][4];
+    score(count, work, row, dim, scores);
+    weigh(count, work, row, first, scale, scores, weights, decay);
     int from = 0;
     for (; from + 64 <= dim; from += 64) add_values(count, 4, work, row, from, dim, weights, decay);
     if (from < dim) add_values(count, 2, work, row, from, dim, weights, decay);
@@ -171,6 +175,70 @@ ALWAYS void tile(const int count, const Work *work, int row, int first, int dim,
 static void any_tile(int count, const Work *work, int row, int first, int dim, float scale) {
     switch (count) {
 #define CASE(n) case n: tile(n, work, row, first, dim, scale); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+    }
+}
+
+/* Where KEYS tokens' keys lie, and those of the tokens after them, which are asked for meanwhile. */
+typedef struct {
+    const bf16 *const *token, *const *soon;
+    int64_t values;  /* numbers from a key to its value */
+    int from;  /* the head's first number */
+} Places;
+
+/* A tile that is its task's only one needs no packed copies: keys are turned and values paired in registers. */
+ALWAYS void only_tile(const int count, const Work *work, const Places *at, int row, int first, int dim, float scale) {
+    bf16 weights[TILE][KEYS] __attribute__((aligned(64)));
+    float decay[TILE];
+    __m512 scores[TILE][4];
+    UNROLL for (int c = 0; c < 4; c++) {
+        __m512 sums[TILE][2];
+        UNROLL for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+        for (int d = 0; d < dim; d += 32) {
+            __m512i keys[16];
+            UNROLL for (int i = 0; i < 16; i++) {
+                keys[i] = _mm512_loadu_si512(at->token[16 * c + i] + at->from + d);
+                _mm_prefetch(at->soon[16 * c + i] + at->from + d, _MM_HINT_T1);
+            }
+            transpose(keys);
+            UNROLL for (int r = 0; r < count; r++)
+                UNROLL for (int i = 0; i < 16; i++) {
+                    __m512bh pair = pair_of(work->query + (int64_t)(row + r) * dim + d + 2 * i);
+                    sums[r][i % 2] = _mm512_dpbf16_ps(sums[r][i % 2], pair, (__m512bh)keys[i]);
+                }
+        }
+        UNROLL for (int r = 0; r < count; r++) scores[r][c] = _mm512_add_ps(sums[r][0], sums[r][1]);
+    }
+    weigh(count, work, row, first, scale, scores, weights, decay);
+    const __m512i lower = _mm512_loadu_si512(pair_order[0]), upper = _mm512_loadu_si512(pair_order[1]);
+    for (int d = 0; d < dim; d += 32) {
+        float *output = work->output + (int64_t)row * dim + d;
+        __m512 sums[TILE][2];
+        UNROLL for (int r = 0; r < count; r++)
+            UNROLL for (int h = 0; h < 2; h++)
+                sums[r][h] = _mm512_mul_ps(_mm512_loadu_ps(output + r * dim + 16 * h), _mm512_set1_ps(decay[r]));
+        for (int pair = 0; pair < KEYS / 2; pair++) {
+            const int64_t place = at->values + at->from + d;
+            __m512i one = _mm512_loadu_si512(at->token[2 * pair] + place), two = _mm512_loadu_si512(at->token[2 * pair + 1] + place);
+            _mm_prefetch(at->soon[2 * pair] + place, _MM_HINT_T1);
+            _mm_prefetch(at->soon[2 * pair + 1] + place, _MM_HINT_T1);
+            __m512bh left = (__m512bh)_mm512_permutex2var_epi16(one, lower, two);
+            __m512bh right = (__m512bh)_mm512_permutex2var_epi16(one, upper, two);
+            UNROLL for (int r = 0; r < count; r++) {
+                __m512bh both = pair_of(weights[r] + 2 * pair);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, left);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, right);
+            }
+        }
+        UNROLL for (int r = 0; r < count; r++)
+            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(output + r * dim + 16 * h, sums[r][h]);
+    }
+}
+
+static void any_only_tile(int count, const Work *work, const Places *at, int row, int first, int dim, float scale) {
+    switch (count) {
+#define CASE(n) case n: only_tile(n, work, at, row, first, dim, scale); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
     }
@@ -241,8 +309,13 @@ static void run(const Model *m, const Step *step, int layer, const bf16 *query, 
         const bf16 **token = places[now], **soon = at + KEYS < context ? places[now ^ 1] : token;
         if (soon != token) next_tokens(&walk, context - at - KEYS, keys, numbers, soon);
         for (int head = 0; head < task->heads; head++) {
-            pack_keys(token, soon, head * dim, dim, work.keys);
-            pack_values(token, soon, step->plane + head * dim, dim, work.values);
+            if (rows <= TILE) {
+                Places places = {token, soon, step->plane, head * dim};
+                any_only_tile(rows, &work, &places, head * rows, at, dim, scale);
+                continue;
+            }
+            pack_keys(token, head * dim, dim, work.keys);
+            pack_values(token, step->plane + head * dim, dim, work.values);
             for (int part = 0; part < rows; part += TILE) {
                 int size = rows - part < TILE ? rows - part : TILE, row = head * rows + part;
                 if (work.limit[row + size - 1] > at) any_tile(size, &work, row, at, dim, scale);

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 class Forward(Protocol):
     """What a step needs of a decoder."""
 
+    weight_bytes: int
+
     def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
         """Compute one step; returns float32 logits [rows drawn, vocab] and writes the step's KV into `kv`."""
         ...

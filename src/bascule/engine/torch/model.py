@@ -51,6 +51,9 @@ class Decoder:
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
         """`weights` by Hugging Face name, all of one dtype and device; taken out of the dictionary as they are used."""
         self._spec = spec
+        table = 0 if spec.tied_embeddings else weights["model.embed_tokens.weight"].nbytes
+        self.weight_bytes = sum(weight.nbytes for weight in weights.values()) - table
+        """What a step reads of the weights, in bytes: all but the embedding, unless that is the head too."""
         self._embedding = weights.pop("model.embed_tokens.weight")
         self._rope = Rope(spec, self._embedding.device)
         self._layers = [_layer(spec, weights, f"model.layers.{index}.") for index in range(spec.layers)]

@@ -95,6 +95,7 @@ class NativeDecoder:
         self._library.scratch_bytes.restype = ctypes.c_int64
         self._kept: list[Tensor] = []
         embedding = self._matrix([weights.pop("model.embed_tokens.weight")])
+        table = 0 if spec.tied_embeddings else self._kept[0].nbytes
         head = embedding if spec.tied_embeddings else self._matrix([weights.pop("lm_head.weight")])
         self._layers = (_Layer * spec.layers)(
             *(self._layer(weights, f"model.layers.{index}.") for index in range(spec.layers))
@@ -115,12 +116,9 @@ class NativeDecoder:
             head=head,
             layer=self._layers,
         )
+        self.weight_bytes = sum(kept.nbytes for kept in self._kept) - table
+        """What a step reads of the weights, in bytes: all but the embedding, unless that is the head too."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the packed weights, all of which a step of few rows reads once."""
-        return sum(kept.nbytes for kept in self._kept)
 
     def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
         """Compute one step; returns float32 logits [rows drawn, vocab].

@@ -76,6 +76,10 @@ class TorchRunner:
         self._staging: Tensor = torch.from_numpy(arena.bytes).view(self._dtype).view(shape)
         self._kv = self._staging if self._device.type == "cpu" else torch.zeros_like(self._staging, device=self._device)
 
+    def weight_bytes(self, tokens: int) -> int:
+        """Bytes of weights that a step of `tokens` tokens reads at the least."""
+        return self._decoders.for_rows(tokens).weight_bytes
+
     @torch.inference_mode()
     def execute(self, batch: Sequence[Slice]) -> list[Sampled | None]:
         """Compute one step (see `Runner.execute`); raises ModelError if a logit is not finite."""

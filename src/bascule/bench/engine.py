@@ -1,0 +1,177 @@
+"""What a step of the engine costs beside what this machine could do at best, measured in the same run in turns."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from msgspec import Struct, field
+
+from bascule.engine.protocol import Slice
+from bascule.engine.torch.limits import Limits
+from bascule.engine.torch.runner import TorchRunner
+from bascule.kv.arena import Arena
+from bascule.models import LoadedModel
+from bascule.types import SamplingParams
+
+_BLOCK = 16
+_GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+Form = Literal["bf16", "int4"]
+
+
+class DecodeCell(Struct, kw_only=True):
+    """One decode step; `limit_s` is the time to read what it must read at the measured rate."""
+
+    weights: str
+    batch: int
+    context: int
+    step_s: float = 0.0
+    limit_s: float = 0.0
+    ratio: float = 0.0
+
+
+class PrefillCell(Struct, kw_only=True):
+    """One prompt in chunks of `chunk`; the GEMM rate is that of the layers' products alone at that many rows."""
+
+    weights: str
+    tokens: int
+    chunk: int
+    tokens_per_s: float = 0.0
+    gemm_tokens_per_s: float = 0.0
+    ratio: float = 0.0
+
+
+class LimitRates(Struct, kw_only=True):
+    read_bytes_per_s: float = 0.0
+    gemm_flops: float = 0.0
+
+
+class EngineReport(Struct, kw_only=True):
+    """Medians over all rounds."""
+
+    machine: str
+    model: str
+    threads: int
+    rounds: int
+    limits: LimitRates
+    decode: list[DecodeCell] = field(default_factory=list)
+    prefill: list[PrefillCell] = field(default_factory=list)
+
+
+class EngineBench:
+    """A model in each form of its weights that decoding may use, over one KV memory."""
+
+    def __init__(self, name: str, loaded: LoadedModel, threads: int, most_tokens: int) -> None:
+        """`most_tokens` is what the largest cell keeps in KV memory. Takes seconds."""
+        self._runners: dict[str, TorchRunner] = {}
+        for form, quantize in (("bf16", "none"), ("int4", "auto")):
+            self._runners[form] = TorchRunner(
+                loaded.spec,
+                loaded.source,
+                dtype="bfloat16",
+                device="cpu",
+                threads=threads,
+                name=name,
+                block_size=_BLOCK,
+                quantize=quantize,  # type: ignore[arg-type]
+                dense_twin=False,
+            )
+        if self._runners["int4"].weight_bytes(1) == self._runners["bf16"].weight_bytes(1):
+            del self._runners["int4"]  # the file holds no codes
+        card = self._runners["bf16"].card
+        self._layout = card.layout
+        arena = Arena.create(card.layout, -(-most_tokens // _BLOCK) + 64)
+        arena.bytes.view(np.uint16)[...] = 0x3C10  # 0.009 in bfloat16: a context of plain numbers
+        for runner in self._runners.values():
+            runner.bind(arena)
+        self._limits = Limits(loaded.spec)
+        self.forms = list(self._runners)
+        self.context = card.context
+
+    def run(
+        self,
+        report: EngineReport,
+        decode: Sequence[DecodeCell],
+        prefill: Sequence[PrefillCell],
+        progress: Callable[[], None],
+    ) -> None:
+        """Fill `report` with `decode` and `prefill`; calls `progress` after each cell of each round."""
+        steps: list[list[float]] = [[] for _ in decode]
+        prompts: list[list[float]] = [[] for _ in prefill]
+        reads: list[float] = []
+        gemms: dict[int, list[float]] = {cell.chunk: [] for cell in prefill}
+        self._once(decode, prefill)
+        for _ in range(report.rounds):
+            reads.append(self._limits.read_rate())
+            for cell, found in zip(decode, steps, strict=True):
+                found.append(self._decode(cell))
+                progress()
+            for chunk, found in gemms.items():
+                found.append(self._limits.gemm_seconds(chunk))
+            for prompt, found in zip(prefill, prompts, strict=True):
+                found.append(self._prefill(prompt))
+                progress()
+        report.limits.read_bytes_per_s = statistics.median(reads)
+        seconds = {chunk: statistics.median(found) for chunk, found in gemms.items()}
+        for cell, times in zip(decode, steps, strict=True):
+            cell.step_s = statistics.median(times)
+            cell.limit_s = self._bytes(cell) / report.limits.read_bytes_per_s
+            cell.ratio = cell.limit_s / cell.step_s
+        for prompt, times in zip(prefill, prompts, strict=True):
+            prompt.tokens_per_s = prompt.tokens / statistics.median(times)
+            prompt.gemm_tokens_per_s = prompt.chunk / seconds[prompt.chunk]
+            prompt.ratio = prompt.tokens_per_s / prompt.gemm_tokens_per_s
+        if seconds:
+            report.limits.gemm_flops = max(self._limits.flops_per_token * n / s for n, s in seconds.items())
+        report.decode.extend(decode)
+        report.prefill.extend(prefill)
+
+    def _once(self, decode: Sequence[DecodeCell], prefill: Sequence[PrefillCell]) -> None:
+        """What only a first call pays: memory that is touched, scratch that grows."""
+        self._limits.read_rate()
+        for cell in decode:
+            self._decode(cell)
+        for prompt in prefill:
+            self._prefill(prompt)
+            self._limits.gemm_seconds(prompt.chunk)
+
+    def _bytes(self, cell: DecodeCell) -> int:
+        kv = cell.batch * cell.context * self._layout.block_bytes // self._layout.block_size
+        return self._runners[cell.weights].weight_bytes(cell.batch) + kv
+
+    def _decode(self, cell: DecodeCell) -> float:
+        blocks = -(-cell.context // _BLOCK)
+        history = [1] * cell.context
+        batch = [
+            Slice([1], cell.context - 1, range(row * blocks, (row + 1) * blocks), _GREEDY, history, 1)
+            for row in range(cell.batch)
+        ]
+        start = time.perf_counter()
+        self._runners[cell.weights].execute(batch)
+        return time.perf_counter() - start
+
+    def _prefill(self, cell: PrefillCell) -> float:
+        tokens = [1 + index % 1000 for index in range(cell.tokens)]
+        blocks = range(-(-cell.tokens // _BLOCK))
+        start = time.perf_counter()
+        for first in range(0, cell.tokens, cell.chunk):
+            part = tokens[first : first + cell.chunk]
+            last = first + len(part) == cell.tokens
+            self._runners[cell.weights].execute(
+                [Slice(part, first, blocks, _GREEDY if last else None, tokens if last else (), cell.tokens)]
+            )
+        return time.perf_counter() - start
+
+
+def machine() -> str:
+    """The CPU's name and how many cores this process may use."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
