@@ -165,8 +165,8 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _engine_command(model: str, core: int) -> list[str]:
-    """A worker with the mock engine, whose steps take no time but their own Python's."""
-    flags = ["--engine", "mock", "--id", "mock", "--device", f"cpu:{core}", "--log-level", "warning"]
+    """A worker with the mock engine, whose steps take no time but their own Python's; as many blocks as a real model has in 1 GiB."""
+    flags = ["--engine", "mock", "--kv-memory", "2MiB", "--id", "mock", "--device", f"cpu:{core}", "--log-level", "warning"]
     return [sys.executable, "-m", "bascule", "worker", model, *flags]
 
 

@@ -111,7 +111,7 @@ def serve(card: ModelCard, tokens: list[int], router: str, step_s: float) -> Non
             # A source that fell behind does not catch up: its steps would come in bursts that no engine makes.
             step = max(step + step_s, now)
         until = beat if source.idle else min(beat, step)
-        if not socket.poll(max(0.0, until - time.monotonic()) * 1000):
+        if not socket.poll(max(0, int((until - time.monotonic()) * 1000))):
             continue
         message = from_router(socket.recv())
         if isinstance(message, Submit):
