@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from bascule.errors import BasculeError
@@ -95,12 +96,9 @@ async def stream_many(target: Target, concurrency: int, max_tokens: int, seconds
     counts = Counts()
     end = time.perf_counter() + seconds
     cpu, started = _cpu_seconds(), time.perf_counter()
-    streams = []
-    for index in range(concurrency):
-        _, protocol = await loop.create_connection(
-            lambda index=index: _Stream(target, index, max_tokens, end, counts), target.host, target.port
-        )
-        streams.append(protocol)
+    streams = [_Stream(target, index, max_tokens, end, counts) for index in range(concurrency)]
+    for stream in streams:
+        await loop.create_connection(partial(_itself, stream), target.host, target.port)
     async with asyncio.timeout(seconds + _WAIT_S):
         await asyncio.gather(*(stream.over for stream in streams))
     counts.wall_s = time.perf_counter() - started
@@ -155,6 +153,10 @@ class _Stream(asyncio.Protocol):
             return
         self._number += 1
         self._transport.write(self._target.request(self._number, self._max_tokens))
+
+
+def _itself(stream: _Stream) -> _Stream:
+    return stream
 
 
 def _check(answer: bytes, max_tokens: int) -> None:

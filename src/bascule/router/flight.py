@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from bascule.errors import RequestError
 from bascule.types import Delta, Placement, Request, WorkerId
@@ -112,18 +112,19 @@ class Flight:
         if self._error is not None and not self._fresh:
             raise self._error
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        while True:
-            await self._news()
-            while self._fresh:
-                items, self._fresh = self._fresh, []
-                yield self._delta(items)
-                if items[-1].finish is not None:
-                    return
-            if self._error is not None:
-                raise self._error
-            if self.ended:
-                return
+    def __aiter__(self) -> Flight:
+        """Itself: a generator that is left before its end would cost a task to close it."""
+        return self
+
+    async def __anext__(self) -> Delta:
+        """All tokens that have come since the last call, as soon as there are any."""
+        await self._news()
+        if self._fresh:
+            items, self._fresh = self._fresh, []
+            return self._delta(items)
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
 
     def _append(self, item: TokenItem) -> None:
         if self._cached_tokens is None:
