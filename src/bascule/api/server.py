@@ -7,13 +7,12 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
-from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bascule.api.calls import Calls
+from bascule.api.connection import Connection
 from bascule.errors import ConfigError
 
 KEEP_ALIVE = 75
@@ -48,7 +47,7 @@ class HttpServer:
         listener = await _listen(host, port)
         config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -103,45 +102,6 @@ class _Server(uvicorn.Server):
         self.force_exit = True
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-class _Connection(HttpToolsProtocol):
-    """uvicorn's connection, whose writes of one turn of the event loop leave together."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.transport = cast(asyncio.Transport, _Gathering(transport, self.loop))
-
-
-class _Gathering:
-    """A transport that gathers what is written until the event loop's next turn.
-
-    Status line, first chunk, usage and end are single writes of uvicorn's; each would be a system call and wake the
-    client.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._parts: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._loop.call_soon(self._flush)
-        self._parts.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        parts, self._parts = self._parts, []
-        if parts and not self._transport.is_closing():
-            self._transport.write(b"".join(parts))
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the transport's own."""
-        return getattr(self._transport, name)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

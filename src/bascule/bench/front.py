@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -84,24 +84,30 @@ class Load:
     worker_cpu_s: float
 
 
+@dataclass
+class _Figures:
+    """What the runs brought, in order."""
+
+    engine: list[Latency] = field(default_factory=list)
+    bare: list[Latency] = field(default_factory=list)
+    streams: list[Load] = field(default_factory=list)
+    requests: list[Load] = field(default_factory=list)
+
+
 def measure(settings: FrontSettings) -> dict[str, object]:
     """All figures, medians over the runs; raises FrontFailed where the server does not start, BadAnswer."""
-    engine = _engine_command(settings.model, settings.client_core)
-    latencies, streams, requests = [], [], []
+    kept = _Figures()
     with (
-        _cluster(settings, engine) as first,
-        _cluster(settings, _source_command(settings.model, settings.step_s)) as second,
-        _cluster(settings, _source_command(settings.model, 0.0)) as third,
+        _cluster(settings, _engine_command(settings.model, settings.client_core)) as engine,
+        _cluster(settings, _source_command(settings.model, settings.step_s)) as paced,
+        _cluster(settings, _source_command(settings.model, 0.0)) as bare,
     ):
-        for run in range(-1, settings.runs):
-            latency = first.latency(settings)
-            stream = second.load(settings, settings.stream_tokens)
-            request = third.load(settings, settings.request_tokens)
-            if run >= 0:  # the one before is for warming up
-                latencies.append(latency)
-                streams.append(stream)
-                requests.append(request)
-    return _report(settings, latencies, streams, requests)
+        for figures in (_Figures(), *[kept] * settings.runs):  # the first run warms up
+            figures.engine.append(engine.latency(settings))
+            figures.bare.append(bare.latency(settings))
+            figures.streams.append(paced.load(settings, settings.stream_tokens))
+            figures.requests.append(bare.load(settings, settings.request_tokens))
+    return _report(settings, kept)
 
 
 @dataclass(frozen=True)
@@ -113,40 +119,47 @@ class _Cluster:
     worker: psutil.Process
 
     def latency(self, settings: FrontSettings) -> Latency:
+        """Requests of one token, so that no later step competes with the first token's way out."""
         cpu = _cpu_seconds(self.server)
-        seconds = first_token_seconds(self.target, settings.latency_requests, 2)
+        seconds = first_token_seconds(self.target, settings.latency_requests, 1)
         cpu = _cpu_seconds(self.server) - cpu
         cuts = quantiles(seconds, n=100, method="inclusive")
         return Latency(cuts[49], cuts[98], cpu / len(seconds))
 
     def load(self, settings: FrontSettings, max_tokens: int) -> Load:
+        """As many streams at once as the settings say."""
         server, worker = _cpu_seconds(self.server), _cpu_seconds(self.worker)
         counts = uvloop.run(stream_many(self.target, settings.concurrency, max_tokens, settings.seconds))
         return Load(counts, _cpu_seconds(self.server) - server, _cpu_seconds(self.worker) - worker)
 
 
-def _report(
-    settings: FrontSettings, latencies: list[Latency], streams: list[Load], requests: list[Load]
-) -> dict[str, object]:
+def _report(settings: FrontSettings, figures: _Figures) -> dict[str, object]:
+    streams, requests = figures.streams, figures.requests
     return {
         "model": settings.model,
         "runs": settings.runs,
         "concurrency": settings.concurrency,
-        "added_ttft_s": {
-            "p50": median(latency.p50 for latency in latencies),
-            "p99": median(latency.p99 for latency in latencies),
-        },
-        "ttft_cpu_s_per_request": median(latency.cpu_per_request_s for latency in latencies),
+        "added_ttft_s": _latency(figures.engine),
+        "added_ttft_without_engine_s": _latency(figures.bare),
         "stream_tokens_per_s": median(load.counts.tokens / load.counts.wall_s for load in streams),
-        "stream_chunks_per_s": median(load.counts.chunks / load.counts.wall_s for load in streams),
-        "stream_tokens_per_request": settings.stream_tokens,
-        "stream_step_s": settings.step_s,
+        "stream_tokens_per_chunk": median(load.counts.tokens / load.counts.chunks for load in streams),
         "stream_cpu_s_per_token": median(load.server_cpu_s / load.counts.tokens for load in streams),
         "stream_cpu_shares": _shares(streams),
+        "stream_step_s": settings.step_s,
+        "stream_tokens_per_request": settings.stream_tokens,
         "requests_per_s": median(load.counts.requests / load.counts.wall_s for load in requests),
-        "request_tokens": settings.request_tokens,
         "request_cpu_s": median(load.server_cpu_s / load.counts.requests for load in requests),
         "request_cpu_shares": _shares(requests),
+        "request_tokens": settings.request_tokens,
+    }
+
+
+def _latency(runs: list[Latency]) -> dict[str, float]:
+    """Seconds."""
+    return {
+        "p50": median(run.p50 for run in runs),
+        "p99": median(run.p99 for run in runs),
+        "server_cpu": median(run.cpu_per_request_s for run in runs),
     }
 
 
@@ -165,9 +178,12 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _engine_command(model: str, core: int) -> list[str]:
-    """A worker with the mock engine, whose steps take no time but their own Python's; as many blocks as a real model has in 1 GiB."""
-    flags = ["--engine", "mock", "--kv-memory", "2MiB", "--id", "mock", "--device", f"cpu:{core}", "--log-level", "warning"]
-    return [sys.executable, "-m", "bascule", "worker", model, *flags]
+    """A worker with the mock engine, whose steps take no time but their own Python's.
+
+    It has about as many blocks as a real model has in 1 GiB; the mock's own are so small that there would be millions.
+    """
+    place = ["--id", "mock", "--device", f"cpu:{core}"]
+    return [sys.executable, "-m", "bascule", "worker", model, *place, "--engine", "mock", "--kv-memory", "2MiB"]
 
 
 def _source_command(model: str, step_s: float) -> list[str]:

@@ -26,7 +26,6 @@ from bascule.wire import (
     Heartbeat,
     PeerAddress,
     Register,
-    Registered,
     RegistrationRefusal,
     StepTokens,
     Stop,

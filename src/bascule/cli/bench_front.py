@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -73,6 +74,25 @@ def front(
         )
     )
     if json != "-":
-        import pprint
-        pprint.pprint(report)
+        _show(report)
     write_json(report, json)
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = Table("", "", title=f"front, {report['model']}, medians of {report['runs']} runs", title_justify="left")
+    for name, key in (("mock engine", "added_ttft_s"), ("no engine", "added_ttft_without_engine_s")):
+        p50, p99 = (f"{1000 * report[key][which]:.2f}" for which in ("p50", "p99"))
+        table.add_row(f"added TTFT at concurrency 1, {name}", f"p50 {p50} ms, p99 {p99} ms")
+    table.add_row(
+        f"streamed tokens/s, {report['concurrency']} streams, a step each {1000 * report['stream_step_s']:g} ms",
+        f"{report['stream_tokens_per_s']:,.0f}, {report['stream_tokens_per_chunk']:.2f} in a chunk, "
+        f"{1e6 * report['stream_cpu_s_per_token']:.1f} µs of CPU each",
+    )
+    table.add_row(
+        f"streamed requests/s at {report['concurrency']}, {report['request_tokens']} tokens each",
+        f"{report['requests_per_s']:,.0f}, {1e6 * report['request_cpu_s']:.0f} µs of CPU each",
+    )
+    for name, key in (("tokens", "stream_cpu_shares"), ("requests", "request_cpu_shares")):
+        shares = ", ".join(f"{who} {share:.2f}" for who, share in report[key].items())
+        table.add_row(f"cores in use while counting {name}", shares)
+    Console().print(table)

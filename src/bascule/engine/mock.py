@@ -110,11 +110,12 @@ class MockRunner:
             block, offset = divmod(part.start - 1, size)
             previous = self._by_position(part.blocks[block : block + 1])[:, offset].tobytes()
         width = layout.planes * layout.token_bytes
-        written = np.empty((len(part.tokens), width), np.uint8)
-        for index, token in enumerate(part.tokens):
-            state = xxhash.xxh3_128_digest(previous + token.to_bytes(4, "little"))
-            written[index] = np.resize(np.frombuffer(state, np.uint8), width)
-            previous = written[index].tobytes()
+        states = []
+        for token in part.tokens:
+            state: bytes = xxhash.xxh3_128_digest(previous + token.to_bytes(4, "little"))
+            previous = (state * (width // len(state) + 1))[:width]
+            states.append(previous)
+        written = np.frombuffer(b"".join(states), np.uint8)
         positions = np.arange(part.start, part.start + len(part.tokens))
         rows = self._memory.reshape(layout.planes, -1, layout.token_bytes)
         slots = np.asarray(part.blocks)[positions // size] * size + positions % size

@@ -35,9 +35,7 @@ class RouterLink:
 
     async def serve(self, handler: Handler) -> None:
         """Deliver messages until cancelled."""
-        await self._socket.deliver(
-            lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1]))
-        )
+        await self._socket.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1])))
 
     def close(self) -> None:
         self._socket.close()

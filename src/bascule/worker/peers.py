@@ -36,9 +36,7 @@ class Peers:
     async def serve(self, handler: Handler) -> None:
         """Deliver messages, answers to ours too, until cancelled."""
         self._handler = handler
-        await self._listener.deliver(
-            lambda frames: handler(Epoch(frames[0].decode("ascii")), from_peer(frames[-1]))
-        )
+        await self._listener.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_peer(frames[-1])))
 
     def send(self, peer: PeerAddress, message: PeerMessage) -> None:
         """Send to a peer's listening socket; connects on first use."""
