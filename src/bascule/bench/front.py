@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import psutil
 import uvloop
@@ -98,6 +98,7 @@ def measure(settings: FrontSettings) -> dict[str, object]:
     """All figures, medians over the runs; raises FrontFailed where the server does not start, BadAnswer."""
     kept = _Figures()
     with (
+        _on_core(settings.client_core),
         _cluster(settings, _engine_command(settings.model, settings.client_core)) as engine,
         _cluster(settings, _source_command(settings.model, settings.step_s)) as paced,
         _cluster(settings, _source_command(settings.model, 0.0)) as bare,
@@ -123,8 +124,8 @@ class _Cluster:
         cpu = _cpu_seconds(self.server)
         seconds = first_token_seconds(self.target, settings.latency_requests, 1)
         cpu = _cpu_seconds(self.server) - cpu
-        cuts = quantiles(seconds, n=100, method="inclusive")
-        return Latency(cuts[49], cuts[98], cpu / len(seconds))
+        seconds.sort()
+        return Latency(median(seconds), seconds[int(0.99 * len(seconds))], cpu / len(seconds))
 
     def load(self, settings: FrontSettings, max_tokens: int) -> Load:
         """As many streams at once as the settings say."""
@@ -201,7 +202,6 @@ def _cluster(settings: FrontSettings, worker: list[str]) -> Iterator[_Cluster]:
         source = stack.enter_context(_process([*worker, "--join", bind], settings.client_core, Path(folder, "worker")))
         content = _wait_ready(ready, {"router": server, "worker": source}, Path(folder))
         host, port = str(content["url"]).removeprefix("http://").rsplit(":", 1)
-        os.sched_setaffinity(0, {settings.client_core})
         yield _Cluster(
             Target(host, int(port), str(content["model"])), psutil.Process(server.pid), psutil.Process(source.pid)
         )
@@ -210,13 +210,8 @@ def _cluster(settings: FrontSettings, worker: list[str]) -> Iterator[_Cluster]:
 @contextlib.contextmanager
 def _process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A child on one core: it inherits ours, so that all its threads have it from the start."""
-    before = os.sched_getaffinity(0)
-    with log.open("wb") as output:
-        try:
-            os.sched_setaffinity(0, {core})
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        finally:
-            os.sched_setaffinity(0, before)
+    with log.open("wb") as output, _on_core(core):
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield child
     finally:
@@ -226,6 +221,17 @@ def _process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Po
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+@contextlib.contextmanager
+def _on_core(core: int) -> Iterator[None]:
+    """This thread, and the processes that it starts, run on one core until the block ends."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _wait_ready(ready: Path, children: dict[str, subprocess.Popen[bytes]], logs: Path) -> dict[str, object]:

@@ -57,8 +57,6 @@ class Counts:
     requests: int = 0
     tokens: int = 0
     chunks: int = 0
-    sends: int = 0
-    """Pieces that the sockets gave; several chunks may come as one."""
     wall_s: float = 0.0
     cpu_s: float = 0.0
     """Of the client itself."""
@@ -123,7 +121,6 @@ class _Stream(asyncio.Protocol):
         self._next()
 
     def data_received(self, data: bytes) -> None:
-        self._counts.sends += 1
         self._counts.chunks += data.count(_CHUNK)
         tail = self._tail + data
         if tail.endswith(b"0\r\n\r\n"):
