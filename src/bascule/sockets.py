@@ -5,55 +5,111 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from bascule.wire import MAX_MESSAGE, WireError
 
 log = logging.getLogger(__name__)
 
+Apply = Callable[[list[bytes]], None]
 
-def open_socket(
-    context: zmq.asyncio.Context, kind: int, linger_ms: int, identity: str | None = None
-) -> zmq.asyncio.Socket:
-    """A socket of `kind`; under `identity`, if given, a ROUTER at the other end knows it."""
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.LINGER, linger_ms)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    if kind == zmq.ROUTER:
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    if identity is not None:
-        socket.setsockopt(zmq.ROUTING_ID, identity.encode())
-    return socket
+_BURST = 64
+"""Messages applied before the event loop has its turn again."""
 
 
-def post(socket: zmq.asyncio.Socket, frames: Sequence[bytes], on_failure: Callable[[], None] | None = None) -> None:
-    """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there."""
+class MessageSocket:
+    """A zmq socket in the running event loop.
 
-    def sent(future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and (error := future.exception()) is not None:
+    pyzmq's own asyncio sockets make a future, a callback and several system calls of each message; here the loop
+    watches the socket's descriptor, and all messages that have come are taken at once.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int, identity: str | None = None):
+        """A socket of `kind`; under `identity`, if given, a ROUTER at the other end knows it."""
+        socket = self._socket = context.socket(kind)
+        socket.setsockopt(zmq.LINGER, linger_ms)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if identity is not None:
+            socket.setsockopt(zmq.ROUTING_ID, identity.encode())
+        self._descriptor = int(socket.getsockopt(zmq.FD))
+        self._loop = asyncio.get_running_loop()
+        self._apply: Apply | None = None
+        self._looking = False
+        """A look at the socket is due in the loop's next turn."""
+
+    def bind(self, address: str) -> str:
+        """Listen; returns the address, with the port that was chosen. Raises zmq.ZMQError."""
+        self._socket.bind(address)
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def connect(self, address: str) -> None:
+        self._socket.connect(address)
+
+    def post(self, frames: Sequence[bytes], on_failure: Callable[[], None] | None = None) -> None:
+        """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there."""
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
             log.debug("a message was not sent: %s", error)
             if on_failure is not None:
-                on_failure()
+                self._loop.call_soon(on_failure)
+        else:
+            self._look_later()
 
-    asyncio.ensure_future(socket.send_multipart(frames)).add_done_callback(sent)
+    async def deliver(self, apply: Apply) -> None:
+        """Hand every message's frames to `apply` until cancelled.
 
-
-async def deliver(socket: zmq.asyncio.Socket, apply: Callable[[list[bytes]], None]) -> None:
-    """Hand every message's frames to `apply` until cancelled.
-
-    What cannot be read or applied is logged and dropped: one bad message must not end the conversation.
-    """
-    while True:
-        frames = await socket.recv_multipart()
+        What cannot be read or applied is logged and dropped: one bad message must not end the conversation.
+        """
+        self._apply = apply
+        self._loop.add_reader(self._descriptor, self._look)
         try:
-            apply(frames)
-        except (WireError, UnicodeDecodeError) as error:
-            log.warning("dropped a message: %s", error)
-        except Exception:
-            log.exception("a message could not be applied")
+            self._look()
+            await self._loop.create_future()
+        finally:
+            self._stop()
+
+    def close(self) -> None:
+        self._stop()
+        self._socket.close()
+
+    def _stop(self) -> None:
+        if self._apply is not None:
+            self._apply = None
+            self._loop.remove_reader(self._descriptor)
+
+    def _look_later(self) -> None:
+        """The descriptor tells of news once, and a send may have taken them in passing."""
+        if self._apply is None or self._looking:
+            return
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._looking = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Apply the messages that are here."""
+        self._looking = False
+        for _ in range(_BURST):
+            if self._apply is None:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            _apply_one(self._apply, frames)
+        self._look_later()
+
+
+def _apply_one(apply: Apply, frames: list[bytes]) -> None:
+    try:
+        apply(frames)
+    except (WireError, UnicodeDecodeError) as error:
+        log.warning("dropped a message: %s", error)
+    except Exception:
+        log.exception("a message could not be applied")

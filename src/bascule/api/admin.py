@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from bascule.api.app import application, health, json_response
 from bascule.router.backend import Backend
 from bascule.types import ClusterState, WorkerStatus
 
 
-def create_admin_app(backend: Backend) -> Starlette:
+def create_admin_app(backend: Backend) -> ASGIApp:
     """The application that operators and scripts talk to."""
 
     async def state(_request: Request) -> Response:

@@ -6,33 +6,31 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bascule.api.chat import read_chat
 from bascule.api.completions import read_completion
 from bascule.api.context import Context
 from bascule.api.endpoint import TokenEndpoint
-from bascule.api.errors import unknown_path, wrong_method
+from bascule.api.errors import unknown_path
 from bascule.api.identity import IdentityMiddleware
 from bascule.api.parameters import unknown_model
 from bascule.observe.metrics import CONTENT_TYPE
 from bascule.types import ModelCard
 
 
-def create_app(context: Context) -> Starlette:
+def create_app(context: Context) -> ASGIApp:
     """The application that clients talk to."""
     probes = Probes(context)
     models = Models(context)
     routes = [
-        Route("/v1/models", models.list),
-        Route("/v1/models/{model:path}", models.get),
         Route("/v1/completions", TokenEndpoint(context, read_completion), methods=["POST"]),
         Route("/v1/chat/completions", TokenEndpoint(context, read_chat), methods=["POST"]),
+        Route("/v1/models", models.list),
+        Route("/v1/models/{model:path}", models.get),
         Route("/health", probes.health),
         Route("/ready", probes.ready),
         Route("/metrics", probes.metrics),
@@ -40,23 +38,16 @@ def create_app(context: Context) -> Starlette:
     return application(routes)
 
 
-def application(routes: Sequence[BaseRoute]) -> Starlette:
-    """An application whose every response has a request id, and whose every error has OpenAI's shape."""
+def application(routes: Sequence[BaseRoute]) -> ASGIApp:
+    """An application whose every response has a request id, and whose every error has OpenAI's shape.
 
-    async def refuse_path(request: Request, _error: Exception) -> Response:
-        return unknown_path(request.url.path)
+    A router and one layer around it: Starlette's application would wrap every chunk's `send` in two more.
+    """
 
-    async def refuse_method(request: Request, error: Exception) -> Response:
-        allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
-        return wrong_method(request.method, request.url.path, allowed)
+    async def refuse_path(scope: Scope, receive: Receive, send: Send) -> None:
+        await unknown_path(Request(scope).url.path)(scope, receive, send)
 
-    app = Starlette(
-        routes=routes,
-        middleware=[Middleware(IdentityMiddleware)],
-        exception_handlers={404: refuse_path, 405: refuse_method},
-    )
-    app.router.redirect_slashes = False
-    return app
+    return IdentityMiddleware(Router(routes, redirect_slashes=False, default=refuse_path))
 
 
 def json_response(value: object) -> Response:

@@ -18,7 +18,7 @@ class Calls:
     """The calls under way in one server."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: set[_Call] = set()
         self._stopping = False
 
     async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
@@ -30,27 +30,42 @@ class Calls:
         if self._stopping:
             work.close()
             raise _stopping()
-        task = asyncio.create_task(work)
-        watch = asyncio.create_task(_closed(receive))
-        self._tasks.add(task)
+        call = _Call()
+        self._calls.add(call)
+        watch = asyncio.create_task(_watch(receive, call))
         try:
-            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGone
-            if task.cancelled():
-                raise _stopping()
-            task.result()
+            await work
+        except asyncio.CancelledError:
+            if call.why is None:
+                raise
+            call.task.uncancel()
+            raise call.why from None
         finally:
-            self._tasks.discard(task)
-            task.cancel()
+            self._calls.discard(call)
             watch.cancel()
-            await asyncio.gather(task, watch, return_exceptions=True)
 
     def abort(self) -> None:
         """End every call now, and refuse those that come."""
         self._stopping = True
-        for task in self._tasks:
-            task.cancel()
+        for call in list(self._calls):
+            call.end(_stopping())
+
+
+class _Call:
+    """The work of one request, in the task that runs it."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call runs in a task")
+        self.task: asyncio.Task[Any] = task
+        self.why: Exception | None = None
+        """Why it was ended, if it was."""
+
+    def end(self, why: Exception) -> None:
+        if self.why is None:
+            self.why = why
+            self.task.cancel()
 
 
 async def together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -66,10 +81,11 @@ async def together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]
     return [task.result() for task in tasks]
 
 
-async def _closed(receive: Receive) -> None:
-    """Returns when the client has closed the connection."""
+async def _watch(receive: Receive, call: _Call) -> None:
+    """End a call when its client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    call.end(ClientGone())
 
 
 def _stopping() -> Unavailable:

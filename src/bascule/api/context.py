@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from uuid import uuid4
+from secrets import token_hex
 
 from starlette.datastructures import Headers
 
@@ -60,12 +60,12 @@ NOT_PLACEABLE = "No worker can take a request now; GET /admin/state on the admin
 def request_id_of(headers: Headers) -> str:
     """The client's own request id where it has a sane one (printable ASCII, at most 128), else a new one."""
     given = headers.get(REQUEST_ID, "").strip()
-    return given if _SANE_ID.fullmatch(given) else uuid4().hex
+    return given if _SANE_ID.fullmatch(given) else token_hex(16)
 
 
 def backend_id_of(headers: Headers, request_id: str) -> str:
     """What the backend calls the request: an id that never comes twice, though a client may send its own twice."""
-    return f"{request_id}~{uuid4().hex[:8]}" if headers.get(REQUEST_ID, "").strip() == request_id else request_id
+    return f"{request_id}~{token_hex(4)}" if headers.get(REQUEST_ID, "").strip() == request_id else request_id
 
 
 def timeout_of(headers: Headers, default: float) -> float:

@@ -105,8 +105,11 @@ async def _stream_output(call: Call, output: Output, writer: Writer, events: Eve
     head = writer.opening(output.index)
     every_delta = call.parameters.chunk_per_delta
     running_usage = call.parameters.delivery.continuous_usage
-    async for piece in output.pieces():
-        if piece.text or piece.finish is not None or every_delta:
+    finished = False
+    while not finished:
+        piece = await output.next_piece()
+        finished = piece.finish is not None
+        if piece.text or finished or every_delta:
             chunk = writer.chunk(output.index, piece, output.usage if running_usage else None)
             await events.write(head + chunk)
             head = b""

@@ -63,6 +63,8 @@ class Writer:
         self._token_ids = token_ids
         self._chunk_head = b"data: " + _encode({**self._header, "object": form.chunk_object})[:-1] + b',"choices":['
         self._chunk_tail = b'],"usage":null}\n\n' if usage else b"]}\n\n"
+        self._plain: dict[int, tuple[bytes, bytes]] = {}
+        """By index: what stands before and behind the text of a chunk that has nothing else."""
 
     def opening(self, index: int) -> bytes:
         """The chunk that opens a choice, or nothing."""
@@ -73,9 +75,20 @@ class Writer:
 
     def chunk(self, index: int, piece: Piece, usage: Usage | None) -> bytes:
         """One piece of a choice, with the usage so far where given."""
+        if usage is None and piece.finish is None and not piece.reports and not self._token_ids:
+            before, behind = self._plain.get(index) or self._surroundings(index)
+            return before + _encode(piece.text) + behind
         choice = _encode(self._choice(index, piece, self._form.part(piece)))
         tail = self._chunk_tail if usage is None else b'],"usage":' + _encode(usage.fields()) + b"}\n\n"
         return self._chunk_head + choice + tail
+
+    def _surroundings(self, index: int) -> tuple[bytes, bytes]:
+        """Encode a chunk whose text is a character that stands nowhere else, and take it apart there."""
+        blank = Piece(text="\0", tokens=())
+        choice = _encode(self._choice(index, blank, self._form.part(blank)))
+        before, behind = choice.split(_encode(blank.text))
+        self._plain[index] = self._chunk_head + before, behind + self._chunk_tail
+        return self._plain[index]
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last chunk of a stream that was asked for its usage: no choice."""

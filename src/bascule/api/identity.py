@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bascule.api.context import REQUEST_ID, request_id_of
-from bascule.api.errors import ClientGone, error_response, internal_error
+from bascule.api.errors import ClientGone, error_response, internal_error, wrong_method
 from bascule.errors import RequestError
+
+_HEADER = REQUEST_ID.lower().encode()
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +29,23 @@ class IdentityMiddleware:
             return
         request_id = request_id_of(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["app"] = self
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                message["headers"] = [*message["headers"], (_HEADER, request_id.encode("latin-1"))]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             return
+        except HTTPException as error:  # the router's way to say that a path has other methods
+            answer = wrong_method(scope["method"], scope["path"], (error.headers or {}).get("Allow", ""))
+            await answer(scope, receive, send_with_id)
         except RequestError as error:
             await error_response(error)(scope, receive, send_with_id)
         except Exception:

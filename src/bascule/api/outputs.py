@@ -12,7 +12,7 @@ from bascule.api.tokens import Tokenizer
 from bascule.errors import WorkerFailure
 from bascule.observe.metrics import OutputTimer
 from bascule.router.backend import Backend, Generation
-from bascule.types import Placement, Request, RequestId
+from bascule.types import Delta, Placement, Request, RequestId
 
 
 class Output:
@@ -24,11 +24,13 @@ class Output:
         self._text = text
         self._timer = timer
         self._generation: Generation | None = None
+        self._deltas: AsyncIterator[Delta] | None = None
         self._cached_tokens = 0
 
     async def start(self, backend: Backend) -> Placement:
         """Returns where it was placed, once its first tokens are there; raises RequestError."""
         self._generation = await backend.start(self._request)
+        self._deltas = aiter(self._generation)
         return self._generation.placement
 
     def cancel(self) -> None:
@@ -41,24 +43,27 @@ class Output:
         """Tokens so far."""
         return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The text as it comes, the last piece with `finish`; a stop string ends the backend's work too."""
-        if self._generation is None:
+    async def next_piece(self) -> Piece:
+        """The text that has come since, the last piece with `finish`; a stop string ends the backend's work too."""
+        if self._deltas is None:
             raise RuntimeError("an output must be started before it is read")
-        async for delta in self._generation:
-            self._timer.delivered()
-            self._cached_tokens = delta.cached_tokens
-            piece = self._text.push(delta)
-            if piece.finish is not None:
-                self.cancel()
-                self._timer.ended(self._text.tokens)
-            yield piece
-            if piece.finish is not None:
-                return
-        raise WorkerFailure("The output ended before it was finished. Send the request again.")
+        try:
+            delta = await anext(self._deltas)
+        except StopAsyncIteration:
+            raise WorkerFailure("The output ended before it was finished. Send the request again.") from None
+        self._timer.delivered()
+        self._cached_tokens = delta.cached_tokens
+        piece = self._text.push(delta)
+        if piece.finish is not None:
+            self.cancel()
+            self._timer.ended(self._text.tokens)
+        return piece
 
     async def all_pieces(self) -> list[Piece]:
-        return [piece async for piece in self.pieces()]
+        pieces = [await self.next_piece()]
+        while pieces[-1].finish is None:
+            pieces.append(await self.next_piece())
+        return pieces
 
 
 class Outputs:

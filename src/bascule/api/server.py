@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from bascule.api.calls import Calls
+from bascule.api.connection import Connection
 from bascule.errors import ConfigError
 
 KEEP_ALIVE = 75
@@ -46,7 +47,7 @@ class HttpServer:
         listener = await _listen(host, port)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -54,6 +54,11 @@ class OutputText:
 
     def push(self, delta: Delta) -> Piece:
         """Take the next delta. Nothing may be pushed after a piece with `finish`."""
+        if delta.finish is None and delta.logprobs is None and self._scanner is None and not self._echo:
+            self.tokens += len(delta.tokens)
+            text = self._stream.feed(delta.tokens)
+            self._offset += len(text)
+            return Piece(text=text, tokens=delta.tokens)
         shown, self._echo = [self._echo], ""
         reports: list[TokenReport] = []
         for index, token in enumerate(delta.tokens):

@@ -96,34 +96,23 @@ class MockRunner:
         streams = [part.start for part in batch if _decodes(part)]
         return self._cost.step_seconds(prefill, len(streams), sum(streams))
 
-    def _by_position(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
-        """A copy of the KV in `blocks`: [planes, positions, token_bytes]."""
-        layout = self.card.layout
-        return self._memory[:, list(blocks)].reshape(layout.planes, -1, layout.token_bytes)
-
     def _write(self, part: Slice) -> None:
         """Chain the slice's KV on what the memory holds before it."""
-        layout = self.card.layout
-        size = layout.block_size
-        previous = b""
-        if part.start:
-            block, offset = divmod(part.start - 1, size)
-            previous = self._by_position(part.blocks[block : block + 1])[:, offset].tobytes()
-        width = layout.planes * layout.token_bytes
-        written = np.empty((len(part.tokens), width), np.uint8)
-        for index, token in enumerate(part.tokens):
-            state = xxhash.xxh3_128_digest(previous + token.to_bytes(4, "little"))
-            written[index] = np.resize(np.frombuffer(state, np.uint8), width)
-            previous = written[index].tobytes()
-        positions = np.arange(part.start, part.start + len(part.tokens))
-        rows = self._memory.reshape(layout.planes, -1, layout.token_bytes)
-        slots = np.asarray(part.blocks)[positions // size] * size + positions % size
-        rows[:, slots] = written.reshape(-1, layout.planes, layout.token_bytes).swapaxes(0, 1)
+        planes, size, width = self.card.layout.planes, self.card.layout.block_size, self.card.layout.token_bytes
+        rows = self._memory.reshape(planes, -1, width)
+        block, offset = divmod(part.start - 1, size)
+        previous = rows[:, part.blocks[block] * size + offset].tobytes() if part.start else b""
+        for position, token in enumerate(part.tokens, part.start):
+            state: bytes = xxhash.xxh3_128_digest(previous + token.to_bytes(4, "little"))
+            previous = (state * (planes * width // len(state) + 1))[: planes * width]
+            block, offset = divmod(position, size)
+            rows[:, part.blocks[block] * size + offset] = np.frombuffer(previous, np.uint8).reshape(planes, width)
 
     def _draw(self, part: Slice, sampling: SamplingParams) -> Sampled:
+        layout = self.card.layout
         end = part.start + len(part.tokens)
-        used = part.blocks[: -(-end // self.card.layout.block_size)]
-        context = self._by_position(used)[:, :end].swapaxes(0, 1).tobytes()
+        used = part.blocks[: -(-end // layout.block_size)]
+        context = self._memory.take(used, axis=1).reshape(layout.planes, -1)[:, : end * layout.token_bytes].tobytes()
         random_state = f"{sampling.seed} {end}".encode() if sampling.temperature > 0 else b""
         position = end - part.prompt_tokens
         token = self._token(xxhash.xxh3_64_intdigest(context + random_state), position, sampling)

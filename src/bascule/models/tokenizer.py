@@ -113,16 +113,21 @@ class Detokenizer:
     def __init__(self, tokenizer: TextTokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special else frozenset[int]()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""
+        """The start of a character."""
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these next tokens complete; may be empty."""
-        pieces = (self._tokenizer.token_bytes(token) for token in ids if token not in self._hidden)
-        return self._utf8.decode(b"".join(pieces))
+        spell = self._tokenizer.token_bytes
+        raw = self._begun + b"".join([spell(token) for token in ids if token not in self._hidden])
+        text, used = codecs.utf_8_decode(raw, "replace", False)
+        self._begun = raw[used:]
+        return text
 
     def flush(self) -> str:
         """What was held back, as U+FFFD, at the end of the stream."""
-        return self._utf8.decode(b"", final=True)
+        begun, self._begun = self._begun, b""
+        return begun.decode("utf-8", "replace")
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> list[str]:

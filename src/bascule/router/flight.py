@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from bascule.errors import RequestError
-from bascule.types import Delta, FinishReason, Placement, Request, WorkerId
+from bascule.types import Delta, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -40,7 +40,7 @@ class Flight:
         self._cached_tokens: int | None = None
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def placement(self) -> Placement:
@@ -84,60 +84,73 @@ class Flight:
         """Take a token if it belongs to this attempt; returns whether the output has grown."""
         if self.ended or item.attempt != self.attempt or item.position < len(self.tokens):
             return False
-        self._held[item.position] = item
-        grown = False
-        while not self.ended and (ready := self._held.pop(len(self.tokens), None)) is not None:
-            if self._cached_tokens is None:
-                # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
-                self._cached_tokens = ready.cached_tokens
-            self.tokens.append(ready.token)
-            self._fresh.append(ready)
-            self.ended = ready.finish is not None
-            grown = True
-        if grown:
-            self._wake.set()
-        return grown
+        if item.position > len(self.tokens):
+            self._held[item.position] = item
+            return False
+        self._append(item)
+        while self._held and not self.ended and (held := self._held.pop(len(self.tokens), None)) is not None:
+            self._append(held)
+        self._wake()
+        return True
 
     def fail(self, error: RequestError) -> None:
         """End with an error; tokens already taken are delivered first."""
         if not self.ended:
             self.ended = True
             self._error = error
-            self._wake.set()
+            self._wake()
 
     def cancel(self) -> None:
         if not self.ended:
             self.ended = True
             self._on_cancel(self)
-            self._wake.set()
+            self._wake()
 
     async def first(self) -> None:
         """Return when a delta can be read; raises the request's error if it ends without one."""
-        await self._wake.wait()
+        await self._news()
         if self._error is not None and not self._fresh:
             raise self._error
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._fresh:
-                items, self._fresh = self._fresh, []
-                yield self._delta(items)
-                if items[-1].finish is not None:
-                    return
-            if self._error is not None:
-                raise self._error
-            if self.ended:
-                return
+    def __aiter__(self) -> Flight:
+        """Itself: a generator that is left before its end would cost a task to close it."""
+        return self
+
+    async def __anext__(self) -> Delta:
+        """All tokens that have come since the last call, as soon as there are any."""
+        await self._news()
+        if self._fresh:
+            items, self._fresh = self._fresh, []
+            return self._delta(items)
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    def _append(self, item: TokenItem) -> None:
+        if self._cached_tokens is None:
+            # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
+            self._cached_tokens = item.cached_tokens
+        self.tokens.append(item.token)
+        self._fresh.append(item)
+        self.ended = item.finish is not None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _news(self) -> None:
+        """Return when there are tokens to read, or none will come. One task at a time reads a flight."""
+        if not self._fresh and not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def _delta(self, items: list[TokenItem]) -> Delta:
-        finish: FinishReason | None = items[-1].finish
-        wanted = self.request.sampling.logprobs is not None
-        logprobs = tuple(item.logprobs for item in items if item.logprobs is not None) if wanted else None
+        logprobs = None
+        if self.request.sampling.logprobs is not None:
+            logprobs = tuple(item.logprobs for item in items if item.logprobs is not None)
         return Delta(
-            tokens=tuple(item.token for item in items),
+            tokens=tuple([item.token for item in items]),
             logprobs=logprobs,
-            finish=finish,
+            finish=items[-1].finish,
             cached_tokens=self._cached_tokens or 0,
         )

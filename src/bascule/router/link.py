@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import zmq
-import zmq.asyncio
 
 from bascule.errors import ConfigError
-from bascule.sockets import deliver, open_socket, post
+from bascule.sockets import MessageSocket
 from bascule.types import Epoch
 from bascule.wire import RouterMessage, WorkerMessage, encode, from_worker
 
@@ -20,24 +19,24 @@ class RouterLink:
 
     def __init__(self, bind: str) -> None:
         """Listen at `bind` (`tcp://host:port`, port * for a free one); raises ConfigError when that is not possible."""
-        self._context = zmq.asyncio.Context()
-        self._socket = open_socket(self._context, zmq.ROUTER, linger_ms=200)
+        self._context = zmq.Context()
+        self._socket = MessageSocket(self._context, zmq.ROUTER, linger_ms=200)
         try:
-            self._socket.bind(bind)
+            self.address = self._socket.bind(bind)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(
                 f"cannot listen for workers at {bind}: {error.strerror}; choose another address"
             ) from error
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def send(self, epoch: Epoch, message: RouterMessage, on_failure: Callable[[], None] | None = None) -> None:
         """Queue a message to the worker with that epoch; `on_failure` is called later if it is not connected."""
-        post(self._socket, [epoch.encode(), encode(message)], on_failure)
+        self._socket.post([epoch.encode(), encode(message)], on_failure)
 
     async def serve(self, handler: Handler) -> None:
         """Deliver messages until cancelled."""
-        await deliver(self._socket, lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1])))
+        await self._socket.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1])))
 
     def close(self) -> None:
+        self._socket.close()
         self._context.destroy(linger=200)

@@ -113,7 +113,8 @@ class Service:
             if message.worker not in (flight.placed.prefill, flight.placed.decode) or not flight.take(item):
                 continue
             flight.handed_over |= message.worker == flight.placed.decode
-            freed |= self._settle_prefill(flight)
+            if flight.prefilling:
+                freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._forget(flight)
                 freed = True

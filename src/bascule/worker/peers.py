@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 import zmq
-import zmq.asyncio
 
 from bascule.errors import ConfigError
-from bascule.sockets import deliver, open_socket, post
+from bascule.sockets import MessageSocket
 from bascule.types import Epoch, WorkerId
 from bascule.wire import PeerAddress, PeerMessage, encode, from_peer
 
@@ -19,42 +18,42 @@ Handler = Callable[[Epoch, PeerMessage], None]
 class Peers:
     """Sends to peers by address and answers them by epoch; delivery is not promised, so senders repeat themselves."""
 
-    def __init__(self, context: zmq.asyncio.Context, host: str, worker: WorkerId, epoch: Epoch) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, worker: WorkerId, epoch: Epoch) -> None:
         """Listen on a free port of `host`; raises ConfigError when that is not possible."""
         self._context = context
         self._epoch = epoch
-        self._connections: dict[str, zmq.asyncio.Socket] = {}
+        self._connections: dict[str, MessageSocket] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._peers: dict[WorkerId, PeerAddress] = {}
-        self._listener = open_socket(context, zmq.ROUTER, linger_ms=0)
+        self._listener = MessageSocket(context, zmq.ROUTER, linger_ms=0)
         try:
-            self._listener.bind(f"tcp://{host}:*")
+            address = self._listener.bind(f"tcp://{host}:*")
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen for peers on {host}: {error.strerror}; choose another --host") from error
-        self.address = PeerAddress(worker, epoch, self._listener.getsockopt_string(zmq.LAST_ENDPOINT))
+        self.address = PeerAddress(worker, epoch, address)
         self._handler: Handler = _drop
 
     async def serve(self, handler: Handler) -> None:
         """Deliver messages, answers to ours too, until cancelled."""
         self._handler = handler
-        await deliver(self._listener, lambda frames: handler(Epoch(frames[0].decode("ascii")), from_peer(frames[-1])))
+        await self._listener.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_peer(frames[-1])))
 
     def send(self, peer: PeerAddress, message: PeerMessage) -> None:
         """Send to a peer's listening socket; connects on first use."""
         connection = self._connections.get(peer.address)
         if connection is None:
             self._forget_earlier(peer)
-            connection = open_socket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch)
+            connection = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch)
             connection.connect(peer.address)
             self._connections[peer.address] = connection
             self._peers[peer.worker] = peer
-            answers = deliver(connection, lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))
+            answers = connection.deliver(lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))
             self._readers[peer.address] = asyncio.create_task(answers)
-        post(connection, [encode(message)])
+        connection.post([encode(message)])
 
     def answer(self, epoch: Epoch, message: PeerMessage) -> None:
         """Send to a peer that has connected to us."""
-        post(self._listener, [epoch.encode(), encode(message)])
+        self._listener.post([epoch.encode(), encode(message)])
 
     def forget(self, peer: PeerAddress) -> None:
         """Close the connection to a peer that does not answer; a later send connects anew."""
