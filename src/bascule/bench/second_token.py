@@ -63,9 +63,7 @@ class ServerPlan:
     """Of the random prompts."""
 
 
-def measure(
-    plan: ServerPlan, lengths: Sequence[int], transports: Sequence[str], runs: int
-) -> list[SecondTokenFigures]:
+def measure(plan: ServerPlan, lengths: Sequence[int], transports: Sequence[str], runs: int) -> list[SecondTokenFigures]:
     """Ask each server in turn for each prompt length, `runs` times; no two prompts are alike.
 
     One worker on the first core does all, against that as prefill and another on the last core as decode worker. Raises

@@ -1,4 +1,4 @@
-"""The receiving process of `bench handoff`: an arena, its receivers and plain sockets, commanded over stdin and stdout."""
+"""The receiving process of `bench handoff`: an arena, its receivers and plain sockets, told what to do by lines."""
 
 from __future__ import annotations
 
@@ -119,8 +119,11 @@ class Target:
         return Done(matches=matches, cpu_s=time.process_time())
 
     def close(self) -> None:
-        for closing in (*self._receivers.values(), *self._plain.values(), self._listening, self._arena):
-            closing.close()
+        for receiver in self._receivers.values():
+            receiver.close()
+        for connection in (*self._plain.values(), self._listening):
+            connection.close()
+        self._arena.close()
 
 
 def _receive(connection: socket.socket, memory: memoryview) -> None:

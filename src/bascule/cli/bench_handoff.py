@@ -66,7 +66,9 @@ def _lengths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"--prompt-tokens {text!r}: write numbers separated by commas, for example 128,1500") from None
+        raise ConfigError(
+            f"--prompt-tokens {text!r}: write numbers separated by commas, for example 128,1500"
+        ) from None
 
 
 def _show(report: HandoffReport, console: Console) -> None:
