@@ -90,7 +90,7 @@ def layout_of(spec: ModelSpec, dtype: str) -> KVLayout:
 
 
 def _server_plan(settings: HandoffSettings, spec: ModelSpec, layout: KVLayout, cores: list[int]) -> ServerPlan:
-    """Workers with KV memory for a few of the longest prompts; raises ConfigError for one beyond the model's context."""
+    """Workers with KV memory for a few of the longest prompts; ConfigError for one beyond the model's context."""
     longest = max(settings.lengths)
     if longest + second_token.OUTPUT_TOKENS > spec.context:
         raise ConfigError(

@@ -128,7 +128,7 @@ class Target:
 
 def _receive(connection: socket.socket, memory: memoryview) -> None:
     while memory:
-        received = connection.recv_into(memory)
+        received = connection.recv_into(memory, 0, socket.MSG_WAITALL)
         if not received:
             raise ConnectionError("the source closed its plain connection")
         memory = memory[received:]

@@ -134,7 +134,7 @@ class Source:
         return self._timed(move, Receive(name, self.size))
 
     def transfer(self, name: str, *, verified: bool) -> Sample:
-        """A handoff's blocks, chunk by chunk; verified: with checksums taken here and checked by the target as it goes."""
+        """A handoff's blocks, chunk by chunk; verified: with checksums taken here and checked there as it goes."""
         ticket = TicketId(uuid.uuid4().hex)
         self._peer.ask(Open(ticket, _SECRET, self._target_first, self._count))
         with closing(self._senders[name].open(self._peer.endpoints[name], ticket, _SECRET)) as session:
