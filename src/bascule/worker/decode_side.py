@@ -304,8 +304,8 @@ class DecodeSide:
             receiver.finish(commit.ticket)
         incoming.stage = Stage.ACCEPTED
         incoming.lease = None
-        self._conclude(incoming, Accepted(commit.ticket))
         self._wake()
+        self._conclude(incoming, Accepted(commit.ticket))
 
     def _manifest_fault(self, incoming: Incoming, lease: Lease, manifest: Manifest) -> tuple[str, str] | None:
         """The first thing in which the manifest is not what was agreed: kind and reason, or None."""
@@ -345,13 +345,14 @@ class DecodeSide:
         if incoming in self._promised:
             self._promised.remove(incoming)
         incoming.stage = Stage.REFUSED
-        if incoming.lease is not None:
-            self._give_back(ticket, incoming.lease, incoming.sender)
-            incoming.lease = None
         if kind not in ("aborted", "cancelled"):
             self.refused[kind] += 1
             log.warning("refused a handoff of %s: %s", incoming.key.request, reason)
+        # The verdict first: it says whether another round is worth while, which a revocation does not.
         self._conclude(incoming, HandoffRefused(ticket, kind, reason))
+        if incoming.lease is not None:
+            self._give_back(ticket, incoming.lease, incoming.sender)
+            incoming.lease = None
 
     def _give_back(self, ticket: TicketId, lease: Lease, sender: Epoch) -> None:
         lease.quarantine()

@@ -24,7 +24,7 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move, Sender, Session, TransferError
-from bascule.types import ModelCard, TicketId
+from bascule.types import BlockHash, ModelCard, TicketId
 from bascule.wire import (
     Abort,
     Accepted,
@@ -71,6 +71,8 @@ class Outgoing:
         self.decode = decode
         self.key = Key(submission.request, submission.attempt)
         self.tokens = (*submission.prompt, *submission.generated)
+        self.hashes: tuple[BlockHash, ...] = ()
+        """Of the prompt's full blocks."""
         self.blocks: tuple[int, ...] = ()
         """The sequence's block table."""
         self.computed = 0
@@ -235,6 +237,8 @@ class PrefillSide:
         accepted = False
         try:
             secret = secrets.token_bytes(16)
+            # While the first chunk is computed, not when the commit waits for them.
+            handoff.hashes = tuple(self._hasher.chain(handoff.tokens))
             reserved = await self._reserve(handoff, secret)
             self._engine.permit(*handoff.key)
             self._wake()
@@ -352,7 +356,7 @@ class PrefillSide:
                 attempt=handoff.submission.attempt,
                 tokens=len(handoff.tokens),
                 have_blocks=reserved.have_blocks,
-                hashes=tuple(self._hasher.chain(handoff.tokens)),
+                hashes=handoff.hashes,
                 checksums=tuple(handoff.checksums[reserved.have_blocks :]),
             ),
         )
