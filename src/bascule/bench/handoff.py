@@ -59,16 +59,15 @@ def measure(settings: HandoffSettings) -> HandoffReport:
     spec = load(settings.model).spec
     layout = layout_of(spec, settings.dtype)
     cores = sorted(os.sched_getaffinity(0))
+    plan = _server_plan(settings, spec, layout, cores) if settings.lengths and settings.transports else None
     moved = transports.measure(layout, settings.size, settings.runs, cores)
     seconds: list[SecondTokenFigures] = []
-    if settings.lengths and settings.transports:
-        seconds = second_token.measure(
-            _server_plan(settings, spec, layout, cores), settings.lengths, settings.transports, settings.runs
-        )
+    if plan is not None:
+        seconds = second_token.measure(plan, settings.lengths, settings.transports, settings.runs)
     return HandoffReport(
         model=settings.model,
         dtype=settings.dtype,
-        bytes_per_transfer=settings.size // layout.block_bytes * layout.block_bytes,
+        bytes_per_transfer=transports.blocks_for(layout, settings.size) * layout.block_bytes,
         kv_bytes_per_token=layout.planes * layout.token_bytes,
         runs=settings.runs,
         transports=moved,

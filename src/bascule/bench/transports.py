@@ -59,7 +59,7 @@ def measure(layout: KVLayout, size: int, runs: int, cores: list[int]) -> list[Tr
 
     Raises BenchFailed where what arrived is not what was sent.
     """
-    count = max(2, size // layout.block_bytes)
+    count = blocks_for(layout, size)
     with _pinned(cores[0]), ExitStack() as stack:
         source = Source(layout, count, cores[-1], stack)
         ways: dict[tuple[str, bool], Callable[[], Sample]] = {
@@ -83,6 +83,11 @@ def measure(layout: KVLayout, size: int, runs: int, cores: list[int]) -> list[Tr
             for way in ways
             if way[0] in baselines
         ]
+
+
+def blocks_for(layout: KVLayout, size: int) -> int:
+    """Blocks of about `size` bytes."""
+    return max(2, size // layout.block_bytes)
 
 
 def _figures(
