@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ def handoff(
     runs: int = 5,
     size: str = "64MiB",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    json: str | None = None,
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
 ) -> None:
     """Measure the transports beside a memcpy and plain sockets, and the time to the second token with a handoff.
 
