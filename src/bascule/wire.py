@@ -215,6 +215,16 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """Of each block that was sent, in order, taken when it was computed."""
 
 
+class Written(Struct, frozen=True, tag=True):
+    """The first `blocks` blocks of the reservation's table lie in the decode side's arena, those it had included.
+
+    It may check them from now on. Only saves time: a commit says the same of all blocks.
+    """
+
+    ticket: TicketId
+    blocks: int
+
+
 class Commit(Struct, frozen=True, tag=True):
     """All blocks are sent. Idempotent: repeated until a verdict comes."""
 
@@ -255,7 +265,7 @@ class Renew(Struct, frozen=True, tag=True):
     tickets: tuple[TicketId, ...]
 
 
-PeerMessage = Prepare | Reserved | Commit | Accepted | HandoffRefused | Abort | Revoked | Renew
+PeerMessage = Prepare | Reserved | Written | Commit | Accepted | HandoffRefused | Abort | Revoked | Renew
 
 Message = WorkerMessage | RouterMessage | PeerMessage
 

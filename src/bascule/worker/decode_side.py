@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum, auto
 
 from bascule.clock import Clock
@@ -37,6 +37,7 @@ from bascule.wire import (
     Reserved,
     Revoked,
     TransferEndpoint,
+    Written,
 )
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ class Incoming:
         self.stage = Stage.PROMISED
         self.lease: Lease | None = None
         self.verdict: Accepted | HandoffRefused | None = None
+        self.written = 0
+        """Leading blocks of the lease that may be checked."""
+        self.found: list[bytes] = []
+        """Checksums of what lies in the arena, of the blocks behind those that were here already."""
+        self.checking = asyncio.Lock()
 
 
 class DecodeSide:
@@ -117,6 +123,8 @@ class DecodeSide:
         """One message of a prefill worker."""
         if isinstance(message, Prepare):
             self._prepare(sender, message)
+        elif isinstance(message, Written):
+            self._written(message)
         elif isinstance(message, Commit):
             self._commit(sender, message)
         elif isinstance(message, Abort):
@@ -235,9 +243,34 @@ class DecodeSide:
             self._answer(sender, incoming.verdict)
         elif incoming.stage is Stage.GRANTED:
             incoming.stage = Stage.CHECKING
-            check = asyncio.create_task(self._take_over(incoming, commit))
-            self._checks.add(check)
-            check.add_done_callback(self._checks.discard)
+            self._in_background(self._take_over(incoming, commit))
+
+    def _written(self, message: Written) -> None:
+        """More blocks have arrived: check them while the next are computed."""
+        incoming = self._tickets.get(message.ticket)
+        if incoming is not None and incoming.stage is Stage.GRANTED and incoming.lease is not None:
+            incoming.written = max(incoming.written, min(message.blocks, self._blocks_held(incoming)))
+            self._in_background(self._check(incoming, incoming.lease))
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    def _blocks_held(self, incoming: Incoming) -> int:
+        """Blocks that hold all tokens of a ticket."""
+        return -(-len(incoming.tokens) // self._card.layout.block_size)
+
+    async def _check(self, incoming: Incoming, lease: Lease) -> None:
+        """Take the checksums of what is written and has none, in a thread."""
+        async with incoming.checking:
+            first, last = lease.cached + len(incoming.found), incoming.written
+            if last <= first or incoming.stage is Stage.REFUSED:
+                return
+            size = self._card.layout.block_size
+            ends_in_last = last == self._blocks_held(incoming)
+            in_last = len(incoming.tokens) - (last - 1) * size if ends_in_last else size
+            incoming.found += await asyncio.to_thread(self._arena.checksums, lease.blocks[first:last], in_last)
 
     async def _take_over(self, incoming: Incoming, commit: Commit) -> None:
         """Check everything that was written, then decode from it."""
@@ -245,12 +278,9 @@ class DecodeSide:
         assert lease is not None
         fault = self._manifest_fault(incoming, lease, commit.manifest)
         if fault is None:
-            size = self._card.layout.block_size
-            held = -(-len(incoming.tokens) // size)
-            in_last = len(incoming.tokens) - (held - 1) * size
-            sent = lease.blocks[lease.cached : held]
-            found = await asyncio.to_thread(self._arena.checksums, sent, in_last)
-            if tuple(found) != commit.manifest.checksums:
+            incoming.written = self._blocks_held(incoming)
+            await self._check(incoming, lease)
+            if tuple(incoming.found) != commit.manifest.checksums:
                 fault = "checksum", "the blocks that arrived are not those that were computed"
         if incoming.stage is not Stage.CHECKING:
             return
@@ -274,8 +304,8 @@ class DecodeSide:
             receiver.finish(commit.ticket)
         incoming.stage = Stage.ACCEPTED
         incoming.lease = None
-        self._conclude(incoming, Accepted(commit.ticket))
         self._wake()
+        self._conclude(incoming, Accepted(commit.ticket))
 
     def _manifest_fault(self, incoming: Incoming, lease: Lease, manifest: Manifest) -> tuple[str, str] | None:
         """The first thing in which the manifest is not what was agreed: kind and reason, or None."""
@@ -288,7 +318,7 @@ class DecodeSide:
             ("attempt", manifest.attempt, incoming.prepare.attempt),
             ("length", manifest.tokens, tokens),
             ("length", manifest.have_blocks, lease.cached),
-            ("length", len(manifest.checksums), -(-tokens // self._card.layout.block_size) - lease.cached),
+            ("length", len(manifest.checksums), self._blocks_held(incoming) - lease.cached),
             ("hashes", manifest.hashes, tuple(self._hasher.chain(incoming.tokens))),
         )
         for kind, theirs, ours in agreed:
@@ -315,13 +345,14 @@ class DecodeSide:
         if incoming in self._promised:
             self._promised.remove(incoming)
         incoming.stage = Stage.REFUSED
-        if incoming.lease is not None:
-            self._give_back(ticket, incoming.lease, incoming.sender)
-            incoming.lease = None
         if kind not in ("aborted", "cancelled"):
             self.refused[kind] += 1
             log.warning("refused a handoff of %s: %s", incoming.key.request, reason)
+        # The verdict first: it says whether another round is worth while, which a revocation does not.
         self._conclude(incoming, HandoffRefused(ticket, kind, reason))
+        if incoming.lease is not None:
+            self._give_back(ticket, incoming.lease, incoming.sender)
+            incoming.lease = None
 
     def _give_back(self, ticket: TicketId, lease: Lease, sender: Epoch) -> None:
         lease.quarantine()

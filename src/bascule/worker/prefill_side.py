@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from typing import TypeVar
 
 from bascule.config import HandoffConfig
@@ -23,7 +24,7 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move, Sender, Session, TransferError
-from bascule.types import ModelCard, TicketId
+from bascule.types import BlockHash, ModelCard, TicketId
 from bascule.wire import (
     Abort,
     Accepted,
@@ -37,6 +38,7 @@ from bascule.wire import (
     Reserved,
     Revoked,
     Submit,
+    Written,
 )
 from bascule.worker.peers import Peers
 
@@ -69,15 +71,23 @@ class Outgoing:
         self.decode = decode
         self.key = Key(submission.request, submission.attempt)
         self.tokens = (*submission.prompt, *submission.generated)
+        self.hashes: tuple[BlockHash, ...] = ()
+        """Of the prompt's full blocks."""
         self.blocks: tuple[int, ...] = ()
+        """The sequence's block table."""
+        self.computed = 0
+        """Leading blocks that will not change any more: full ones, and with the first token the last one too."""
         self.checksums: list[bytes] = []
-        """Of the blocks that are computed, from block 0 on, taken as soon as they were."""
+        """Of the computed blocks, from block 0 on, taken as soon as they are."""
+        self.digesting = Lock()
         self.first_token: int | None = None
         self.changed = asyncio.Event()
         self.ticket = TicketId("")
         self.reserved: asyncio.Future[Reserved] = asyncio.Future()
         self.verdict: asyncio.Future[None] = asyncio.Future()
         self.transport = ""
+        self.pushing = False
+        """A session is open, and each chunk's checksums are taken right before it is sent."""
         self.task: asyncio.Task[None] | None = None
 
     def renew_ticket(self) -> None:
@@ -88,7 +98,7 @@ class Outgoing:
 
 
 class PrefillSide:
-    """All handoffs that leave this worker. Runs in the asyncio loop; `digest` alone is called by the step thread."""
+    """All handoffs that leave this worker. Runs in the asyncio loop; checksums and transfers in threads of its own."""
 
     def __init__(
         self,
@@ -128,25 +138,16 @@ class PrefillSide:
         # Not in the coroutine: one that is cancelled before its first step never gets to its `finally`.
         handoff.task.add_done_callback(lambda _: self._ended(handoff))
 
-    def digest(self, progress: Progress) -> None:
-        """Take the checksums of what a step has just computed (in the step thread, before anyone else sees it)."""
-        handoff = self._by_key.get(Key(progress.request, progress.attempt))
-        if handoff is None:
-            return
-        size = self._card.layout.block_size
-        full, rest = divmod(progress.computed, size)
-        done = len(handoff.checksums)
-        fresh = list(progress.blocks[done:full])
-        if fresh:
-            handoff.checksums += self._arena.checksums(fresh, size)
-        if progress.last and rest:
-            handoff.checksums += self._arena.checksums([progress.blocks[full]], rest)
-
     def progressed(self, progress: Progress) -> None:
-        """A chunk is computed and digested."""
-        if (handoff := self._by_key.get(Key(progress.request, progress.attempt))) is not None:
-            handoff.blocks = progress.blocks
-            handoff.changed.set()
+        """A chunk is computed: its checksums are taken now, wherever the reservation stands."""
+        if (handoff := self._by_key.get(Key(progress.request, progress.attempt))) is None:
+            return
+        full, rest = divmod(progress.computed, self._card.layout.block_size)
+        handoff.blocks = progress.blocks
+        handoff.computed = full + (1 if progress.last and rest else 0)
+        handoff.changed.set()
+        if not handoff.pushing:
+            self._threads.submit(self._digest, handoff)
 
     def first_token(self, key: Key, token: int) -> None:
         """The prompt is computed, and this is the first token (it has left for the router)."""
@@ -236,6 +237,8 @@ class PrefillSide:
         accepted = False
         try:
             secret = secrets.token_bytes(16)
+            # While the first chunk is computed, not when the commit waits for them.
+            handoff.hashes = tuple(self._hasher.chain(handoff.tokens))
             reserved = await self._reserve(handoff, secret)
             self._engine.permit(*handoff.key)
             self._wake()
@@ -292,26 +295,53 @@ class PrefillSide:
 
     async def _push(self, handoff: Outgoing, reserved: Reserved, session: Session) -> None:
         """Send blocks as they are computed, until all of the prompt's lie in the peer's arena."""
-        total = -(-len(handoff.tokens) // self._card.layout.block_size)
         sent = reserved.have_blocks
+        handoff.pushing = True
         try:
-            while sent < total or handoff.first_token is None:
+            while sent < self._blocks_of(handoff) or handoff.first_token is None:
                 if handoff.verdict.done():
                     handoff.verdict.result()
-                ready = min(len(handoff.checksums), len(handoff.blocks))
+                ready = handoff.computed
                 if ready > sent:
                     moves = [Move(handoff.blocks[i], reserved.blocks[i]) for i in range(sent, ready)]
-                    self.bytes_sent[handoff.transport] += await self._in_thread(partial(session.push, moves))
+                    self.bytes_sent[handoff.transport] += await self._in_thread(
+                        partial(self._send, handoff, session, moves)
+                    )
                     sent = ready
+                    self._peers.send(handoff.decode, Written(handoff.ticket, sent))
                     continue
                 handoff.changed.clear()
                 await handoff.changed.wait()
-            await self._in_thread(session.flush)
+            if len(handoff.checksums) < handoff.computed or sent == reserved.have_blocks:
+                await self._in_thread(partial(self._send, handoff, session, []))
         except TransferError as error:
             raise HandoffFailed(str(error), again=True) from error
         except TimeoutError:
             limit = self._config.handoff_timeout
             raise HandoffFailed(f"the decode worker took no data for {limit:g} s", again=False) from None
+        finally:
+            handoff.pushing = False
+
+    def _send(self, handoff: Outgoing, session: Session, moves: list[Move]) -> int:
+        """In a thread: checksums, then the bytes; they lie in the peer's arena when this returns (their number)."""
+        self._digest(handoff)
+        sent = session.push(moves)
+        session.flush()
+        return sent
+
+    def _digest(self, handoff: Outgoing) -> None:
+        """In a thread: take the checksums of what is computed and has none."""
+        with handoff.digesting:
+            done, ready, blocks = len(handoff.checksums), handoff.computed, handoff.blocks
+            if ready > done:
+                size = self._card.layout.block_size
+                ends_in_last = ready == self._blocks_of(handoff)
+                in_last = len(handoff.tokens) - (ready - 1) * size if ends_in_last else size
+                handoff.checksums += self._arena.checksums(blocks[done:ready], in_last)
+
+    def _blocks_of(self, handoff: Outgoing) -> int:
+        """Blocks that hold the whole prompt."""
+        return -(-len(handoff.tokens) // self._card.layout.block_size)
 
     async def _commit(self, handoff: Outgoing, reserved: Reserved) -> None:
         assert handoff.first_token is not None
@@ -326,7 +356,7 @@ class PrefillSide:
                 attempt=handoff.submission.attempt,
                 tokens=len(handoff.tokens),
                 have_blocks=reserved.have_blocks,
-                hashes=tuple(self._hasher.chain(handoff.tokens)),
+                hashes=handoff.hashes,
                 checksums=tuple(handoff.checksums[reserved.have_blocks :]),
             ),
         )

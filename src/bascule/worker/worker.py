@@ -40,6 +40,7 @@ from bascule.wire import (
     Stop,
     Submit,
     TokenItem,
+    Written,
 )
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.link import RouterSocket
@@ -201,7 +202,7 @@ class Worker:
     # ------------------------------------------------------------ from peers
 
     def _peer_message(self, sender: Epoch, message: PeerMessage) -> None:
-        if isinstance(message, Prepare | Commit | Abort | Renew):
+        if isinstance(message, Prepare | Written | Commit | Abort | Renew):
             self._decode.apply(sender, message)
         else:
             self._prefill.apply(message)
@@ -215,9 +216,7 @@ class Worker:
     # ------------------------------------------------------------ from the step thread
 
     def _stepped(self, result: StepResult) -> None:
-        """In the step thread: checksums first, then over to the asyncio loop."""
-        for progress in result.progress:
-            self._prefill.digest(progress)
+        """In the step thread: over to the asyncio loop, and on with the next step."""
         self._loop.call_soon_threadsafe(self._publish, result)
 
     def _steps_failed(self, error: Exception) -> None:

@@ -17,6 +17,7 @@ from threading import Lock
 from weakref import WeakSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bascule.kv.arena import Arena, ArenaError
 from bascule.kv.transfer.base import Endpoint, Grant, Move, OnSafe, TransferError, check_grant, machine_id, spans
@@ -41,7 +42,7 @@ NAME = "shm"
 _ANSWER_SECONDS = 10.0
 """How long the other side, on the same host, may take to say what it is asked."""
 _PIECE_BYTES = 4 << 20
-"""A push is copied in pieces of about this size; `close` is seen between two of them."""
+"""A push is copied in pieces of about this size, whole planes of a span; `close` is seen between two of them."""
 
 
 class _Refusal(Exception):
@@ -231,16 +232,18 @@ class ShmSession:
     def push(self, moves: Sequence[Move]) -> int:
         if not self._granted.issuperset(move.target for move in moves):
             raise TransferError(f"ticket {self._ticket} does not grant all of the blocks to be written; none was")
-        few = max(1, _PIECE_BYTES // self._block_bytes)
         for span in spans(moves):
-            for done in range(0, span.count, few):
-                self._copy(span.source + done, span.target + done, min(few, span.count - done))
+            source = self._source[:, span.source : span.source + span.count]
+            target = self._target[:, span.target : span.target + span.count]
+            few = max(1, _PIECE_BYTES // source[0].nbytes)
+            for plane in range(0, len(source), few):
+                self._copy(target[plane : plane + few], source[plane : plane + few])
         return len(moves) * self._block_bytes
 
-    def _copy(self, source: int, target: int, count: int) -> None:
+    def _copy(self, target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
         with self._copying:
             self._require_open()
-            np.copyto(self._target[:, target : target + count], self._source[:, source : source + count])
+            np.copyto(target, source)
 
     def flush(self) -> None:
         with self._asking:

@@ -44,18 +44,24 @@ class Stream:
                 raise
         return bytes(data)
 
-    def receive_some(self, memory: Buffers) -> None:
-        """Receive what is there, without blocking. Raises ConnectionError at the peer's end."""
-        with contextlib.suppress(BlockingIOError):
+    def receive_some(self, memory: Buffers) -> bool:
+        """Receive what is there, without blocking; False if nothing is. Raises ConnectionError at the peer's end."""
+        try:
             received = self._connection.recvmsg_into(memory.pending())[0]
-            if received == 0:
-                raise ConnectionError("the peer closed the connection")
-            memory.advance(received)
+        except BlockingIOError:
+            return False
+        if received == 0:
+            raise ConnectionError("the peer closed the connection")
+        memory.advance(received)
+        return True
 
-    def send_some(self, memory: Buffers) -> None:
-        """Send what the connection takes, without blocking."""
-        with contextlib.suppress(BlockingIOError):
+    def send_some(self, memory: Buffers) -> bool:
+        """Send what the connection takes, without blocking; False if it takes nothing."""
+        try:
             memory.advance(self._connection.sendmsg(memory.pending()))
+        except BlockingIOError:
+            return False
+        return True
 
     def write(self, memory: Buffers, seconds: float) -> None:
         """Send all; raises TimeoutError if nothing moves for `seconds`."""

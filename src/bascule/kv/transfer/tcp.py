@@ -153,11 +153,12 @@ class TcpReceiver:
 
     def _receive(self, stream: Stream, grant: _OpenGrant, memory: Buffers) -> None:
         while memory.left:
-            stream.wait(select.POLLIN, None)
             with grant.lock:
                 if grant.revoked:
                     raise _Refusal(Verdict.REVOKED)
-                stream.receive_some(memory)
+                received = stream.receive_some(memory)
+            if not received:
+                stream.wait(select.POLLIN, None)
 
 
 class TcpSession:
@@ -202,12 +203,13 @@ class TcpSession:
         return Header(kind, self._key, self._secret, self._layout, first, count).pack()
 
     def _send(self, memory: Buffers) -> None:
-        """Send all, but stop as soon as the receiver says anything: during a write that is a refusal."""
+        """Send all, but stop when the receiver says anything before it takes more: during a write that is a refusal."""
         while memory.left:
+            if self._stream.send_some(memory):
+                continue
             if self._stream.wait(select.POLLIN | select.POLLOUT, self._patience) & ~select.POLLOUT:
                 self._read_reply()
                 raise Malformed("an answer that nothing asked for")
-            self._stream.send_some(memory)
 
     def _read_reply(self) -> None:
         reply = self._stream.read(REPLY_BYTES, self._patience)
