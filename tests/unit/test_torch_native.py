@@ -20,6 +20,7 @@ from bascule.engine.torch import forms
 from bascule.engine.torch.forms import load_decoders
 from bascule.engine.torch.model import Decoder
 from bascule.engine.torch.native import NativeDecoder, why_not
+from bascule.engine.torch.packed import kept, pack
 from bascule.engine.torch.packing import Quantised, quantise, quantised_as_stored
 from bascule.engine.torch.plan import plan_step
 from bascule.engine.torch.weights import WeightForm, load_native_weights
@@ -105,6 +106,16 @@ def distributions(decoder: forms.Forward, spec: ModelSpec, dtype: torch.dtype) -
     return torch.cat(found).log_softmax(dim=-1)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packed weights of these tests go nowhere else; the compiled kernels are loaded before, from where they are."""
+    if not build._NEEDED - build.cpu_flags():
+        build.load()
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BASCULE_CACHE", str(folder))
+    return folder
+
+
 @native
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", ["none", "int8", "int4"])
@@ -114,15 +125,13 @@ def test_every_form_computes_what_its_numbers_say(name: str, form: WeightForm, t
     weights = load_native_weights(spec, resolve(str(tmp_path)), form)
     assert any(isinstance(weight, Quantised) for weight in weights.values()) == (form != "none")
     expected = distributions(reference(spec, dict(weights)), spec, torch.float32)
-    got = distributions(NativeDecoder(spec, weights, threads), spec, torch.bfloat16)
+    got = distributions(NativeDecoder(spec, pack(spec, weights), threads), spec, torch.bfloat16)
     assert got.isfinite().all()
     assert (got - expected).abs().mean() < 0.02
     assert (got - expected).abs().max() < 0.2
     # The bound above would not notice a small systematic mistake; torch's own rounding to bfloat16 is the measure.
-    rounded = Decoder(
-        spec,
-        {n: forms._bfloat16(v).bfloat16() for n, v in load_native_weights(spec, resolve(str(tmp_path)), form).items()},
-    )
+    dense = forms._dense(load_native_weights(spec, resolve(str(tmp_path)), form))
+    rounded = Decoder(spec, {name: weight.bfloat16() for name, weight in dense.items()})
     torch_error = (distributions(rounded, spec, torch.bfloat16) - expected).abs().mean()
     assert (got - expected).abs().mean() < 1.5 * torch_error
 
@@ -130,7 +139,9 @@ def test_every_form_computes_what_its_numbers_say(name: str, form: WeightForm, t
 @native
 def test_the_number_of_threads_and_the_company_in_a_step_change_nothing(tmp_path: Path) -> None:
     spec = saved("llama-untied-heads-of-64", tmp_path)
-    decoders = [NativeDecoder(spec, load_native_weights(spec, resolve(str(tmp_path)), "int4"), n) for n in (1, 2)]
+    decoders = [
+        NativeDecoder(spec, pack(spec, load_native_weights(spec, resolve(str(tmp_path)), "int4")), n) for n in (1, 2)
+    ]
     one, two = (distributions(decoder, spec, torch.bfloat16) for decoder in decoders)
     assert torch.equal(one, two)
 
@@ -237,3 +248,40 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
             build.load()
     finally:
         build.load.cache_clear()
+
+
+def test_packed_weights_are_mapped_from_one_file_and_made_again_when_it_is_damaged(tmp_path: Path, cache: Path) -> None:
+    spec = saved("qwen3-normed-heads-of-128", tmp_path)
+    made = 0
+
+    def make() -> Any:
+        nonlocal made
+        made += 1
+        return pack(spec, load_native_weights(spec, resolve(str(tmp_path)), "int4"))
+
+    first, second = kept("a model", make), kept("a model", make)
+    assert made == 1
+    assert first.parts == second.parts
+    assert np.array_equal(first.data, second.data)
+    assert not first.data.flags.writeable
+    [file] = (cache / "packed").glob("*.bin")
+    content = bytearray(file.read_bytes())
+    for damage in (bytes(content[:-1] + bytes([content[-1] ^ 1])), bytes(content[:5000]), b"", b"something else"):
+        file.unlink()  # those who have it mapped keep what they have
+        file.write_bytes(damage)
+        assert np.array_equal(kept("a model", make).data, first.data)
+        assert file.read_bytes() == bytes(content)
+    assert made == 5
+    kept("another model", make)
+    assert made == 6
+    assert len(list((cache / "packed").glob("*.bin"))) == 2
+
+
+def test_packed_weights_stay_in_memory_where_no_file_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = saved("llama-all-biases", tmp_path / "model")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "file"))
+    weights = kept("a model", lambda: pack(spec, load_native_weights(spec, resolve(str(tmp_path / "model")), "none")))
+    assert "layers.1.down" in weights.parts

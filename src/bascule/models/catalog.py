@@ -101,7 +101,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         return found.path
     try:
         found.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(found.path.parent / "lock"):
+        with locked(found.path.parent / "lock"):
             # Another process may have fetched it while this one waited for the lock.
             if _inspect(name, entry).state is not FileState.READY:
                 _fetch(entry, found.path, progress)
@@ -202,7 +202,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an advisory lock that ends with this process, whatever becomes of it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -12,10 +12,12 @@ from torch import Tensor
 from bascule.engine.native.build import cpu_flags
 from bascule.engine.torch.model import Decoder
 from bascule.engine.torch.native import NativeDecoder, why_not
+from bascule.engine.torch.packed import kept, pack
 from bascule.engine.torch.packing import Quantised
 from bascule.engine.torch.plan import StepPlan
 from bascule.engine.torch.weights import WeightForm, load_native_weights, load_weights
 from bascule.errors import ConfigError
+from bascule.models.fingerprint import fingerprint
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
 
@@ -83,22 +85,24 @@ def _obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str 
 
 
 def _native(spec: ModelSpec, source: ModelSource, threads: int, quantize: WeightForm, dense_twin: bool) -> Decoders:
-    weights = load_native_weights(spec, source, quantize)
-    has_codes = any(isinstance(weight, Quantised) for weight in weights.values())
-    if has_codes and not dense_twin:
-        few = NativeDecoder(spec, weights, threads)
+    identity = fingerprint(source, spec, f"bfloat16 {quantize}")
+    packed = kept(identity, lambda: pack(spec, load_native_weights(spec, source, quantize)))
+    few = NativeDecoder(spec, packed, threads)
+    if packed.has_codes and not dense_twin:
         return Decoders(few, few)
-    many = _dense_decoder(spec, dict(weights), threads)
-    return Decoders(NativeDecoder(spec, weights, threads) if has_codes else many, many)
+    if "amx_bf16" in cpu_flags():  # torch's products know matrix tiles, the kernels do not
+        dense = _dense(load_native_weights(spec, source, quantize))
+        many: Forward = Decoder(spec, {name: weight.to(torch.bfloat16) for name, weight in dense.items()})
+        return Decoders(few if packed.has_codes else many, many)
+    if not packed.has_codes:
+        return Decoders(few, few)
+    twin = kept(f"{identity} dense", lambda: pack(spec, dict(_dense(load_native_weights(spec, source, quantize)))))
+    return Decoders(few, NativeDecoder(spec, twin, threads))
 
 
-def _dense_decoder(spec: ModelSpec, weights: dict[str, Tensor | Quantised], threads: int) -> Forward:
-    """The decoder of all numbers in bfloat16. With matrix tiles (AMX) torch's products are faster than the kernels'."""
-    dense = {name: _bfloat16(weight) for name, weight in weights.items()}
-    if "amx_bf16" in cpu_flags():
-        return Decoder(spec, {name: weight.to(torch.bfloat16) for name, weight in dense.items()})
-    return NativeDecoder(spec, dict(dense), threads)
-
-
-def _bfloat16(weight: Tensor | Quantised) -> Tensor:
-    return weight.dequantised().to(torch.bfloat16) if isinstance(weight, Quantised) else weight
+def _dense(weights: dict[str, Tensor | Quantised]) -> dict[str, Tensor]:
+    """The same numbers without codes; matrices in bfloat16, which is all that they will be computed in."""
+    return {
+        name: weight.dequantised().bfloat16() if isinstance(weight, Quantised) else weight
+        for name, weight in weights.items()
+    }

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bascule.engine.native import build
-from bascule.engine.torch.packing import Quantised, interleaved, pack_bfloat16, pack_nibbles
+from bascule.engine.torch.packed import PackedWeights
 from bascule.engine.torch.plan import StepPlan
 from bascule.engine.torch.rope import inverse_frequencies
 from bascule.models.spec import ModelSpec
 
-Weights = Mapping[str, Tensor | Quantised]
 _VECTOR = 32
 """Rows of activations are read this many numbers at a time."""
-_BFLOAT16, _NIBBLES = 0, 1
 _ALIGNMENT = 64
 
 
@@ -85,21 +82,17 @@ class NativeDecoder:
     """A model's packed weights and its forward pass. Holds no state of any sequence.
 
     Inputs of matrix products, attention and KV are bfloat16, all sums and what lies between are float32. Codes are
-    multiplied as they are, so 4-bit weights read an eighth of the memory; steps of many rows unpack them to bfloat16.
+    multiplied as they are, so 4-bit weights read a third of the memory; steps of many rows unpack them to bfloat16.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor | Quantised], threads: int) -> None:
-        """`weights` by Hugging Face name, bfloat16 or codes; taken out of the dictionary as they are packed."""
+    def __init__(self, spec: ModelSpec, weights: PackedWeights, threads: int) -> None:
         self._spec = spec
+        self._weights = weights
         self._library = build.load()
         self._library.scratch_bytes.restype = ctypes.c_int64
-        self._kept: list[Tensor] = []
-        embedding = self._matrix([weights.pop("model.embed_tokens.weight")])
-        table = 0 if spec.tied_embeddings else self._kept[0].nbytes
-        head = embedding if spec.tied_embeddings else self._matrix([weights.pop("lm_head.weight")])
-        self._layers = (_Layer * spec.layers)(
-            *(self._layer(weights, f"model.layers.{index}.") for index in range(spec.layers))
-        )
+        self._frequencies = inverse_frequencies(spec).contiguous()
+        self._layers = (_Layer * spec.layers)(*(self._layer(f"layers.{index}.") for index in range(spec.layers)))
+        embedding = self._matrix("embedding")
         self._model = _Model(
             layers=spec.layers,
             hidden=spec.hidden,
@@ -110,13 +103,14 @@ class NativeDecoder:
             vocab=spec.vocab,
             threads=threads,
             norm_eps=spec.norm_eps,
-            frequencies=self._floats(inverse_frequencies(spec)),
-            norm=self._floats(weights.pop("model.norm.weight")),
+            frequencies=self._frequencies.data_ptr(),
+            norm=weights.address("norm"),
             embedding=embedding,
-            head=head,
+            head=embedding if spec.tied_embeddings else self._matrix("head"),
             layer=self._layers,
         )
-        self.weight_bytes = sum(kept.nbytes for kept in self._kept) - table
+        table = 0 if spec.tied_embeddings else weights.parts["embedding"].bytes
+        self.weight_bytes = sum(part.bytes for part in weights.parts.values()) - table
         """What a step reads of the weights, in bytes: all but the embedding, unless that is the head too."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -160,63 +154,24 @@ class NativeDecoder:
         address = self._scratch.data_ptr()
         return address + -address % _ALIGNMENT
 
-    def _layer(self, weights: dict[str, Tensor | Quantised], prefix: str) -> _Layer:
-        spec = self._spec
-        head_norm = None
-        if spec.qk_norm:
-            query_norm = _tensor(weights.pop(f"{prefix}self_attn.q_norm.weight"))
-            key_norm = _tensor(weights.pop(f"{prefix}self_attn.k_norm.weight"))
-            head_norm = torch.cat((query_norm.expand(spec.heads, -1), key_norm.expand(spec.kv_heads, -1)))
-
-        def taken(names: Sequence[str], part: str, wanted: bool = True) -> list[Tensor | Quantised]:
-            return [weights.pop(f"{prefix}{name}.{part}") for name in names] if wanted else []
-
-        projections = [f"self_attn.{name}_proj" for name in "qkv"]
-        output, both, down = ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
+    def _layer(self, prefix: str) -> _Layer:
         return _Layer(
-            attention_norm=self._floats(weights.pop(f"{prefix}input_layernorm.weight")),
-            mlp_norm=self._floats(weights.pop(f"{prefix}post_attention_layernorm.weight")),
-            head_norm=None if head_norm is None else self._floats(head_norm),
-            query_key_value=self._matrix(taken(projections, "weight"), taken(projections, "bias", spec.attention_bias)),
-            attention_output=self._matrix(taken(output, "weight"), taken(output, "bias", spec.output_bias)),
-            gate_up=self._matrix(taken(both, "weight"), taken(both, "bias", spec.mlp_bias), interleave=True),
-            down=self._matrix(taken(down, "weight"), taken(down, "bias", spec.mlp_bias)),
+            attention_norm=self._weights.address(f"{prefix}attention_norm"),
+            mlp_norm=self._weights.address(f"{prefix}mlp_norm"),
+            head_norm=self._weights.address(f"{prefix}head_norm"),
+            query_key_value=self._matrix(f"{prefix}query_key_value"),
+            attention_output=self._matrix(f"{prefix}attention_output"),
+            gate_up=self._matrix(f"{prefix}gate_up"),
+            down=self._matrix(f"{prefix}down"),
         )
 
-    def _matrix(
-        self, parts: Sequence[Tensor | Quantised], biases: Sequence[Tensor | Quantised] = (), interleave: bool = False
-    ) -> _Matrix:
-        """One packed matrix of the rows of all `parts`, those of two in turns with `interleave`."""
-
-        def joined(rows: Sequence[Tensor]) -> Tensor:
-            return interleaved(*rows) if interleave else torch.cat(list(rows))
-
-        quantised = [part for part in parts if isinstance(part, Quantised)]
-        if len(quantised) == len(parts) and len({part.bits for part in quantised}) == 1:
-            codes, scale, offset = (
-                joined(rows) for rows in zip(*((q.codes, q.scale, q.offset) for q in quantised), strict=True)
-            )
-            packed = pack_nibbles(Quantised(quantised[0].bits, codes, scale, offset))
-            shape, layout = codes.shape, _NIBBLES
-        else:
-            dense = joined([_tensor(part) for part in parts])
-            packed, shape, layout = pack_bfloat16(dense), dense.shape, _BFLOAT16
-        self._kept.append(packed)
+    def _matrix(self, name: str) -> _Matrix:
+        part = self._weights.parts[name]
         return _Matrix(
-            layout=layout,
-            planes=quantised[0].bits // 4 if layout == _NIBBLES else 0,
-            outputs=shape[0],
-            inputs=shape[1],
-            data=packed.data_ptr(),
-            bias=self._floats(joined([_tensor(bias) for bias in biases])) if biases else None,
+            layout=part.layout,
+            planes=part.planes,
+            outputs=part.outputs,
+            inputs=part.inputs,
+            data=self._weights.address(name),
+            bias=self._weights.address(f"{name}.bias"),
         )
-
-    def _floats(self, values: Tensor | Quantised) -> int:
-        """The address of `values` in float32, kept as long as the model."""
-        kept = _tensor(values).float().contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
-
-
-def _tensor(value: Tensor | Quantised) -> Tensor:
-    return value.dequantised() if isinstance(value, Quantised) else value
