@@ -66,6 +66,9 @@ class EngineConfig:
     """Most prompt tokens of one sequence in one step."""
     step_tokens: int = 512
     """Most tokens of all sequences in one step."""
+    slo_gap: float = 0.2
+    """Longest gap between two tokens of a running stream that a prompt beside it should cause, in seconds: chunks are
+    cut to fit. 0 leaves them whole."""
     max_sequences: int = 64
     """Most sequences that a worker runs at once."""
     prefix_cache: bool = True
@@ -75,6 +78,7 @@ class EngineConfig:
         parse_size(self.kv_memory, "kv-memory")
         for key in ("block_size", "chunk_tokens", "step_tokens", "max_sequences"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "positive")
+        _require(self.slo_gap >= 0, "slo_gap", self.slo_gap, "0 or more seconds")
         _require(self.block_size <= 1024, "block_size", self.block_size, "at most 1024")
         _require(
             self.engine == "mock" or self.cost_model is None, "cost_model", self.cost_model, "left out but for mock"

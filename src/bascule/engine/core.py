@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from itertools import count
 from threading import Lock
@@ -56,8 +58,17 @@ class Engine:
     `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
     """
 
-    def __init__(self, runner: Runner, arena: Arena, books: Books, hasher: BlockHasher, limits: EngineLimits) -> None:
-        """Binds `runner` to `arena`, of whose blocks `books` keeps account."""
+    def __init__(
+        self,
+        runner: Runner,
+        arena: Arena,
+        books: Books,
+        hasher: BlockHasher,
+        limits: EngineLimits,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Binds `runner` to `arena`, of whose blocks `books` keeps account; `now` (s) tells how long steps take."""
+        self._now = now
         runner.bind(arena)
         self._runner = runner
         self._books = books
@@ -165,6 +176,7 @@ class Engine:
                 sequence.in_step = True
         if not plan:
             return StepResult()
+        begin = self._now()
         try:
             sampled = self._execute(batch, handed_in, handed_out)
         except Exception as error:
@@ -172,6 +184,7 @@ class Engine:
             with self._lock:
                 return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}")
         with self._lock:
+            self._scheduler.took(plan, self._now() - begin)
             del self._adopted_blocks[: len(handed_in)]
             return self._apply(plan, sampled)
 

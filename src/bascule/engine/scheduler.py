@@ -18,7 +18,7 @@ from msgspec import Struct
 from bascule.engine.sequence import Key, Phase, Sequence
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
-from bascule.policies.batch import BatchLimits, Row, grant_tokens
+from bascule.policies.batch import BatchLimits, Pace, Row, grant_tokens
 from bascule.types import BlockHash
 
 
@@ -32,6 +32,8 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     step_tokens: int
     """Most tokens in one step; at least `max_sequences`, so that prefill goes on however many streams decode."""
     prefix_cache: bool = True
+    gap_s: float = 0.0
+    """Seconds that a step should take at most while streams run, for the sake of their gaps; 0 for any."""
 
     def __post_init__(self) -> None:
         if min(self.max_sequences, self.chunk_tokens) < 1:
@@ -60,7 +62,8 @@ class Scheduler:
         """Prompt tokens found in the prefix cache, each request's counted once."""
         self._books = books
         self._max_sequences = limits.max_sequences
-        self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens)
+        self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens, gap_s=limits.gap_s)
+        self._pace = Pace()
         self._running: list[Sequence] = []
         """In order of arrival."""
         self._stuck_at: int | None = None
@@ -112,10 +115,16 @@ class Scheduler:
         ready = [sequence for sequence in tuple(self._running) if self._make_room(sequence)]
         ready = sorted([*ready, *self._admit()], key=_by_arrival)
         rows = [Row(sequence.computed, len(sequence.tokens)) for sequence in ready]
-        tokens = grant_tokens(rows, self._batch)
+        tokens = grant_tokens(rows, self._batch, self._pace)
         plan = [Grant(sequence, count) for sequence, count in zip(ready, tokens, strict=True) if count]
         self._stuck_at = None if plan else self._available()
         return plan
+
+    def took(self, plan: Tokens[Grant], seconds: float) -> None:
+        """A planned step is over; plans to come go by how long it took."""
+        streams = sum(grant.tokens == 1 for grant in plan)
+        prompt_tokens = sum(grant.tokens for grant in plan) - streams
+        self._pace = self._pace.after(prompt_tokens, streams, seconds)
 
     def acquire(self, hashes: Tokens[BlockHash], tokens: Tokens[int], blocks: int, room: int) -> Lease | None:
         """Lease `blocks` blocks, but leave one for every running sequence that may need it next; None if too few."""

@@ -109,6 +109,7 @@ def build(settings: WorkerSettings) -> Parts:
         chunk_tokens=config.chunk_tokens,
         step_tokens=max(config.step_tokens, config.max_sequences),
         prefix_cache=config.prefix_cache,
+        gap_s=config.slo_gap,
     )
     engine = Engine(runner, arena, books, hasher, limits)
     return Parts(
