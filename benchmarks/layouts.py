@@ -5,7 +5,7 @@
 `--peers` is a directory with `load.py` (the client) and `vllm_fleet.py` (starts vLLM; needs its `setup.sh` run once).
 For each layout all systems are up at once and take turns, round after round, with the same requests in a round: what
 disturbs the machine disturbs all of them. A system that waits for its turn is stopped (SIGSTOP), so that threads which
-spin do not take a core from the one that is measured. Memory (PSS of all its processes) is read before the first request.
+spin do not take a core from the one that is measured. Memory (PSS of all processes) is read before the first request.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m venv /tmp/llama && /tmp/llama/bin/pip install xllamacpp
     python benchmarks/llamacpp.py --python /tmp/llama/bin/python --rounds 5
 
-Both are servers on one core, driven by the same client from the other core, in turns; the one that waits is stopped. The
-wheel is a generic build of llama.cpp (it picks kernels by CPU at run time as far as the wheel has them).
+Both are servers on one core, driven by the same client from the other core, in turns; the one that waits is stopped.
+The wheel is a generic build of llama.cpp (it picks kernels by CPU at run time as far as the wheel has them).
 """
 
 from __future__ import annotations
