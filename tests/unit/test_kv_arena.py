@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -109,3 +110,35 @@ def test_many_checksums_over_several_pieces() -> None:
 def test_a_checksum_over_more_or_less_than_a_block_is_an_error(arena: Arena, tokens: int) -> None:
     with pytest.raises(ValueError, match="1 to 4 tokens"):
         arena.checksum(0, tokens)
+
+
+def resident_bytes(arena: Arena) -> int:
+    """Memory behind the arena's file, wherever it was touched."""
+    return os.fstat(arena.fd).st_blocks * 512
+
+
+def test_memory_is_taken_ahead_of_use_not_all_at_once() -> None:
+    layout = KVLayout("float32", layers=2, kv_heads=4, head_dim=64, block_size=16, planes=4, token_bytes=1024)
+    size = 1 << 30
+    with Arena.create(layout, size // layout.block_bytes) as arena:
+        first = settled(arena, least=48 << 20)
+        assert first < 160 << 20
+        arena.prepare(0)
+        assert settled(arena, least=first) == first
+        arena.prepare(3000)  # blocks of 64 KiB
+        grown = settled(arena, least=190 << 20)
+        assert grown < 400 << 20
+        arena.prepare(arena.num_blocks)
+        assert settled(arena, least=size) >= size
+
+
+def settled(arena: Arena, least: int) -> int:
+    """Resident bytes once they have stopped growing at `least` or more."""
+    deadline, before = time.monotonic() + 30, -1
+    while time.monotonic() < deadline:
+        now = resident_bytes(arena)
+        if now == before and now >= least:
+            return now
+        before = now
+        time.sleep(0.1)
+    raise AssertionError(f"{before} bytes are resident after 30 s, not {least}")

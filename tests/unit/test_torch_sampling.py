@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bascule.engine.torch.penalties import Draw, adjust
-from bascule.engine.torch.sampling import sample, uniform
+from bascule.engine.torch.sampling import _wide_nucleus_floor, sample, uniform
 from bascule.errors import ModelError
 from bascule.types import SamplingParams
 
@@ -245,3 +245,18 @@ def test_masking_the_whole_vocabulary_is_an_error() -> None:
     everything = params(min_tokens=9, stop_token_ids=tuple(range(VOCAB)))
     with pytest.raises(ModelError, match="no token"):
         sample(random_logits(), [Case(everything).draw()], STOPS)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
+def test_a_wide_nucleus_ends_where_sorting_everything_says(spread: float, top_p: float) -> None:
+    for seed in range(5):
+        weights = np.exp(spread * np.random.default_rng(seed).normal(size=5000))
+        weights[seed::7] = 0.0  # as after top_k or min_p
+        probabilities = (weights / weights.sum()).astype(np.float32)
+        ordered = np.sort(probabilities)[::-1]
+        before = ordered.cumsum(dtype=np.float64) - ordered
+        expected = np.count_nonzero(probabilities >= ordered[np.count_nonzero(before < top_p) - 1])
+        kept = np.count_nonzero(probabilities >= _wide_nucleus_floor(probabilities, top_p))
+        # Summing in another order may move the end by one token where the sum meets top_p to the last bits.
+        assert abs(kept - expected) <= 1

@@ -26,7 +26,7 @@ def engine(
     chunks: str = "512",
     rounds: int = 5,
     threads: int = 1,
-    json: Annotated[str | None, Parameter(help="File for the figures, - for standard output.")] = None,
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
 ) -> None:
     """Measure decode and prefill steps, beside the rate of memory and of matrix products in the same run.
 
@@ -48,6 +48,8 @@ def engine(
         Every cell is measured this often, in turns with all others; the median counts.
     threads
         Cores to use; the process is pinned to that many.
+    json
+        File for the figures, - for standard output.
     """
     batch_sizes, context_sizes = _numbers(batches, "batches"), _numbers(contexts, "contexts")
     prompt_sizes, chunk_sizes = _numbers(lengths, "lengths"), _numbers(chunks, "chunks")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from bascule.cli.report import write_json
 def front(
     *,
     model: str = "smollm2",
-    json: str | None = None,
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     runs: int = 5,
     latency_requests: int = 200,
     seconds: float = 1.5,

@@ -14,6 +14,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from bascule.config import parse_size
+from bascule.engine.native import build
 from bascule.errors import BasculeError
 from bascule.models import catalog, load
 
@@ -69,6 +70,7 @@ def _hardware(kv_bytes: int) -> Iterator[Finding]:
         "a core for each of a prefill and a decode worker",
         "" if len(cores) > 1 else "prefill and decode will share one core; --policy single may be faster",
     )
+    yield _kernels()
     free = psutil.virtual_memory().available
     yield Finding(
         free > kv_bytes,
@@ -77,6 +79,15 @@ def _hardware(kv_bytes: int) -> Iterator[Finding]:
     )
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield Finding(limit >= 1024, f"{limit} open files allowed", "" if limit >= 1024 else "raise it: ulimit -n 4096")
+
+
+def _kernels() -> Finding:
+    """Whether bfloat16 is computed by compiled kernels; torch does it too, so this is never in the way."""
+    try:
+        build.load()
+    except build.NativeUnavailable as unavailable:
+        return Finding(True, "no native kernels: bfloat16 is computed by torch, several times slower", str(unavailable))
+    return Finding(True, "native kernels for bfloat16 and 4-bit weights")
 
 
 def _model(model: str) -> Iterator[Finding]:

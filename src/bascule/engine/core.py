@@ -71,6 +71,7 @@ class Engine:
         self._now = now
         runner.bind(arena)
         self._runner = runner
+        self._arena = arena
         self._books = books
         self._hasher = hasher if limits.prefix_cache else None
         self._scheduler = Scheduler(books, limits)
@@ -123,9 +124,11 @@ class Engine:
         with self._lock:
             if self._scheduler.full:
                 return None
-            return self._scheduler.acquire(
+            lease = self._scheduler.acquire(
                 hashes, prompt, blocks_for(total_tokens, size), blocks_for(room_tokens, size)
             )
+        self._arena.prepare(self._books.high_water)
+        return lease
 
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
@@ -176,6 +179,7 @@ class Engine:
                 sequence.in_step = True
         if not plan:
             return StepResult()
+        self._arena.prepare(self._books.high_water)
         begin = self._now()
         try:
             sampled = self._execute(batch, handed_in, handed_out)

@@ -19,7 +19,7 @@ from bascule.errors import BasculeError
 from bascule.types import KVLayout
 
 CHECKSUM_BYTES = 8
-_TOUCH_BYTES = 64 << 20
+_AHEAD_BYTES = 64 << 20
 
 
 class ArenaError(BasculeError):
@@ -59,7 +59,8 @@ class Arena:
         self._closed = False
         shape = (layout.planes, num_blocks, layout.plane_block_bytes)
         self.bytes: NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8).reshape(shape)
-        Thread(target=_touch, args=(self.bytes.reshape(-1),), name="kv-touch", daemon=True).start()
+        self._prepared = 0
+        self.prepare(0)
 
     @classmethod
     def create(cls, layout: KVLayout, num_blocks: int) -> Arena:
@@ -97,6 +98,18 @@ class Arena:
             os.close(fd)
             raise
         return cls(fd, layout, num_blocks, memory)
+
+    def prepare(self, through: int) -> None:
+        """Have the blocks below `through`, and some behind them, mapped in the background; returns at once.
+
+        The first use of a page is ten times slower than any other. All memory mapped at the start would be simpler, and
+        an idle worker would hold it all.
+        """
+        ahead = max(1, _AHEAD_BYTES // self.layout.block_bytes)
+        target = min(through + ahead, self.num_blocks)
+        if target - self._prepared > ahead // 2 or target == self.num_blocks > self._prepared:
+            begin, self._prepared = self._prepared, target
+            Thread(target=_touch, args=(self.bytes[:, begin:target],), name="kv-touch", daemon=True).start()
 
     def checksum(self, block: int, tokens: int) -> bytes:
         """xxh3_64 (8 bytes) over the first `tokens` tokens of `block` in all planes, plane after plane."""
@@ -150,7 +163,7 @@ def _size(layout: KVLayout, num_blocks: int) -> int:
     return num_blocks * layout.block_bytes
 
 
-def _touch(memory: NDArray[np.uint8]) -> None:
-    """Read a byte of every page, so that the first transfer does not pay for mapping it (at a tenth of the speed)."""
-    for start in range(0, len(memory), _TOUCH_BYTES):
-        memory[start : start + _TOUCH_BYTES : mmap.PAGESIZE].max()
+def _touch(blocks: NDArray[np.uint8]) -> None:
+    """Read a byte of every page of `blocks` [planes, blocks, bytes]."""
+    for plane in blocks:
+        plane.reshape(-1)[:: mmap.PAGESIZE].max()

@@ -66,6 +66,8 @@ class Books:
         self.mismatches = 0
         """Blocks found by hash that held other tokens: misses."""
         self.evictions = 0
+        self.high_water = 0
+        """Every block that has ever been leased is below this one."""
         self._lock = RLock()
         self._free = np.ones(num_blocks, np.bool_)
         self._room_of = np.full(num_blocks, _NOBODY, np.int64)
@@ -139,6 +141,7 @@ class Books:
             chosen.extend(kept_for_others[len(chosen) - count :].tolist())
         self._free[chosen] = usable[chosen] = False
         self._room_of[chosen] = _NOBODY
+        self.high_water = max(self.high_water, *(block + 1 for block in chosen), 0)
         for block in chosen:
             self._holders[block] = 1
         lease._blocks.extend(chosen)

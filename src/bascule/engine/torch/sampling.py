@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.engine.protocol import Sampled
@@ -119,20 +120,26 @@ def _nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
     vocab = probabilities.shape[-1]
     best = probabilities.topk(min(_NUCLEUS_WIDTH, vocab), dim=-1).values
     through = best.cumsum(dim=-1, dtype=torch.float64)
-    if vocab > _NUCLEUS_WIDTH and not bool((through[:, -1:] >= top_p).all()):
-        best = _descending(probabilities)
-        through = best.cumsum(dim=-1, dtype=torch.float64)
     members = (through - best < top_p).sum(dim=-1, keepdim=True)
-    return best.gather(-1, (members - 1).clamp(min=0))
+    floors = best.gather(-1, (members - 1).clamp(min=0))
+    for row in (through[:, -1:] < top_p).flatten().nonzero().flatten().tolist() if vocab > _NUCLEUS_WIDTH else ():
+        floors[row] = _wide_nucleus_floor(probabilities[row].cpu().numpy(), float(top_p[row]))
+    return floors
 
 
-def _descending(rows: Tensor) -> Tensor:
-    """Each row's values, greatest first.
+def _wide_nucleus_floor(probabilities: NDArray[np.float32], top_p: float) -> float:
+    """The same for one row and a nucleus of any width, without sorting all of it.
 
-    Sorted by numpy, which leaves out the indices that torch's sort carries along: four times faster on a CPU.
+    The upper half of a positive float's bits orders it coarsely: tokens are counted out by it, and only those that
+    share it with the last member are sorted.
     """
-    ascending = torch.from_numpy(np.sort(rows.cpu().numpy(), axis=-1))
-    return ascending.flip(-1).to(rows.device)
+    coarse = probabilities.view(np.uint32) >> 16
+    mass = np.bincount(coarse, weights=probabilities)
+    reached = np.flatnonzero(mass[::-1].cumsum() >= top_p)
+    last = len(mass) - 1 - int(reached[0]) if len(reached) else int(np.flatnonzero(mass)[0])
+    among = np.sort(probabilities[coarse == last])[::-1]
+    before = mass[last + 1 :].sum() + among.cumsum(dtype=np.float64) - among
+    return float(among[max(int(np.count_nonzero(before < top_p)) - 1, 0)])
 
 
 def _log_probabilities(logits: Tensor, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
