@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,12 +19,18 @@ from bascule.models import LoadedModel
 from bascule.types import SamplingParams
 
 _BLOCK = 16
+_GEMM_ROWS = 512
+"""Rows at which the GEMM rate is measured in any case: enough for torch's products to be at their best."""
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 Form = Literal["bf16", "int4"]
 
 
 class DecodeCell(Struct, kw_only=True):
-    """One decode step; `limit_s` is the time to read what it must read at the measured rate."""
+    """One decode step; `limit_s` is the time to read what it must read at the measured rate, and `ratio` its share.
+
+    `compute_limit_s` is the time that its matrix products would take at the measured GEMM rate: where it is the larger of
+    the two, memory is not what limits.
+    """
 
     weights: str
     batch: int
@@ -32,6 +38,7 @@ class DecodeCell(Struct, kw_only=True):
     step_s: float = 0.0
     limit_s: float = 0.0
     ratio: float = 0.0
+    compute_limit_s: float = 0.0
 
 
 class PrefillCell(Struct, kw_only=True):
@@ -80,7 +87,8 @@ class EngineBench:
                 quantize=quantize,  # type: ignore[arg-type]
                 dense_twin=False,
             )
-        if self._runners["int4"].weight_bytes(1) == self._runners["bf16"].weight_bytes(1):
+        self._dense_bytes = self._runners["bf16"].weight_bytes(1)
+        if self._runners["int4"].weight_bytes(1) == self._dense_bytes:
             del self._runners["int4"]  # the file holds no codes
         card = self._runners["bf16"].card
         self._layout = card.layout
@@ -103,8 +111,8 @@ class EngineBench:
         steps: list[list[float]] = [[] for _ in decode]
         prompts: list[list[float]] = [[] for _ in prefill]
         reads: list[float] = []
-        gemms: dict[int, list[float]] = {cell.chunk: [] for cell in prefill}
-        self._once(decode, prefill)
+        gemms: dict[int, list[float]] = {chunk: [] for chunk in {_GEMM_ROWS, *(cell.chunk for cell in prefill)}}
+        self._once(decode, prefill, gemms)
         for _ in range(report.rounds):
             reads.append(self._limits.read_rate())
             for cell, found in zip(decode, steps, strict=True):
@@ -115,29 +123,31 @@ class EngineBench:
             for prompt, found in zip(prefill, prompts, strict=True):
                 found.append(self._prefill(prompt))
                 progress()
-        report.limits.read_bytes_per_s = statistics.median(reads)
         seconds = {chunk: statistics.median(found) for chunk, found in gemms.items()}
+        report.limits.read_bytes_per_s = statistics.median(reads)
+        report.limits.gemm_flops = max(self._limits.flops_per_token * n / s for n, s in seconds.items())
         for cell, times in zip(decode, steps, strict=True):
             cell.step_s = statistics.median(times)
             cell.limit_s = self._bytes(cell) / report.limits.read_bytes_per_s
             cell.ratio = cell.limit_s / cell.step_s
+            # Two operations for each weight, of which bfloat16 takes two bytes.
+            cell.compute_limit_s = cell.batch * self._dense_bytes / report.limits.gemm_flops
         for prompt, times in zip(prefill, prompts, strict=True):
             prompt.tokens_per_s = prompt.tokens / statistics.median(times)
             prompt.gemm_tokens_per_s = prompt.chunk / seconds[prompt.chunk]
             prompt.ratio = prompt.tokens_per_s / prompt.gemm_tokens_per_s
-        if seconds:
-            report.limits.gemm_flops = max(self._limits.flops_per_token * n / s for n, s in seconds.items())
         report.decode.extend(decode)
         report.prefill.extend(prefill)
 
-    def _once(self, decode: Sequence[DecodeCell], prefill: Sequence[PrefillCell]) -> None:
+    def _once(self, decode: Sequence[DecodeCell], prefill: Sequence[PrefillCell], gemms: Iterable[int]) -> None:
         """What only a first call pays: memory that is touched, scratch that grows."""
         self._limits.read_rate()
         for cell in decode:
             self._decode(cell)
         for prompt in prefill:
             self._prefill(prompt)
-            self._limits.gemm_seconds(prompt.chunk)
+        for chunk in gemms:
+            self._limits.gemm_seconds(chunk)
 
     def _bytes(self, cell: DecodeCell) -> int:
         kv = cell.batch * cell.context * self._layout.block_bytes // self._layout.block_size

@@ -100,10 +100,12 @@ def _show(report: object) -> None:
         f"{report.machine}, {report.threads} core(s): reads {report.limits.read_bytes_per_s / 1e9:.1f} GB/s, "
         f"multiplies {report.limits.gemm_flops / 1e9:.0f} GFLOP/s; medians of {report.rounds}"
     )
-    decode = Table("weights", "batch", "context", "step ms", "memory limit ms", "share", title="decode")
+    decode = Table(
+        "weights", "batch", "context", "step ms", "memory limit ms", "share", "GEMM limit ms", title="decode"
+    )
     for cell in report.decode:
-        milliseconds = (f"{1e3 * cell.step_s:.1f}", f"{1e3 * cell.limit_s:.1f}")
-        decode.add_row(cell.weights, str(cell.batch), str(cell.context), *milliseconds, f"{cell.ratio:.2f}")
+        own = (f"{1e3 * cell.step_s:.1f}", f"{1e3 * cell.limit_s:.1f}", f"{cell.ratio:.2f}")
+        decode.add_row(cell.weights, str(cell.batch), str(cell.context), *own, f"{1e3 * cell.compute_limit_s:.1f}")
     prefill = Table("weights", "tokens", "chunk", "tokens/s", "GEMM alone tokens/s", "share", title="prefill")
     for prompt in report.prefill:
         rates = (f"{prompt.tokens_per_s:.0f}", f"{prompt.gemm_tokens_per_s:.0f}")
