@@ -204,6 +204,16 @@ def test_an_empty_prompt_and_a_finished_request_are_refused() -> None:
         rig.engine.submit(work("a", PROMPT, greedy(2), generated=(1, 2)))
 
 
+@pytest.mark.parametrize("token", [-1, CARD.vocab, 1 << 40])
+def test_a_token_that_the_model_does_not_know_is_refused_before_it_reaches_a_step(token: int) -> None:
+    rig = Rig()
+    rig.engine.submit(work("good", PROMPT, greedy(2)))
+    with pytest.raises(InvalidRequest, match=rf"vocabulary ends at {CARD.vocab - 1}"):
+        rig.engine.submit(work("bad", (*PROMPT, token), greedy(2)))
+    rig.run()
+    assert len(rig.tokens("good")) == 2
+
+
 def test_the_same_attempt_twice_is_refused() -> None:
     rig = Rig()
     rig.engine.submit(work("a", PROMPT, greedy(3)))

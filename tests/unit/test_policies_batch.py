@@ -97,3 +97,16 @@ def test_whatever_was_learned_streams_run_and_prompts_go_on(
     assert all(grant == 1 for grant, row in zip(grants, rows, strict=True) if row.behind == 1)
     prompts = [(grant, row.behind) for grant, row in zip(grants, rows, strict=True) if row.behind > 1]
     assert sum(grant for grant, _ in prompts) >= min(sum(behind for _, behind in prompts), 32)
+
+
+def test_a_slow_moment_of_streams_does_not_starve_prompts_for_good() -> None:
+    pace = Pace(stream_step_s=0.18, token_s=0.001)  # as after a stopped process; streams are back at 0.02 s
+    for _ in range(3000):
+        tokens = pace.prompt_tokens(GAP)
+        pace = pace.after(tokens, 4, 0.02 + 0.001 * tokens)
+    assert pace.prompt_tokens(GAP) >= 96
+
+
+def test_no_pace_is_too_fast_to_reckon_with() -> None:
+    assert Pace(stream_step_s=0.01, token_s=1e-300).prompt_tokens(GAP) == 512
+    assert Pace(stream_step_s=9.0, token_s=1e-300).prompt_tokens(GAP) == 32

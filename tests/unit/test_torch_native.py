@@ -266,15 +266,62 @@ def test_packed_weights_are_mapped_from_one_file_and_made_again_when_it_is_damag
     assert not first.data.flags.writeable
     [file] = (cache / "packed").glob("*.bin")
     content = bytearray(file.read_bytes())
-    for damage in (bytes(content[:-1] + bytes([content[-1] ^ 1])), bytes(content[:5000]), b"", b"something else"):
+    flipped = [
+        bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]) for at in (3, 9, 20, 60, len(content) - 1)
+    ]
+    for damage in (*flipped, bytes(content[:5000]), b"", b"something else"):
         file.unlink()  # those who have it mapped keep what they have
         file.write_bytes(damage)
         assert np.array_equal(kept("a model", make).data, first.data)
         assert file.read_bytes() == bytes(content)
-    assert made == 5
+    assert made == 9
     kept("another model", make)
-    assert made == 6
+    assert made == 10
     assert len(list((cache / "packed").glob("*.bin"))) == 2
+
+
+@native
+def test_what_is_out_of_bounds_is_refused_before_the_kernels_see_it(tmp_path: Path) -> None:
+    spec = saved("llama-all-biases", tmp_path)
+    decoder = NativeDecoder(spec, pack(spec, load_native_weights(spec, resolve(str(tmp_path)), "none")), 1)
+    kv = torch.zeros((2 * spec.layers, 2 * BLOCK, spec.kv_heads, spec.head_dim), dtype=torch.bfloat16)
+    for tokens, blocks, what in (
+        ([1, 141], [0], "token"),
+        ([-1], [0], "token"),
+        ([1, 2], [2], "slot"),
+        ([1], [-1], "slot"),
+    ):
+        with pytest.raises(IndexError, match=f"a {what}"):
+            decoder.forward(plan_step([Slice(tokens, 0, blocks, DRAW)], BLOCK), kv)
+    with pytest.raises(IndexError, match="a slot"):
+        decoder.forward(plan_step([Slice([1], 2 * BLOCK, [0, 7, 1], DRAW)], BLOCK), kv)
+
+
+@native
+def test_damaged_kv_is_noticed_not_averaged_away(tmp_path: Path) -> None:
+    spec = saved("llama-all-biases", tmp_path)
+    decoder = NativeDecoder(spec, pack(spec, load_native_weights(spec, resolve(str(tmp_path)), "none")), 1)
+    for broken in (float("nan"), float("inf")):
+        for start in (3, 40):  # one tile in registers; many tiles over packed copies
+            kv = torch.zeros((2 * spec.layers, 4 * BLOCK, spec.kv_heads, spec.head_dim), dtype=torch.bfloat16)
+            decoder.forward(plan_step([Slice([5] * start, 0, range(4), None)], BLOCK), kv)
+            kv[0, 1, :, 0] = broken  # a key whose value is whole
+            for tokens in ([7], [7] * 20):
+                logits = decoder.forward(plan_step([Slice(tokens, start, range(4), DRAW)], BLOCK), kv.clone())
+                assert not logits.isfinite().all()
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_not_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "file"))
+    build.load.cache_clear()
+    try:
+        with pytest.raises(build.NativeUnavailable):
+            build.load()
+    finally:
+        build.load.cache_clear()
 
 
 def test_packed_weights_stay_in_memory_where_no_file_can_be_kept(

@@ -28,8 +28,8 @@ Form = Literal["bf16", "int4"]
 class DecodeCell(Struct, kw_only=True):
     """One decode step; `limit_s` is the time to read what it must read at the measured rate, and `ratio` its share.
 
-    `compute_limit_s` is the time that its matrix products would take at the measured GEMM rate: where it is the larger of
-    the two, memory is not what limits.
+    `compute_limit_s` is the time that its matrix products would take at the measured GEMM rate: where it is the larger
+    of the two, memory is not what limits.
     """
 
     weights: str
@@ -175,6 +175,11 @@ class EngineBench:
                 [Slice(part, first, blocks, _GREEDY if last else None, tokens if last else (), cell.tokens)]
             )
         return time.perf_counter() - start
+
+
+def in_blocks(sequences: int, tokens: int) -> int:
+    """Tokens of KV memory that `sequences` of `tokens` take, each in blocks of its own."""
+    return sequences * -(-tokens // _BLOCK) * _BLOCK
 
 
 def machine() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -64,7 +65,9 @@ def engine(
         ) from error
     if model in CATALOG:
         pull_with_progress(model)
-    most = max([b * c for b in batch_sizes for c in context_sizes] + prompt_sizes)
+    most = max(
+        bench.in_blocks(b, c) for b, c in [*product(batch_sizes, context_sizes), *((1, n) for n in prompt_sizes)]
+    )
     rig = bench.EngineBench(model, load(model), threads, most)
     for size in (*context_sizes, *prompt_sizes):
         if size > rig.context:

@@ -217,6 +217,12 @@ class Engine:
         capacity = self._books.num_blocks * self._books.block_size
         if not work.prompt:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        if max(work.prompt) >= self._runner.card.vocab or min(work.prompt) < 0:
+            raise InvalidRequest(
+                f"the prompt has token {max(work.prompt)}, but the model's vocabulary ends at "
+                f"{self._runner.card.vocab - 1}; its tokenizer has tokens that the model does not know",
+                param="prompt",
+            )
         if len(work.generated) >= work.sampling.max_tokens:
             raise InvalidRequest(
                 f"{len(work.generated)} of {work.sampling.max_tokens} output tokens are there already; ask for more",

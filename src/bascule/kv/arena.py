@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from threading import Thread
 from types import TracebackType
 from typing import Self
@@ -109,7 +110,10 @@ class Arena:
         target = min(through + ahead, self.num_blocks)
         if target - self._prepared > ahead // 2 or target == self.num_blocks > self._prepared:
             begin, self._prepared = self._prepared, target
-            Thread(target=_touch, args=(self.bytes[:, begin:target],), name="kv-touch", daemon=True).start()
+            blocks = self.bytes[:, begin:target]
+            if blocks.size:  # a closed arena has none
+                with suppress(RuntimeError):  # no more threads to be had; the memory is only slower at first
+                    Thread(target=_touch, args=(blocks,), name="kv-touch", daemon=True).start()
 
     def checksum(self, block: int, tokens: int) -> bytes:
         """xxh3_64 (8 bytes) over the first `tokens` tokens of `block` in all planes, plane after plane."""

@@ -47,17 +47,22 @@ class Pace(Struct, frozen=True):
         """The pace once a step of so many prompt tokens and streams took `seconds`."""
         if prompt_tokens == 0:
             return Pace(_moved(self.stream_step_s, seconds), self.token_s)
-        if prompt_tokens < _TELLING_TOKENS:
-            return self
-        own = seconds - (self.stream_step_s or 0.0) * (streams > 0)
-        return Pace(self.stream_step_s, _moved(self.token_s, max(own, 0.0) / prompt_tokens))
+        stream_step_s = self.stream_step_s
+        if streams and stream_step_s is not None:
+            stream_step_s = min(stream_step_s, seconds)  # streams with a prompt beside them take no less than alone
+        own = seconds - (stream_step_s or 0.0) * (streams > 0)
+        if prompt_tokens < _TELLING_TOKENS or own <= 0:
+            return Pace(stream_step_s, self.token_s)
+        return Pace(stream_step_s, _moved(self.token_s, own / prompt_tokens))
 
     def prompt_tokens(self, limits: BatchLimits) -> int:
         """Prompt tokens that fit into a step beside streams."""
         if not limits.gap_s or not self.token_s:
             return limits.step_tokens
         spare = _MARGIN * limits.gap_s - (self.stream_step_s or 0.0)
-        fitting = int(spare / self.token_s) // _GRAIN * _GRAIN
+        if spare >= limits.step_tokens * self.token_s:
+            return limits.step_tokens
+        fitting = int(max(spare, 0.0) / self.token_s) // _GRAIN * _GRAIN
         return min(max(fitting, _LEAST_TOKENS), limits.step_tokens)
 
 

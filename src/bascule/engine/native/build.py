@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,16 +40,20 @@ def load() -> ctypes.CDLL:
     missing = _NEEDED - cpu_flags()
     if missing:
         raise NativeUnavailable(f"this CPU lacks {', '.join(sorted(missing))}; bfloat16 is computed by torch instead")
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
+    own = shlex.split(os.environ.get("CC", ""))
+    compiler = own or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
+    if not compiler:
         raise NativeUnavailable("no C compiler (cc, gcc or clang) found; install one to compute bfloat16 faster")
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.c"))
     digest = blake3(b"\0".join(path.read_bytes() for path in [*sources, folder / "native.h"]))
-    digest.update(" ".join([compiler, *_FLAGS]).encode())
-    built = cache_home() / "native" / f"{digest.hexdigest(16)}.so"
-    if not built.exists():
-        _compile(compiler, sources, built)
+    digest.update(" ".join([*compiler, *_FLAGS]).encode())
+    try:
+        built = cache_home() / "native" / f"{digest.hexdigest(16)}.so"
+        if not built.exists():
+            _compile(compiler, sources, built)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        raise NativeUnavailable(f"cannot keep compiled kernels: {error}; set BASCULE_CACHE to a directory") from error
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
@@ -64,12 +69,12 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
 
 
-def _compile(compiler: str, sources: list[Path], built: Path) -> None:
+def _compile(compiler: list[str], sources: list[Path], built: Path) -> None:
     """Compile into `built`; another process that does the same at this moment does no harm."""
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         output = Path(folder) / built.name
-        command = [compiler, *_FLAGS, "-o", str(output), *map(str, sources), "-lm"]
+        command = [*compiler, *_FLAGS, "-o", str(output), *map(str, sources), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

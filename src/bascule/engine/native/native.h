@@ -86,9 +86,9 @@ static inline __m512 to_float(__m256i x) {
 
 static inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-/* 2 ** x to about 2e-7 for x <= 127; 0 and what is below -126 give less than 2e-38. */
+/* 2 ** x to about 2e-7 for x <= 127; what is below -126 gives less than 2e-38, and NaN gives NaN. */
 static inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  /* of two of which one is NaN, max is the second */
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 part = _mm512_sub_ps(x, whole);  /* -0.5 to 0.5; the coefficients are ln(2) ** n / n! */
     __m512 sum = _mm512_set1_ps(1.5403530e-4f);

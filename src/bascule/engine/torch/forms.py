@@ -12,7 +12,7 @@ from torch import Tensor
 from bascule.engine.native.build import cpu_flags
 from bascule.engine.torch.model import Decoder
 from bascule.engine.torch.native import NativeDecoder, why_not
-from bascule.engine.torch.packed import kept, pack
+from bascule.engine.torch.packed import PackedWeights, kept, pack
 from bascule.engine.torch.packing import Quantised
 from bascule.engine.torch.plan import StepPlan
 from bascule.engine.torch.weights import WeightForm, load_native_weights, load_weights
@@ -85,19 +85,24 @@ def _obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str 
 
 
 def _native(spec: ModelSpec, source: ModelSource, threads: int, quantize: WeightForm, dense_twin: bool) -> Decoders:
-    identity = fingerprint(source, spec, f"bfloat16 {quantize}")
-    packed = kept(identity, lambda: pack(spec, load_native_weights(spec, source, quantize)))
-    few = NativeDecoder(spec, packed, threads)
-    if packed.has_codes and not dense_twin:
-        return Decoders(few, few)
+    def packed(dense: bool) -> PackedWeights:
+        def make() -> PackedWeights:
+            weights = load_native_weights(spec, source, quantize)
+            return pack(spec, dict(_dense(weights)) if dense else weights)
+
+        return kept(fingerprint(source, spec, f"bfloat16 {quantize} {'dense' if dense else ''}"), make)
+
     if "amx_bf16" in cpu_flags():  # torch's products know matrix tiles, the kernels do not
-        dense = _dense(load_native_weights(spec, source, quantize))
-        many: Forward = Decoder(spec, {name: weight.to(torch.bfloat16) for name, weight in dense.items()})
-        return Decoders(few if packed.has_codes else many, many)
-    if not packed.has_codes:
-        return Decoders(few, few)
-    twin = kept(f"{identity} dense", lambda: pack(spec, dict(_dense(load_native_weights(spec, source, quantize)))))
-    return Decoders(few, NativeDecoder(spec, twin, threads))
+        weights = load_native_weights(spec, source, quantize)
+        has_codes = any(isinstance(weight, Quantised) for weight in weights.values())
+        many: Forward = Decoder(spec, {name: weight.bfloat16() for name, weight in _dense(weights).items()})
+        if not has_codes:
+            return Decoders(many, many)
+        few = NativeDecoder(spec, packed(dense=False), threads)
+        return Decoders(few, many if dense_twin else few)
+    codes = packed(dense=False)
+    few = NativeDecoder(spec, codes, threads)
+    return Decoders(few, NativeDecoder(spec, packed(dense=True), threads) if codes.has_codes and dense_twin else few)
 
 
 def _dense(weights: dict[str, Tensor | Quantised]) -> dict[str, Tensor]:

@@ -115,11 +115,12 @@ class NativeDecoder:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
-        """Compute one step; returns float32 logits [rows drawn, vocab].
+        """Compute one step; returns float32 logits [rows drawn, vocab]. Raises IndexError for what is out of bounds.
 
         `kv` is bfloat16 [2 * layers, slots, kv_heads, head_dim]; the keys and values of the step's tokens are written
         into it.
         """
+        self._check_bounds(plan, kv)
         logits = torch.empty(len(plan.drawn), self._spec.vocab)
         first_rows = np.array([sequence.rows.start for sequence in plan.sequences] + [len(plan.tokens)], np.int32)
         found = [run for sequence in plan.sequences for run in sequence.context]
@@ -145,6 +146,14 @@ class NativeDecoder:
         )
         self._library.forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits
+
+    def _check_bounds(self, plan: StepPlan, kv: Tensor) -> None:
+        """The kernels look at no bounds: raises IndexError for a token or a slot that there is not."""
+        if plan.tokens.min() < 0 or plan.tokens.max() >= self._spec.vocab:
+            raise IndexError(f"a token id is not in the vocabulary of {self._spec.vocab}")
+        last = max(run.stop for sequence in plan.sequences for run in sequence.context)
+        if plan.slots.min() < 0 or max(int(plan.slots.max()), last - 1) >= kv.shape[1]:
+            raise IndexError(f"a slot is not among the {kv.shape[1]} of the KV memory")
 
     def _scratch_for(self, tokens: int) -> int:
         """The address of enough aligned scratch memory, which grows with the largest step so far."""

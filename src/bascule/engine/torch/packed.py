@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -17,16 +21,19 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bascule import models
 from bascule.engine.native import build
-from bascule.engine.torch import packing
 from bascule.engine.torch.packing import Quantised, interleaved, pack_bfloat16, pack_nibbles
-from bascule.errors import ModelError
 from bascule.models.catalog import cache_home, locked
 from bascule.models.spec import ModelSpec
 
 BFLOAT16, NIBBLES = 0, 1
 _MAGIC = b"bascule1"
+_HEAD = 48
+"""Bytes before the list of parts: magic, its length, the digest."""
 _PAGE = 4096
+_KEPT_S = 30 * 86400
+"""Files that no worker has mapped for this long are removed when another is written."""
 _SPARE = 4
 """A file is kept only where the disk has this many times its size left."""
 
@@ -43,11 +50,6 @@ class Part(Struct, frozen=True, kw_only=True):
     planes: int = 0
     outputs: int = 0
     inputs: int = 0
-
-
-class _Header(Struct, frozen=True):
-    parts: dict[str, Part]
-    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +93,59 @@ def kept(identity: str, make: Callable[[], PackedWeights]) -> PackedWeights:
     `identity` names the model's files and the form. Mapped from a file, its memory is shared by all workers of the
     host. Where no file can be kept (no room, no permission) each has its own.
     """
-    digest = blake3(identity.encode())
-    for source in (packing.__file__, __file__, Path(build.__file__).with_name("native.h")):
-        digest.update(Path(source).read_bytes())
-    path = cache_home() / "packed" / f"{digest.hexdigest(16)}.bin"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
+    with ExitStack() as stack:
+        try:
+            path = cache_home() / "packed" / f"{_digest_of(identity)}.bin"
             if (found := _mapped(path)) is not None:
                 return found
-            made = make()
-            if shutil.disk_usage(path.parent).free < _SPARE * made.data.nbytes:
-                return made
-            _write(path, made)
-        return _mapped(path) or made
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+            logger.info("packed weights are not shared between workers: %s", error)
+            return make()
+        if (found := _mapped(path)) is not None:
+            return found  # another worker has made it meanwhile
+        made = make()
+        return (_mapped(path) if _write(path, made) else None) or made
+
+
+def _digest_of(identity: str) -> str:
+    """Names a file by the model and by all code that has a say in its contents."""
+    digest = blake3(identity.encode())
+    native = Path(build.__file__).with_name("native.h")
+    for source in (
+        native,
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *sorted(Path(models.__file__).parent.glob("*.py")),
+    ):
+        digest.update(source.read_bytes())
+    for package in ("torch", "gguf", "safetensors"):
+        digest.update(version(package).encode())
+    return digest.hexdigest(16)
+
+
+def _write(path: Path, packed: PackedWeights) -> bool:
+    """Keep `packed` in `path`; False if that cannot be done. Files that nobody has mapped for long make room first."""
+    begun = path.with_suffix(".part")
+    try:
+        begun.unlink(missing_ok=True)
+        for old in path.parent.glob("*.bin"):
+            if time.time() - old.stat().st_mtime > _KEPT_S:
+                old.unlink(missing_ok=True)
+        if shutil.disk_usage(path.parent).free < _SPARE * packed.data.nbytes:
+            return False
+        parts = msgspec.msgpack.encode(packed.parts)
+        with begun.open("wb") as file:
+            file.write(_MAGIC + len(parts).to_bytes(8, "little") + _digest(parts, packed.data) + parts)
+            file.write(b"\0" * (-file.tell() % _PAGE))
+            file.write(packed.data.data)
+        begun.replace(path)
     except OSError as error:
         logger.info("packed weights are not kept in %s: %s", path.parent, error)
-        return make()
-
-
-def _write(path: Path, packed: PackedWeights) -> None:
-    header = msgspec.msgpack.encode(_Header(packed.parts, blake3(packed.data.data, max_threads=blake3.AUTO).digest()))
-    begun = path.with_suffix(".part")
-    with begun.open("wb") as file:
-        file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-        file.write(b"\0" * (-file.tell() % _PAGE))
-        file.write(packed.data.data)
-    begun.replace(path)
+        with suppress(OSError):
+            begun.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _mapped(path: Path) -> PackedWeights | None:
@@ -125,21 +153,33 @@ def _mapped(path: Path) -> PackedWeights | None:
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be used (%s) and will be made again", path, error)
         return None
     length = int.from_bytes(memory[8:16], "little")
     try:
         if memory[:8] != _MAGIC:
-            raise ModelError("it does not begin as it should")
-        header = msgspec.msgpack.decode(memory[16 : 16 + length], type=_Header)
-        start = 16 + length + -(16 + length) % _PAGE
-        data = np.frombuffer(memory, np.uint8, offset=start)
-        if blake3(data.data, max_threads=blake3.AUTO).digest() != header.digest:
-            raise ModelError("its digest is another")
-    except (ModelError, msgspec.MsgspecError, ValueError) as error:
+            raise ValueError("it does not begin as it should")
+        parts = memory[_HEAD : _HEAD + length]
+        data = np.frombuffer(memory, np.uint8, offset=_HEAD + length + -(_HEAD + length) % _PAGE)
+        if _digest(parts, data) != memory[16:_HEAD]:
+            raise ValueError("its digest is another")
+        found = PackedWeights(msgspec.msgpack.decode(parts, type=dict[str, Part]), data)
+    except (msgspec.MsgspecError, ValueError) as error:
         logger.warning("%s is damaged (%s) and will be made again", path, error)
         return None
-    return PackedWeights(header.parts, data)
+    with suppress(OSError):
+        os.utime(path)
+    return found
+
+
+def _digest(parts: bytes, data: NDArray[np.uint8]) -> bytes:
+    """BLAKE3, 32 bytes, of what a file holds."""
+    digest = blake3(parts, max_threads=blake3.AUTO)
+    digest.update(data.data)
+    return digest.digest()
 
 
 def _packed(spec: ModelSpec, weights: Weights) -> Iterator[tuple[str, Part, NDArray[np.uint8]]]:

@@ -44,7 +44,9 @@ class Quantised:
 
 def quantised_as_stored(raw: RawTensor) -> Quantised | None:
     """The codes of a GGUF tensor, exactly; None for a type that has no such form."""
-    blocks = torch.from_numpy(np.array(raw.data)).view(len(raw.data), -1, _BLOCK_BYTES.get(raw.type, 1))
+    if raw.type not in _BLOCK_BYTES:
+        return None
+    blocks = torch.from_numpy(np.array(raw.data)).view(len(raw.data), -1, _BLOCK_BYTES[raw.type])
     match raw.type:
         case GGMLQuantizationType.Q4_0:
             scale = _float16(blocks[..., :2])
