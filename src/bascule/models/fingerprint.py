@@ -13,7 +13,7 @@ def fingerprint(source: ModelSource, spec: ModelSpec, dtype: str) -> str:
     """BLAKE3 (64 hex digits) over the spec, the dtype and every byte of the weight files, in name order.
 
     File names and places do not enter, so copies of a model on two hosts agree. Nor does who computes: KV of torch and
-    of the native kernels, of codes and of their values in bfloat16, differs by rounding only, which bfloat16 allows for.
+    of the native kernels, of codes and of the numbers they stand for in bfloat16, differs by rounding only.
     """
     digest = blake3(max_threads=blake3.AUTO)
     for path in source.weights:
