@@ -4,8 +4,8 @@
 
 Every position of the text is computed in float32 by torch and in bfloat16 over each form by the native kernels, in
 steps of many tokens and, where the form has codes, in steps of few, which multiply the codes themselves. KL is of the
-float32 distribution from the form's, in nats, mean over positions; "top moved" is the mean change of the log probability of
-float32's most likely token; "same top" the share of positions whose most likely token is the same.
+float32 distribution from the form's, in nats, mean over positions; "top moved" is the mean change of the log
+probability of float32's most likely token; "same top" the share of positions whose most likely token is the same.
 """
 
 from __future__ import annotations
