@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from bascule.models.catalog import pull
 
@@ -34,7 +35,7 @@ import xllamacpp as x
 p = x.CommonParams()
 p.model.path, p.n_parallel, p.n_ctx = sys.argv[1], 8, 8 * 1024
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
-p.port, p.hostname = int(sys.argv[2]), "127.0.0.1"
+p.port = int(sys.argv[2])  # on 127.0.0.1
 server = x.Server(p)
 print("ready", flush=True)
 time.sleep(100000)
@@ -55,8 +56,9 @@ def started(command: list[str], ready: Path, log: Path) -> Iterator[subprocess.P
             time.sleep(0.1)
         yield process
     finally:
-        signal_tree(process, signal.SIGCONT)
-        process.terminate()
+        if process.poll() is None:
+            signal_tree(process, signal.SIGCONT)
+            process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -65,8 +67,6 @@ def started(command: list[str], ready: Path, log: Path) -> Iterator[subprocess.P
 
 
 def signal_tree(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    import psutil
-
     whole = psutil.Process(process.pid)
     for each in (whole, *whole.children(recursive=True)):
         each.send_signal(number)
@@ -107,7 +107,6 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bascule-llama-"))
     core, other = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, {other})
     ready, log = folder / "ready.json", folder / "llama.log"
     ours = [sys.executable, "-m", "bascule", "serve", "smollm2", "--policy", "single", "--devices", f"cpu:{core}"]
     ours += ["--port", "0", "--ready-file", str(ready), "--no-prefix-cache", "--log-level", "warning"]
@@ -118,6 +117,7 @@ def main() -> None:
             "llama.cpp": (llama, "http://127.0.0.1:8124"),
             "bascule": (bascule, json.loads(ready.read_text())["url"]),
         }
+        os.sched_setaffinity(0, {other})  # not before: servers would inherit it
         for process, _ in systems.values():
             signal_tree(process, signal.SIGSTOP)
         for number in range(arguments.rounds + 1):
