@@ -147,7 +147,10 @@ def test_the_number_of_threads_and_the_company_in_a_step_change_nothing(tmp_path
 
 
 @native
-def test_codes_are_for_few_tokens_and_their_dense_twin_for_many(tmp_path: Path) -> None:
+def test_codes_are_for_few_tokens_and_their_dense_twin_for_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "cpu_flags", lambda: build.cpu_flags() - {"amx_bf16"})
     spec = saved("llama-all-biases", tmp_path)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "threads": 1}
     both = load_decoders(spec, resolve(str(tmp_path)), **options, quantize="int4", dense_twin=True)
