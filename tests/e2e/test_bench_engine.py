@@ -38,6 +38,7 @@ def test_both_parts_report_what_scripts_rely_on() -> None:
     [
         (("--batches", "two"), "batches: 'two' is not a list of positive whole numbers"),
         (("--contexts", "100000"), "100000 tokens were asked for, but smollm2 has a context of"),
+        (("--batches", "100000", "--contexts", "2000"), "GiB of KV memory"),
         (("--rounds", "0"), "must be at least 1"),
         (("--threads", "4000"), "4000 threads were asked for"),
     ],

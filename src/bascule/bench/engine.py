@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
+import psutil
 from msgspec import Struct, field
 
 from bascule.engine.protocol import Slice
 from bascule.engine.torch.limits import Limits
 from bascule.engine.torch.runner import TorchRunner
+from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.models import LoadedModel
 from bascule.types import SamplingParams
@@ -73,7 +75,10 @@ class EngineBench:
     """A model in each form of its weights that decoding may use, over one KV memory."""
 
     def __init__(self, name: str, loaded: LoadedModel, threads: int, most_tokens: int) -> None:
-        """`most_tokens` is what the largest cell keeps in KV memory. Takes seconds."""
+        """`most_tokens` is what the largest cell keeps in KV memory. Takes seconds.
+
+        Raises ConfigError if the machine has not got that memory.
+        """
         self._runners: dict[str, TorchRunner] = {}
         for form, quantize in (("bf16", "none"), ("int4", "auto")):
             self._runners[form] = TorchRunner(
@@ -92,13 +97,19 @@ class EngineBench:
             del self._runners["int4"]  # the file holds no codes
         card = self._runners["bf16"].card
         self._layout = card.layout
-        arena = Arena.create(card.layout, -(-most_tokens // _BLOCK) + 64)
+        blocks = -(-most_tokens // _BLOCK)
+        needed, free = blocks * card.layout.block_bytes, psutil.virtual_memory().available
+        if needed > free:
+            raise ConfigError(
+                f"the largest cell needs {needed / 2**30:.1f} GiB of KV memory, and {free / 2**30:.1f} GiB are free;"
+                " measure smaller batches or contexts"
+            )
+        arena = Arena.create(card.layout, blocks)
         arena.bytes.view(np.uint16)[...] = 0x3C10  # 0.009 in bfloat16: a context of plain numbers
         for runner in self._runners.values():
             runner.bind(arena)
         self._limits = Limits(loaded.spec)
         self.forms = list(self._runners)
-        self.context = card.context
 
     def run(
         self,

@@ -65,13 +65,12 @@ def engine(
         ) from error
     if model in CATALOG:
         pull_with_progress(model)
-    most = max(
-        bench.in_blocks(b, c) for b, c in [*product(batch_sizes, context_sizes), *((1, n) for n in prompt_sizes)]
-    )
-    rig = bench.EngineBench(model, load(model), threads, most)
+    loaded = load(model)
     for size in (*context_sizes, *prompt_sizes):
-        if size > rig.context:
-            raise ConfigError(f"{size} tokens were asked for, but {model} has a context of {rig.context}")
+        if size > loaded.spec.context:
+            raise ConfigError(f"{size} tokens were asked for, but {model} has a context of {loaded.spec.context}")
+    cells = [*product(batch_sizes, context_sizes), *((1, length) for length in prompt_sizes)]
+    rig = bench.EngineBench(model, loaded, threads, max(bench.in_blocks(*cell) for cell in cells))
     report = bench.EngineReport(
         machine=bench.machine(), model=model, threads=threads, rounds=rounds, limits=bench.LimitRates()
     )
