@@ -79,7 +79,7 @@ class EngineConfig:
         parse_size(self.kv_memory, "kv-memory")
         for key in ("block_size", "chunk_tokens", "step_tokens", "max_sequences"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "positive")
-        _require(0 <= self.slo_gap < math.inf, "slo_gap", self.slo_gap, "0 or more seconds")
+        _require(0 <= self.slo_gap < math.inf, "slo_gap", self.slo_gap, "a finite number of seconds, 0 or more")
         _require(self.block_size <= 1024, "block_size", self.block_size, "at most 1024")
         _require(
             self.engine == "mock" or self.cost_model is None, "cost_model", self.cost_model, "left out but for mock"

@@ -239,6 +239,25 @@ def test_a_shape_that_the_kernels_cannot_take_is_named(tmp_path: Path) -> None:
 
 
 @native
+def test_a_damaged_library_is_compiled_again_not_loaded(cache: Path) -> None:
+    def loaded() -> Path:
+        build.load.cache_clear()
+        return Path(build.load()._name)
+
+    try:
+        file = loaded()
+        assert file.is_relative_to(cache)
+        content = file.read_bytes()
+        for damage in (content[: len(content) // 2], b"", bytes(1000) + content[1000:]):
+            file.unlink()
+            file.write_bytes(damage)
+            assert loaded() == file
+            assert len(file.read_bytes()) == len(content)
+    finally:
+        build.load.cache_clear()
+
+
+@native
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")

@@ -20,6 +20,7 @@ _NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", 
 _CPU_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c")
 _FLAGS = ("-O3", *_CPU_FLAGS, "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 _COMPILE_S = 120.0
+_DIGEST_BYTES = 32
 DISABLE = "BASCULE_NO_NATIVE"
 """Environment variable that, when set, makes this machine one without native kernels."""
 
@@ -50,7 +51,7 @@ def load() -> ctypes.CDLL:
     digest.update(" ".join([*compiler, *_FLAGS]).encode())
     try:
         built = cache_home() / "native" / f"{digest.hexdigest(16)}.so"
-        if not built.exists():
+        if not _is_whole(built):
             _compile(compiler, sources, built)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise NativeUnavailable(f"cannot keep compiled kernels: {error}; set BASCULE_CACHE to a directory") from error
@@ -69,6 +70,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
 
 
+def _is_whole(built: Path) -> bool:
+    """The file is there and ends with the digest of all before: loading half a library would kill the process."""
+    if not built.exists():
+        return False
+    content = built.read_bytes()
+    return blake3(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
 def _compile(compiler: list[str], sources: list[Path], built: Path) -> None:
     """Compile into `built`; another process that does the same at this moment does no harm."""
     built.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +89,12 @@ def _compile(compiler: list[str], sources: list[Path], built: Path) -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NativeUnavailable(f"compiling the native kernels failed: {error}") from error
         if done.returncode:
-            raise NativeUnavailable(f"compiling the native kernels failed: {done.stderr[-600:].strip()}")
+            said = done.stderr[-600:].strip() or "without a word"
+            raise NativeUnavailable(
+                f"compiling the native kernels failed: {compiler[0]} ended with {done.returncode}: {said}"
+            )
+        with output.open("ab") as file:  # behind what the loader looks at
+            file.write(blake3(output.read_bytes()).digest())
         output.replace(built)
 
 
