@@ -48,7 +48,7 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE")
     parser.add_argument("--tokens", type=int, default=1000)
     arguments = parser.parse_args()
     loaded = load(arguments.model)

@@ -41,7 +41,8 @@ class ModelConfig:
     """Weights as codes of 4 or 8 bits, which small batches read faster: auto where the file stores them so (none of its
     precision is lost), int8 or int4 for any model (some is), none for bfloat16 alone."""
     dense_twin: bool = True
-    """Keep quantised weights in bfloat16 too, for large batches; without, a worker needs a third of the memory."""
+    """Keep quantised weights in bfloat16 too, for large batches; without it, 4-bit ones take about a quarter of the
+    memory."""
     model_name: str | None = None
     """Name under which the API serves the model (default: as given on the command line)."""
     max_model_len: int | None = None

@@ -22,6 +22,7 @@ from statistics import median
 import psutil
 import uvloop
 
+from bascule.bench.cores import pinned
 from bascule.bench.front_client import Counts, Target, first_token_seconds, stream_many
 from bascule.errors import BasculeError, ConfigError
 
@@ -98,7 +99,7 @@ def measure(settings: FrontSettings) -> dict[str, object]:
     """All figures, medians over the runs; raises FrontFailed where the server does not start, BadAnswer."""
     kept = _Figures()
     with (
-        _on_core(settings.client_core),
+        pinned(settings.client_core),
         _cluster(settings, _engine_command(settings.model, settings.client_core)) as engine,
         _cluster(settings, _source_command(settings.model, settings.step_s)) as paced,
         _cluster(settings, _source_command(settings.model, 0.0)) as bare,
@@ -210,7 +211,7 @@ def _cluster(settings: FrontSettings, worker: list[str]) -> Iterator[_Cluster]:
 @contextlib.contextmanager
 def _process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A child on one core: it inherits ours, so that all its threads have it from the start."""
-    with log.open("wb") as output, _on_core(core):
+    with log.open("wb") as output, pinned(core):
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield child
@@ -221,17 +222,6 @@ def _process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Po
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-
-
-@contextlib.contextmanager
-def _on_core(core: int) -> Iterator[None]:
-    """This thread, and the processes that it starts, run on one core until the block ends."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _wait_ready(ready: Path, children: dict[str, subprocess.Popen[bytes]], logs: Path) -> dict[str, object]:

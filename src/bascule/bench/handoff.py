@@ -18,7 +18,6 @@ from bascule.models.spec import ModelSpec
 from bascule.types import KVLayout
 
 _BLOCK_SIZE = 16
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class HandoffReport(Struct, frozen=True, kw_only=True):
 def measure(settings: HandoffSettings) -> HandoffReport:
     """All figures; raises ModelError, and BenchFailed where something does not work."""
     spec = load(settings.model).spec
-    layout = layout_of(spec, settings.dtype)
+    layout = spec.kv_layout(settings.dtype, _BLOCK_SIZE)
     cores = sorted(os.sched_getaffinity(0))
     plan = _server_plan(settings, spec, layout, cores) if settings.lengths and settings.transports else None
     moved = transports.measure(layout, settings.size, settings.runs, cores)
@@ -72,19 +71,6 @@ def measure(settings: HandoffSettings) -> HandoffReport:
         runs=settings.runs,
         transports=moved,
         second_token=seconds,
-    )
-
-
-def layout_of(spec: ModelSpec, dtype: str) -> KVLayout:
-    """The layout that a worker's engine gives the KV of this model."""
-    return KVLayout(
-        dtype=dtype,
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        block_size=_BLOCK_SIZE,
-        planes=2 * spec.layers,
-        token_bytes=spec.kv_heads * spec.head_dim * _ITEM_BYTES[dtype],
     )
 
 

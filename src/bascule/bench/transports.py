@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from statistics import median
 
 import msgspec
 import numpy as np
 
+from bascule.bench.cores import pinned
 from bascule.bench.transport_target import Check, Command, Conclude, Done, Open, Plan, Ready, Receive, send
 from bascule.errors import BasculeError
 from bascule.kv.arena import Arena
@@ -62,7 +62,7 @@ def measure(layout: KVLayout, size: int, runs: int, cores: list[int]) -> list[Tr
     Raises BenchFailed where what arrived is not what was sent.
     """
     count = blocks_for(layout, size)
-    with _pinned(cores[0]), ExitStack() as stack:
+    with pinned(cores[0]), ExitStack() as stack:
         source = Source(layout, count, cores[-1], stack)
         ways: dict[tuple[str, bool], Callable[[], Sample]] = {
             ("memcpy", False): source.memcpy,
@@ -241,14 +241,3 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-@contextmanager
-def _pinned(core: int) -> Iterator[None]:
-    """This thread on one core, and back where it was at the end."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

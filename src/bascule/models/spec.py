@@ -12,10 +12,12 @@ from msgspec import Struct
 
 from bascule.errors import ModelError
 from bascule.models.gguf_file import GgufFile
+from bascule.types import KVLayout
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_KV_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -88,6 +90,18 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     """Positions a token attends to, itself included; None for all."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+
+    def kv_layout(self, dtype: str, block_size: int) -> KVLayout:
+        """How blocks of `block_size` tokens of this model's KV lie in memory; `dtype` is bfloat16 or float32."""
+        return KVLayout(
+            dtype=dtype,
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            block_size=block_size,
+            planes=2 * self.layers,
+            token_bytes=self.kv_heads * self.head_dim * _KV_ITEM_BYTES[dtype],
+        )
 
 
 def _unsupported_architecture(where: str, found: str) -> ModelError:

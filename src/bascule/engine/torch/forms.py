@@ -95,11 +95,9 @@ def _native(spec: ModelSpec, source: ModelSource, threads: int, quantize: Weight
     if "amx_bf16" in cpu_flags():  # torch's products know matrix tiles, the kernels do not
         weights = load_native_weights(spec, source, quantize)
         has_codes = any(isinstance(weight, Quantised) for weight in weights.values())
-        many: Forward = Decoder(spec, {name: weight.bfloat16() for name, weight in _dense(weights).items()})
-        if not has_codes:
-            return Decoders(many, many)
-        few = NativeDecoder(spec, packed(dense=False), threads)
-        return Decoders(few, many if dense_twin else few)
+        if dense_twin or not has_codes:
+            many = Decoder(spec, {name: weight.bfloat16() for name, weight in _dense(weights).items()})
+            return Decoders(NativeDecoder(spec, packed(dense=False), threads) if has_codes else many, many)
     codes = packed(dense=False)
     few = NativeDecoder(spec, codes, threads)
     return Decoders(few, NativeDecoder(spec, packed(dense=True), threads) if codes.has_codes and dense_twin else few)

@@ -19,7 +19,7 @@ from bascule.kv.arena import Arena, runs
 from bascule.models.fingerprint import fingerprint
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
-from bascule.types import KVLayout, ModelCard
+from bascule.types import ModelCard
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,7 +56,7 @@ class TorchRunner:
             fingerprint=fingerprint(source, spec, dtype if quantize in ("auto", "none") else f"{dtype} {quantize}"),
             context=_bounded_context(spec.context, context),
             vocab=spec.vocab,
-            layout=_layout(spec, dtype, self._dtype.itemsize, block_size),
+            layout=spec.kv_layout(dtype, block_size),
         )
         self.stop_tokens = frozenset(spec.eos_token_ids)
         self._decoders: Decoders = load_decoders(
@@ -124,15 +124,3 @@ def _bounded_context(own: int, asked: int | None) -> int:
     if not 0 < asked <= own:
         raise ConfigError(f"a context of {asked} tokens was asked for; the model has 1 to {own}")
     return asked
-
-
-def _layout(spec: ModelSpec, dtype: str, itemsize: int, block_size: int) -> KVLayout:
-    return KVLayout(
-        dtype=dtype,
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        block_size=block_size,
-        planes=2 * spec.layers,
-        token_bytes=spec.kv_heads * spec.head_dim * itemsize,
-    )
