@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bascule.errors import ConfigError
+from bascule.types import Slo
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     unit + "B": 10 ** (3 * power) for power, unit in enumerate("KMGT", 1)
@@ -68,9 +68,6 @@ class EngineConfig:
     """Most prompt tokens of one sequence in one step."""
     step_tokens: int = 512
     """Most tokens of all sequences in one step."""
-    slo_gap: float = 0.2
-    """Longest gap between two tokens of a running stream that a prompt beside it should cause, in seconds: chunks are
-    cut to fit. 0 leaves them whole."""
     max_sequences: int = 64
     """Most sequences that a worker runs at once."""
     prefix_cache: bool = True
@@ -80,7 +77,6 @@ class EngineConfig:
         parse_size(self.kv_memory, "kv-memory")
         for key in ("block_size", "chunk_tokens", "step_tokens", "max_sequences"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "positive")
-        _require(0 <= self.slo_gap < math.inf, "slo_gap", self.slo_gap, "a finite number of seconds, 0 or more")
         _require(self.block_size <= 1024, "block_size", self.block_size, "at most 1024")
         _require(
             self.engine == "mock" or self.cost_model is None, "cost_model", self.cost_model, "left out but for mock"
@@ -89,6 +85,26 @@ class EngineConfig:
     @property
     def kv_bytes(self) -> int:
         return parse_size(self.kv_memory, "kv-memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloConfig:
+    """The latencies to be kept, in seconds; `inf` for none. A request may ask for its own with X-SLO-TTFT and so on."""
+
+    slo_ttft: float = 2.0
+    """From receiving a request to its first token."""
+    slo_tpot: float = 0.06
+    """Mean time between a request's tokens."""
+    slo_gap: float = 0.2
+    """Longest gap between two tokens of a running stream; prompts beside it are cut into chunks that keep it."""
+
+    def __post_init__(self) -> None:
+        for key in ("slo_ttft", "slo_tpot", "slo_gap"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds (inf for no bound)")
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(self.slo_ttft, self.slo_tpot, self.slo_gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +127,21 @@ class HandoffConfig:
 class RoutingConfig:
     """Where requests go, and when workers count as lost."""
 
-    policy: Literal["single", "replicated", "disaggregated"] = "disaggregated"
+    policy: str = "disaggregated"
     """single: one worker does all; replicated: whole requests over mixed workers; disaggregated: prefill and decode
-    workers, with the KV handed over."""
+    workers, with the KV handed over; adaptive: whatever is predicted to be best for each request. To compare with:
+    least-loaded, round-robin, random, prefix-only, thresholds. Or your own: pkg.module:function."""
+    admission: Literal["queue", "slo"] = "queue"
+    """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their SLO are answered 429
+    with Retry-After at once."""
     balance: Literal["least-loaded", "round-robin"] = "least-loaded"
     """How a worker is picked within a pool."""
     queue_limit: int = 1024
     """Requests that may wait for a worker; more are answered 429."""
     request_timeout: float = 600.0
     """Seconds after which a request ends with an error (header X-Request-Timeout overrides it)."""
+    decision_log: Path | None = None
+    """File to which each request's decision and outcome is appended, a line of JSON each."""
     suspect_after: float = 3.0
     """Seconds without a heartbeat after which a worker gets no new requests."""
     dead_after: float = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import NewType
 
@@ -20,6 +21,24 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+class Tier(StrEnum):
+    """Where a block lives; those below `device` are the KV store."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class Slo(Struct, frozen=True):
+    """Bounds on a request's latencies, in seconds; infinity where there is none."""
+
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    gap_s: float = math.inf
+    """Longest gap between two tokens."""
 
 
 class FinishReason(StrEnum):
@@ -102,6 +121,50 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     layout: KVLayout
 
 
+class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a step costs on one class of worker; `policies.cost` says how the terms add up. None is negative."""
+
+    step_s: float = 0.0
+    """Seconds that any step takes, however small."""
+    token_s: float = 0.0
+    """Seconds for each token computed."""
+    pair_s: float = 0.0
+    """Seconds for each (new token, token it attends to) pair of a prefill part."""
+    context_s: float = 0.0
+    """Seconds for each token of context that a decoding stream reads."""
+    stream_s: tuple[float, ...] = ()
+    """Seconds of a step of 1, 2, 4, 8, ... streams and no prefill, context aside; without, as `step_s` and `token_s`
+    have it."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if not all(0 <= term < math.inf for term in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"cost model: {name} is {value}; coefficients are finite and not negative")
+
+
+class LinkCost(Struct, frozen=True):
+    """What it takes to hand KV over from one worker to another, as measured."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+class StepLoad(Struct, frozen=True, array_like=True):
+    """What a worker has before it after a step. `received` counts the submissions it has had since it registered, so
+    that a router knows which of its own the other figures do not include yet."""
+
+    received: int
+    prefilling: int
+    """Sequences whose prompt is not computed."""
+    backlog_tokens: int
+    """Their tokens still to be computed."""
+    streams: int
+    """Sequences that decode."""
+    context_tokens: int
+    """Tokens of context of these."""
+
+
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
@@ -120,41 +183,13 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     """Handoffs that this worker refused since the start, by reason."""
     hit_tokens: int = 0
     """Prompt tokens found in the device prefix cache since the start."""
-
-
-class WorkerView(Struct, frozen=True, kw_only=True):
-    """One worker as a policy sees it. `prefilling` and `decoding` are counted by the router at placement time."""
-
-    id: WorkerId
-    role: Role
-    placeable: bool
-    prefilling: int
-    """Requests placed here whose first token has not come."""
-    decoding: int
-    """Requests placed here to be decoded (from placement on)."""
-    prefill_tokens: int
-    """Prompt tokens of those in `prefilling`."""
-    slots: int
-    """Most requests it decodes at once."""
-    prefill_window: int
-    """Prompt tokens that may be in flight to it before further requests wait unbound at the router."""
-
-
-class Snapshot(Struct, frozen=True):
-    """Frozen view of the cluster that a policy reads; `turn` counts the decisions made before this one."""
-
-    workers: tuple[WorkerView, ...]
-    turn: int
-
-
-class RouteQuery(Struct, frozen=True, kw_only=True):
-    """What a routing policy knows of a request."""
-
-    request: RequestId
-    prompt_tokens: int
-    max_tokens: int
-    excluded: frozenset[WorkerId] = frozenset()
-    """Workers that already failed this request."""
+    step: StepLoad | None = None
+    cost: CostModel | None = None
+    """The worker's cost model as last fitted."""
+    cost_error: float | None = None
+    """Median of |predicted - measured| / measured over its latest steps."""
+    links: dict[WorkerId, LinkCost] = {}
+    """To the decode workers that it has handed KV to."""
 
 
 class Placement(Struct, frozen=True):
@@ -168,13 +203,6 @@ class Placement(Struct, frozen=True):
         return self.prefill != self.decode
 
 
-class Decision(Struct, frozen=True):
-    """What a routing policy returns: a placement, or None to wait for capacity, and the reason in a sentence."""
-
-    placement: Placement | None
-    reason: str
-
-
 class Request(Struct, frozen=True, kw_only=True):
     """One prompt to be completed, in token ids; what the api hands to the router."""
 
@@ -183,6 +211,12 @@ class Request(Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     timeout: float
     """Seconds from now until the request ends with an error."""
+    slo: Slo | None = None
+    """What this request asks for itself; None for the cluster's."""
+    session: str = ""
+    """The client's own name for a conversation, if it has one."""
+    priority: int = 0
+    """Of those that wait, lower ones go first."""
 
 
 class Delta(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from msgspec import Struct
 from bascule.errors import BasculeError
 from bascule.types import (
     BlockHash,
+    CostModel,
     Epoch,
     FinishReason,
     KVLayout,
@@ -17,13 +18,15 @@ from bascule.types import (
     RequestId,
     Role,
     SamplingParams,
+    Slo,
+    StepLoad,
     TicketId,
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
 )
 
-VERSION = 1
+VERSION = 2
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -65,6 +68,9 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     peer: PeerAddress
     max_sequences: int
     kv_blocks: int
+    machine: str
+    """Equal where workers share memory."""
+    cost: CostModel
 
 
 class Heartbeat(Struct, frozen=True, tag=True):
@@ -91,6 +97,8 @@ class StepTokens(Struct, frozen=True, tag=True):
     worker: WorkerId
     epoch: Epoch
     items: tuple[TokenItem, ...]
+    load: StepLoad | None = None
+    """What the worker has before it now."""
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
@@ -145,6 +153,8 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     """Output tokens that the client has already: teacher-forced, never drawn again."""
     sampling: SamplingParams
     decode: PeerAddress | None = None
+    slo: Slo | None = None
+    """What this request asks for itself; None for what the worker was started with."""
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -186,6 +196,7 @@ class Prepare(Struct, frozen=True, tag=True, kw_only=True):
     sampling: SamplingParams
     fingerprint: str
     layout: KVLayout
+    slo: Slo | None = None
 
 
 class Reserved(Struct, frozen=True, tag=True, kw_only=True):

@@ -11,8 +11,7 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.policies.cost import CostModel
-from bascule.types import FinishReason, RequestId, SamplingParams
+from bascule.types import CostModel, FinishReason, RequestId, SamplingParams
 
 BLOCK = 4
 CARD = mock_card(context=256, vocab=1_000_000, block_size=BLOCK)

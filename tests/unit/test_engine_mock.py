@@ -9,8 +9,7 @@ from engine_rig import BLOCK, CARD, STOP, greedy, no_sleep, reference
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Slice
 from bascule.kv.arena import Arena
-from bascule.policies.cost import CostModel
-from bascule.types import SamplingParams
+from bascule.types import CostModel, SamplingParams
 
 PROMPT = list(range(40, 51))
 

@@ -18,7 +18,7 @@ ID = RequestId("r")
 
 def flight() -> Flight:
     request = Request(id=ID, prompt=(1, 2), sampling=SamplingParams(max_tokens=9), timeout=60.0)
-    return Flight(request, 60.0, lambda flight: None)
+    return Flight(request, 0.0, 60.0, lambda flight: None)
 
 
 def item(position: int, *, last: bool = False, attempt: int = 0) -> TokenItem:

@@ -15,6 +15,7 @@ from bascule.router.flight import Flight
 from bascule.router.service import GAP_S, MAX_ATTEMPTS, Service
 from bascule.router.view import ClusterView
 from bascule.types import (
+    CostModel,
     Epoch,
     FinishReason,
     KVLayout,
@@ -59,6 +60,8 @@ def offer(name: str, role: Role, epoch: str = "", **changes: Any) -> Register:
         "peer": PeerAddress(WorkerId(name), Epoch(epoch), "tcp://127.0.0.1:1"),
         "max_sequences": 4,
         "kv_blocks": 100,
+        "machine": "here",
+        "cost": CostModel(),
     }
     return Register(**(values | changes))
 
@@ -265,8 +268,9 @@ async def test_cancelling_tells_both_workers_and_frees_their_places() -> None:
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     assert bench.clients["p"].cancelled == bench.clients["d"].cancelled == [("r", 0)]
-    members = bench.service.view.members.values()
-    assert all((m.prefilling, m.prefill_tokens, m.decoding) == (0, 0, 0) for m in members)
+    snapshot = bench.service.view.snapshot(bench.clock.now())
+    counts = (snapshot.prefilling, snapshot.backlog_tokens, snapshot.decoding, snapshot.context_tokens)
+    assert all(not column.any() for column in counts)
 
 
 @scenario
@@ -354,7 +358,7 @@ def test_missed_heartbeats_make_a_worker_suspect_and_then_dead() -> None:
     member = view.add(offer("a", Role.MIXED), 0.0)
     assert view.overdue(2.0, 3.0, 10.0) == [] and not member.suspect
     assert view.overdue(4.0, 3.0, 10.0) == [] and member.suspect
-    assert not view.snapshot().workers[0].placeable
+    assert not view.snapshot(4.0).placeable[member.row]
     view.heartbeat(member, member.load, 5.0)
     assert not member.suspect
     assert view.overdue(15.5, 3.0, 10.0) == [member]

@@ -21,8 +21,7 @@ from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
-from bascule.policies.cost import CostModel
-from bascule.types import Epoch, RequestId, SamplingParams, TicketId, WorkerId
+from bascule.types import CostModel, Epoch, RequestId, SamplingParams, TicketId, WorkerId
 from bascule.wire import (
     Abort,
     Commit,

@@ -21,8 +21,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.policies.cost import CostModel
-from bascule.types import Epoch, RequestId, TicketId, WorkerId
+from bascule.types import CostModel, Epoch, RequestId, TicketId, WorkerId
 from bascule.wire import Accepted, Commit, HandoffRefused, PeerAddress, PeerMessage, Reserved, Submit, Written
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.prefill_side import PrefillSide

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from bascule.engine.mock import mock_card
 from bascule.models import load
-from bascule.types import Epoch, FinishReason, ModelCard, RequestId, Role, WorkerId, WorkerLoad
+from bascule.types import CostModel, Epoch, FinishReason, ModelCard, RequestId, Role, WorkerId, WorkerLoad
 from bascule.wire import (
     VERSION,
     Cancel,
@@ -133,6 +133,8 @@ def _offer(card: ModelCard, epoch: Epoch) -> Register:
         peer=PeerAddress(_WORKER, epoch, ""),
         max_sequences=1 << 16,
         kv_blocks=_KV_BLOCKS,
+        machine="",
+        cost=CostModel(),
     )
 
 

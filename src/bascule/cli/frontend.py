@@ -18,7 +18,7 @@ from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import ModelTokenizer
 from bascule.clock import WallClock
-from bascule.config import HttpConfig, RoutingConfig
+from bascule.config import HttpConfig, RoutingConfig, SloConfig
 from bascule.models import LoadedModel
 from bascule.observe.metrics import Metrics
 from bascule.router.link import RouterLink
@@ -26,8 +26,6 @@ from bascule.router.membership import Membership
 from bascule.router.service import Service
 from bascule.router.view import ClusterView
 
-_PREFILL_WINDOW = 4096
-"""Prompt tokens in flight to one worker: a few steps' work, so that the choice of a worker is made late."""
 _DRAIN_S = 30.0
 
 
@@ -38,10 +36,18 @@ _COLLECT_AFTER = 20_000
 class Frontend:
     """Everything of the router's process but the workers."""
 
-    def __init__(self, loaded: LoadedModel, name: str, routing: RoutingConfig, http: HttpConfig, bind: str) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        routing: RoutingConfig,
+        http: HttpConfig,
+        slo: SloConfig,
+        bind: str,
+    ) -> None:
         """Listens for workers at `bind`; HTTP starts with `serve_http`."""
         clock = WallClock()
-        self.service = Service(ClusterView(_PREFILL_WINDOW), routing, clock)
+        self.service = Service(ClusterView(), routing, clock, slo.slo)
         self.link = RouterLink(bind)
         self.membership = Membership(self.link, self.service, routing, clock)
         self.stop_asked = asyncio.Event()

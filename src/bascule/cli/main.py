@@ -16,6 +16,7 @@ from bascule.config import (
     ModelConfig,
     PoolConfig,
     RoutingConfig,
+    SloConfig,
     read_config_file,
 )
 from bascule.errors import BasculeError, ConfigError, ModelError
@@ -34,9 +35,9 @@ app.command("bascule.cli.bench:app", name="bench", help="Measure what the engine
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
-    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig),
-    "router": (ModelConfig, RoutingConfig, HttpConfig),
-    "worker": (ModelConfig, EngineConfig, HandoffConfig),
+    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, SloConfig),
+    "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig),
+    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig),
 }
 
 

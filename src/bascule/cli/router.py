@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from bascule.cli.frontend import Frontend
 from bascule.cli.worker import Flat
-from bascule.config import HttpConfig, ModelConfig, RoutingConfig
+from bascule.config import HttpConfig, ModelConfig, RoutingConfig, SloConfig
 from bascule.models import load
 
 console = Console(stderr=True)
@@ -27,6 +27,7 @@ def router(
     routing: Annotated[RoutingConfig, Flat] = RoutingConfig(),
     http: Annotated[HttpConfig, Flat] = HttpConfig(),
     model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
+    slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     config: Path | None = None,
 ) -> None:
     """Run a router without workers; needs no torch.
@@ -45,11 +46,13 @@ def router(
     logging.basicConfig(
         level=http.log_level.upper(), format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    uvloop.run(_run(model, bind, routing, http, model_config))
+    uvloop.run(_run(model, bind, routing, http, model_config, slo_config))
 
 
-async def _run(model: str, bind: str, routing: RoutingConfig, http: HttpConfig, model_config: ModelConfig) -> None:
-    front = Frontend(load(model), model_config.model_name or model, routing, http, bind)
+async def _run(
+    model: str, bind: str, routing: RoutingConfig, http: HttpConfig, model_config: ModelConfig, slo: SloConfig
+) -> None:
+    front = Frontend(load(model), model_config.model_name or model, routing, http, slo, bind)
     front.catch_signals()
     running = asyncio.create_task(front.membership.run())
     try:

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from bascule.cli.frontend import Frontend
 from bascule.cli.models import pull_with_progress
 from bascule.cli.worker import Flat, flags_of
-from bascule.config import EngineConfig, HandoffConfig, HttpConfig, ModelConfig, PoolConfig, RoutingConfig
+from bascule.config import EngineConfig, HandoffConfig, HttpConfig, ModelConfig, PoolConfig, RoutingConfig, SloConfig
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
@@ -25,7 +25,9 @@ from bascule.types import Role, WorkerId
 
 console = Console(stderr=True)
 
-_DEFAULT_POOLS = {"single": (0, 0, 1), "replicated": (0, 0, 2), "disaggregated": (1, 1, 0)}
+_SPLIT, _WHOLE = (1, 1, 0), (0, 0, 2)
+_DEFAULT_POOLS = {"single": (0, 0, 1), "disaggregated": _SPLIT, "thresholds": _SPLIT}
+"""Prefill, decode and mixed workers; two mixed ones for all other policies."""
 
 
 def serve(
@@ -38,6 +40,7 @@ def serve(
     model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
     engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
+    slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -56,18 +59,17 @@ def serve(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
-    plans = plan_workers(
-        pools, routing, (f"--log-level={http.log_level}", *flags_of(model_config, engine_config, handoff_config))
-    )
+    flags = flags_of(model_config, engine_config, handoff_config, slo_config)
+    plans = plan_workers(pools, routing, (f"--log-level={http.log_level}", *flags))
     if model in catalog.CATALOG:
         pull_with_progress(model)
-    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config)
+    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config, slo_config)
     uvloop.run(deployment.run())
 
 
 def plan_workers(pools: PoolConfig, routing: RoutingConfig, flags: tuple[str, ...]) -> list[WorkerPlan]:
     """Ids, roles and devices of the workers asked for; raises ConfigError where the policy cannot use them."""
-    counts = dict(zip(Role, _DEFAULT_POOLS[routing.policy], strict=True))
+    counts = dict(zip(Role, _DEFAULT_POOLS.get(routing.policy, _WHOLE), strict=True))
     asked = {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.MIXED: pools.mixed}
     if any(count is not None for count in asked.values()):
         counts = {role: asked[role] or 0 for role in Role}
@@ -99,7 +101,9 @@ class Deployment:
         routing: RoutingConfig,
         http: HttpConfig,
         model_config: ModelConfig,
+        slo: SloConfig,
     ) -> None:
+        self._slo = slo
         self._model = model
         self._name = model_config.model_name or model
         self._loaded = loaded
@@ -109,7 +113,7 @@ class Deployment:
         self._http = http
 
     async def run(self) -> None:
-        front = Frontend(self._loaded, self._name, self._routing, self._http, bind="tcp://127.0.0.1:*")
+        front = Frontend(self._loaded, self._name, self._routing, self._http, self._slo, bind="tcp://127.0.0.1:*")
         front.catch_signals()
         actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
         running = [asyncio.create_task(front.membership.run()), asyncio.create_task(actuator.run())]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig
 from bascule.control.devices import parse_device
 from bascule.errors import ConfigError
 from bascule.types import Role, WorkerId
@@ -33,6 +33,7 @@ def worker(
     model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
     engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
+    slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     config: Path | None = None,
 ) -> None:
     """Run one worker and join a router.
@@ -78,6 +79,7 @@ def worker(
             model_config=model_config,
             engine_config=engine_config,
             handoff_config=handoff_config,
+            slo_config=slo_config,
             parent=parent,
         )
     )

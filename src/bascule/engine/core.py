@@ -49,6 +49,14 @@ class EngineLoad(Struct, frozen=True):
     waiting: int
     hit_tokens: int
     """Prompt tokens found in the prefix cache since the start."""
+    prefilling: int
+    """Sequences whose prompt is not computed."""
+    backlog_tokens: int
+    """Their tokens still to be computed."""
+    streams: int
+    """Sequences that decode."""
+    context_tokens: int
+    """Tokens of context of these."""
 
 
 class Engine:
@@ -194,8 +202,18 @@ class Engine:
 
     def load(self) -> EngineLoad:
         with self._lock:
-            waiting = len(self._scheduler.waiting)
-            return EngineLoad(len(self._scheduler.sequences) - waiting, waiting, self._scheduler.hit_tokens)
+            waiting, every = len(self._scheduler.waiting), self._scheduler.sequences.values()
+            behind = [sequence.behind for sequence in every if sequence.behind > 1]
+            streams = [len(sequence.tokens) for sequence in every if sequence.decodes]
+            return EngineLoad(
+                len(every) - waiting,
+                waiting,
+                self._scheduler.hit_tokens,
+                len(behind),
+                sum(behind),
+                len(streams),
+                sum(streams),
+            )
 
     def has_work(self) -> bool:
         """Something is runnable now; False while all that is here waits for memory, a permission or a release."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from bascule.engine.protocol import Sampled, Slice
 from bascule.kv.arena import Arena
-from bascule.policies.cost import CostModel, PrefillPart
-from bascule.types import KVLayout, ModelCard, SamplingParams, TokenLogprobs
+from bascule.policies.cost import PrefillPart, step_seconds
+from bascule.types import CostModel, KVLayout, ModelCard, SamplingParams, TokenLogprobs
 
 _NAT = 0.5
 """Step between the log probabilities that the mock makes up."""
@@ -94,7 +94,7 @@ class MockRunner:
     def _seconds(self, batch: Sequence[Slice]) -> float:
         prefill = [PrefillPart(len(part.tokens), part.start) for part in batch if not _decodes(part)]
         streams = [part.start for part in batch if _decodes(part)]
-        return self._cost.step_seconds(prefill, len(streams), sum(streams))
+        return step_seconds(self._cost, prefill, len(streams), sum(streams))
 
     def _write(self, part: Slice) -> None:
         """Chain the slice's KV on what the memory holds before it."""

@@ -120,6 +120,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def decodes(self) -> bool:
+        """In the batch, with all computed but the token drawn last."""
+        return self.phase is Phase.RUNNING and self.behind == 1
+
+    @property
     def blocks_known(self) -> int:
         """Blocks that hold all known tokens."""
         return blocks_for(len(self.tokens), self._block_size)

@@ -1,17 +1,31 @@
 """What a step costs on one class of worker: a few coefficients that a fit sets and everybody else reads.
 
-    step = step_s + token_s * (sum n_i + B) + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * S
+A step with prefill in it, over prefill parts i (n_i new tokens behind c_i tokens of context) and B decoding streams
+with S tokens of context in all, takes
 
-over the prefill parts i (n_i new tokens behind c_i tokens of context) and B decoding streams with S tokens of context
-in all. A new token's matrix products cost the same wherever it stands; attention costs a prefill part its pairs of
-(new token, token it sees), and a decoding stream the KV it has to read.
+    step_s + token_s * (sum n_i + B) + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * S
+
+A new token's matrix products cost the same wherever it stands; attention costs a prefill part its pairs of (new token,
+token it sees), and a decoding stream the KV it has to read. A step of streams alone reads the weights more than it
+multiplies, and follows a table over B where there is one:
+
+    stream_s(B) + context_s * S
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
+
+from bascule.types import CostModel
+
+Floats = NDArray[np.float64]
+
+KNOTS = 8
+"""Entries of a table of streams in columns: 1, 2, 4 ... 128 streams. More follow the line through the last two."""
 
 
 class PrefillPart(Struct, frozen=True):
@@ -23,26 +37,66 @@ class PrefillPart(Struct, frozen=True):
     """Tokens before them whose KV is read."""
 
 
-class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Coefficients of one worker class. All are non-negative; the default is an engine that takes no time."""
+def step_seconds(model: CostModel, prefill: Iterable[PrefillPart], streams: int, context: int) -> float:
+    """Predicted seconds of a step over `prefill` parts and `streams` decoding ones with `context` tokens in all."""
+    parts = tuple(prefill)
+    if not parts:
+        return decode_seconds(model, streams, context)
+    new = sum(part.new for part in parts)
+    pairs = sum(part.new * (part.context + part.new / 2) for part in parts)
+    return model.step_s + model.token_s * (new + streams) + model.pair_s * pairs + model.context_s * context
 
-    step_s: float = 0.0
-    """Seconds that any step takes, however small."""
-    token_s: float = 0.0
-    """Seconds for each token computed, prefill or decode."""
-    pair_s: float = 0.0
-    """Seconds for each (new token, token it attends to) pair of a prefill part."""
-    context_s: float = 0.0
-    """Seconds for each token of context that a decoding stream reads."""
 
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if getattr(self, name) < 0:
-                raise ValueError(f"cost model: {name} is {getattr(self, name)}; coefficients cannot be negative")
+def decode_seconds(model: CostModel, streams: int, context: int) -> float:
+    """Predicted seconds of a step of `streams` streams alone (0 if there are none)."""
+    if streams < 1:
+        return 0.0
+    own = model.step_s + model.token_s * streams
+    if model.stream_s:
+        knot = min(streams.bit_length() - 1, max(len(model.stream_s) - 2, 0))
+        own = model.stream_s[knot]
+        if len(model.stream_s) > 1:
+            own += (model.stream_s[knot + 1] - own) * (streams / (1 << knot) - 1)
+    return own + model.context_s * context
 
-    def step_seconds(self, prefill: Iterable[PrefillPart], streams: int, context: int) -> float:
-        """Predicted seconds of a step over `prefill` parts and `streams` decoding ones with `context` tokens in all."""
-        parts = tuple(prefill)
-        new = sum(part.new for part in parts)
-        pairs = sum(part.new * (part.context + part.new / 2) for part in parts)
+
+class CostColumns(Struct, frozen=True):
+    """The cost models of many workers side by side, one row each; arrays of shape [rows], `stream_s` [rows, KNOTS]."""
+
+    step_s: Floats
+    token_s: Floats
+    pair_s: Floats
+    context_s: Floats
+    stream_s: Floats
+
+    @staticmethod
+    def empty(rows: int) -> CostColumns:
+        """Of workers that take no time."""
+        return CostColumns(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, KNOTS)))
+
+    def put(self, row: int, model: CostModel) -> None:
+        """Write a worker's model into its row."""
+        self.step_s[row], self.token_s[row] = model.step_s, model.token_s
+        self.pair_s[row], self.context_s[row] = model.pair_s, model.context_s
+        self.stream_s[row] = [decode_seconds(model, 1 << knot, 0) for knot in range(KNOTS)]
+
+    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> CostColumns:
+        """The models of some rows (copies)."""
+        return CostColumns(
+            self.step_s[rows], self.token_s[rows], self.pair_s[rows], self.context_s[rows], self.stream_s[rows]
+        )
+
+    def decode(self, streams: Floats, context: Floats) -> Floats:
+        """`decode_seconds`, row by row."""
+        _, exponent = np.frexp(np.maximum(streams, 1.0))
+        knot = np.minimum(exponent - 1, KNOTS - 2)
+        rows = np.arange(len(knot))
+        low = self.stream_s[rows, knot]
+        high = self.stream_s[rows, knot + 1]
+        own = low + (high - low) * (np.ldexp(streams, -knot) - 1)
+        return np.where(streams < 1, 0.0, own + self.context_s * context)
+
+    def mixed(self, new: Floats, behind: Floats, streams: Floats, context: Floats) -> Floats:
+        """Seconds of a step of one prefill part (`new` tokens behind `behind`) beside streams, row by row."""
+        pairs = new * (behind + new / 2)
         return self.step_s + self.token_s * (new + streams) + self.pair_s * pairs + self.context_s * context

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from bascule.errors import RequestError
-from bascule.types import Delta, Placement, Request, WorkerId
+from bascule.types import BlockHash, Delta, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -17,8 +17,9 @@ class Flight:
     position that has been taken is final.
     """
 
-    def __init__(self, request: Request, deadline: float, on_cancel: Callable[[Flight], None]) -> None:
+    def __init__(self, request: Request, received: float, deadline: float, on_cancel: Callable[[Flight], None]) -> None:
         self.request = request
+        self.received = received
         self.deadline = deadline
         self.attempt = 0
         self.excluded: frozenset[WorkerId] = frozenset()
@@ -26,8 +27,12 @@ class Flight:
         """Output tokens taken so far, over all attempts."""
         self.placed: Placement | None = None
         """Where the current attempt runs; None while it waits at the router."""
-        self.placed_tokens = 0
+        self.uncached = 0
         """Tokens that the current attempt had to compute when it was placed."""
+        self.context = 0.0
+        """Tokens of context that it counts for where it decodes."""
+        self.hashes: tuple[BlockHash, ...] = ()
+        """Of the full blocks of what it has to compute; the last known token is not among them."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
         self.handed_over = False
@@ -54,9 +59,11 @@ class Flight:
         """Tokens that a worker has to compute before it can draw the next one."""
         return len(self.request.prompt) + len(self.tokens)
 
-    def place(self, placement: Placement) -> None:
+    def place(self, placement: Placement, uncached: int, context: float) -> None:
+        """A placement has been chosen for the current attempt, with `uncached` tokens to compute there."""
         self.placed = self._route = placement
-        self.placed_tokens = self.known_tokens
+        self.uncached = uncached
+        self.context = context
         self.prefilling = True
         self.handed_over = False
 

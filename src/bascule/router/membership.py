@@ -67,6 +67,8 @@ class Membership:
             if was_suspect:
                 log.warning("worker %s is back", member.id)
         elif isinstance(message, StepTokens):
+            if message.load is not None:
+                self._view.stepped(member, message.load)
             self._service.tokens(message)
         elif isinstance(message, Failed):
             self._service.failed(message)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
-from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerFailure
-from bascule.policies.route import Policy, policy_named
+from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, WorkerFailure
+from bascule.policies.admit import Verdict, place_in_line, worth_starting, worth_waiting
+from bascule.policies.route import priced
+from bascule.policies.snapshot import Candidate, Decision
 from bascule.router.client import WorkerClient
 from bascule.router.flight import Flight
+from bascule.router.line import FIRST, Line
+from bascule.router.policy import orders_by_work, policy_named
+from bascule.router.queries import Queries
 from bascule.router.view import ClusterView, Member
-from bascule.types import ClusterState, ModelCard, Request, RequestId, RouteQuery, WorkerId
+from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
 from bascule.wire import Failed, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
@@ -28,14 +32,23 @@ GAP_S = 5.0
 class Service:
     """The `Backend` behind the api. Everything runs in one asyncio loop; nothing here waits for a worker."""
 
-    def __init__(self, view: ClusterView, config: RoutingConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        view: ClusterView,
+        config: RoutingConfig,
+        clock: Clock,
+        slo: Slo = Slo(),
+    ) -> None:
+        """`slo` is what requests are to meet that ask for nothing else; raises ConfigError for an unknown policy."""
         self.view = view
         self.clients: dict[WorkerId, WorkerClient] = {}
         self._config = config
         self._clock = clock
-        self._policy: Policy = policy_named(config.policy, config.balance)
+        self._policy = policy_named(config.policy, config.balance)
+        self._by_work = orders_by_work(config.policy)
+        self._queries = Queries(view, slo)
         self._flights: dict[RequestId, Flight] = {}
-        self._queue: deque[Flight] = deque()
+        self._line = Line()
 
     # ------------------------------------------------------------ what the api calls
 
@@ -62,16 +75,13 @@ class Service:
             raise InvalidRequest(f"a request with id {request.id} is under way; use another X-Request-Id")
         if not self.ready:
             raise Unavailable("no worker is ready; see /ready, and try again in a few seconds")
-        flight = Flight(request, self._clock.now() + request.timeout, self._cancelled)
-        self._queue.append(flight)
+        now = self._clock.now()
+        flight = Flight(request, now, now + request.timeout, self._cancelled)
         self._flights[request.id] = flight
+        self._wait(flight)
         self._dispatch()
-        if flight.placed is None and len(self._queue) > self._config.queue_limit:
-            self._forget(flight)
-            raise Overloaded(
-                f"{self._config.queue_limit} requests wait already; try again later or raise --queue-limit",
-                retry_after=1.0,
-            )
+        if flight in self._line:
+            self._refuse_hopeless(flight)
         try:
             await flight.first()
         except asyncio.CancelledError:
@@ -82,8 +92,8 @@ class Service:
     def state(self) -> ClusterState:
         return ClusterState(
             workers=self.view.statuses(),
-            queued=len(self._queue),
-            active=len(self._flights) - len(self._queue),
+            queued=len(self._line),
+            active=len(self._flights) - len(self._line),
         )
 
     # ------------------------------------------------------------ what members report
@@ -116,6 +126,7 @@ class Service:
             if flight.prefilling:
                 freed |= self._settle_prefill(flight)
             if flight.ended:
+                self._queries.ended(flight)
                 self._forget(flight)
                 freed = True
         if freed:
@@ -158,35 +169,64 @@ class Service:
 
     # ------------------------------------------------------------ inside
 
+    def _wait(self, flight: Flight) -> None:
+        """Put a new request in line."""
+        self._queries.prepare(flight)
+        work_s = self._queries.work_s(flight)
+        due = flight.received
+        if self._by_work:
+            due += min(self._queries.slo_of(flight).ttft_s, flight.request.timeout)
+        self._line.push(flight, place_in_line(flight.request.priority, work_s if self._by_work else 0.0, due), work_s)
+
+    def _refuse_hopeless(self, flight: Flight) -> None:
+        """Raises Overloaded for a request that would have to wait, if it should rather not."""
+        verdict = Verdict(True)
+        if len(self._line) > self._config.queue_limit:
+            limit = self._config.queue_limit
+            verdict = Verdict(False, f"{limit} requests wait already; try again later or raise --queue-limit", 1.0)
+        elif self._config.admission == "slo":
+            now = self._clock.now()
+            queued_s = self._line.work_s - self._queries.work_s(flight)
+            verdict = worth_waiting(self.view.snapshot(now), self._queries.query(flight, now), queued_s)
+        if not verdict.admitted:
+            self._forget(flight)
+            raise _overloaded(verdict)
+
     def _dispatch(self) -> None:
-        """Place waiting requests, first come first served, while the policy finds room."""
-        while self._queue:
-            flight = self._queue[0]
-            decision = self._policy(self.view.snapshot(), self._query(flight))
+        """Place waiting requests, each in its turn, while the policy finds room."""
+        while (flight := self._line.head()) is not None:
+            now = self._clock.now()
+            snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
+            decision = self._policy(snapshot, query)
             if decision.placement is None:
                 return
-            self._queue.popleft()
-            log.debug("request %s attempt %d: %s", flight.request.id, flight.attempt, decision.reason)
-            self.view.place(decision.placement, flight.known_tokens)
-            flight.place(decision.placement)
-            decode = self.view.members[decision.placement.decode].registration.peer
-            self.clients[decision.placement.prefill].submit(
-                Submit(
-                    request=flight.request.id,
-                    attempt=flight.attempt,
-                    prompt=flight.request.prompt,
-                    generated=tuple(flight.tokens),
-                    sampling=flight.request.sampling,
-                    decode=decode if decision.placement.remote else None,
-                )
-            )
+            chosen = decision.chosen() or priced(snapshot, query, decision.placement)
+            if self._config.admission == "slo" and not flight.tokens:
+                verdict = worth_starting(query, chosen)
+                if not verdict.admitted:
+                    self._end_with(flight, _overloaded(verdict))
+                    continue
+            self._line.remove(flight)
+            self._place(flight, decision, chosen, now)
 
-    def _query(self, flight: Flight) -> RouteQuery:
-        return RouteQuery(
-            request=flight.request.id,
-            prompt_tokens=flight.known_tokens,
-            max_tokens=flight.request.sampling.max_tokens,
-            excluded=flight.excluded,
+    def _place(self, flight: Flight, decision: Decision, chosen: Candidate, now: float) -> None:
+        placement = chosen.placement
+        log.debug("request %s attempt %d: %s", flight.request.id, flight.attempt, decision.reason)
+        uncached = flight.known_tokens - chosen.cached_tokens
+        context = flight.known_tokens + self._queries.output_tokens(flight) / 2
+        self.view.place(placement, uncached, context, now)
+        flight.place(placement, uncached, context)
+        decode = self.view.members[placement.decode].registration.peer
+        self.clients[placement.prefill].submit(
+            Submit(
+                request=flight.request.id,
+                attempt=flight.attempt,
+                prompt=flight.request.prompt,
+                generated=tuple(flight.tokens),
+                sampling=flight.request.sampling,
+                decode=decode if placement.remote else None,
+                slo=flight.request.slo,
+            )
         )
 
     def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
@@ -198,14 +238,15 @@ class Service:
             self._end_with(flight, WorkerFailure(f"{why}; tried {MAX_ATTEMPTS} times"))
             return
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
-        self._queue.appendleft(flight)
+        self._queries.prepare(flight)
+        self._line.push(flight, FIRST, self._queries.work_s(flight))
 
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)
         self._forget(flight)
         self._dispatch()
 
-    def _end_with(self, flight: Flight, error: WorkerFailure | DeadlineExceeded) -> None:
+    def _end_with(self, flight: Flight, error: RequestError) -> None:
         self._forget(flight)
         flight.fail(error)
 
@@ -222,14 +263,14 @@ class Service:
 
     def _forget(self, flight: Flight) -> None:
         self._unplace(flight)
-        if self._flights.pop(flight.request.id, None) is not None and flight in self._queue:
-            self._queue.remove(flight)
+        self._flights.pop(flight.request.id, None)
+        self._line.remove(flight)
 
     def _unplace(self, flight: Flight) -> None:
         """Take the request off its workers' counts."""
         if flight.placed is not None:
             self._settle_prefill(flight)
-            self.view.decoded(flight.placed)
+            self.view.decoded(flight.placed, flight.context)
             flight.placed = None
 
     def _settle_prefill(self, flight: Flight) -> bool:
@@ -237,5 +278,16 @@ class Service:
         if flight.placed is None or not flight.prefilling:
             return False
         flight.prefilling = False
-        self.view.prefilled(flight.placed, flight.placed_tokens)
+        self.view.prefilled(flight.placed, flight.uncached)
         return True
+
+
+def _overloaded(verdict: Verdict) -> Overloaded:
+    if verdict.reason.endswith("--queue-limit"):
+        return Overloaded(verdict.reason, retry_after=verdict.retry_after_s)
+    return Overloaded(
+        f"the request would miss its SLO now: {verdict.reason}; try again in {verdict.retry_after_s:.0f} s, or ask for "
+        "more time with X-SLO-TTFT and X-SLO-TPOT",
+        retry_after=verdict.retry_after_s,
+        code="slo",
+    )

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
-from bascule.types import Epoch, ModelCard, Placement, Snapshot, WorkerId, WorkerLoad, WorkerStatus, WorkerView
+from bascule.policies.cost import PrefillPart, step_seconds
+from bascule.policies.snapshot import Snapshot
+from bascule.router.columns import Columns
+from bascule.types import (
+    BlockHash,
+    CostModel,
+    Epoch,
+    LinkCost,
+    ModelCard,
+    Placement,
+    StepLoad,
+    WorkerId,
+    WorkerLoad,
+    WorkerStatus,
+)
 from bascule.wire import VERSION, Register
 
 
 @dataclass(slots=True)
 class Member:
-    """One registered worker, with what the router itself has placed on it since it registered."""
+    """One registered worker; what the router has placed on it is in its row of the columns."""
 
     registration: Register
+    row: int
     last_seen: float
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
-    prefilling: int = 0
-    prefill_tokens: int = 0
-    decoding: int = 0
 
     @property
     def id(self) -> WorkerId:
@@ -34,13 +51,16 @@ class Member:
 class ClusterView:
     """Members by id; an epoch that left or died is burned and never used again."""
 
-    prefill_window: int
-    """Prompt tokens in flight to a worker beyond which requests wait at the router."""
+    prefill_window: int = 4096
+    """Prompt tokens in flight to a worker beyond which requests wait at the router, where a policy goes by tokens."""
     members: dict[WorkerId, Member] = field(default_factory=dict)
     card: ModelCard | None = None
     """What the first worker brought; all others must match it."""
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
+    columns: Columns = field(default_factory=Columns)
+    links: dict[tuple[WorkerId, WorkerId], LinkCost] = field(default_factory=dict)
+    _machines: dict[str, int] = field(default_factory=dict)
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
@@ -57,7 +77,19 @@ class ClusterView:
     def add(self, offer: Register, now: float) -> Member:
         """Take in a worker that `check` let pass and whose id is free."""
         self.card = self.card or offer.card
-        member = self.members[offer.worker] = Member(offer, now)
+        taken = {member.row for member in self.members.values()}
+        row = next(row for row in count() if row not in taken)
+        member = self.members[offer.worker] = Member(offer, row, now)
+        self.columns.add(
+            row,
+            offer.worker,
+            offer.role,
+            slots=offer.max_sequences,
+            kv_tokens=_kv_tokens(member),
+            machine=self._machines.setdefault(offer.machine, len(self._machines)),
+            hands_off=True,
+        )
+        self.columns.cost.put(row, offer.cost)
         return member
 
     def current(self, worker: WorkerId, epoch: Epoch) -> Member | None:
@@ -68,7 +100,17 @@ class ClusterView:
     def heartbeat(self, member: Member, load: WorkerLoad, now: float) -> None:
         member.load = load
         member.last_seen = now
-        member.suspect = False
+        self._suspect(member, False)
+        if load.step is not None:
+            self.columns.report(member.row, load.step)
+        if load.cost is not None:
+            self.columns.cost.put(member.row, load.cost)
+        for peer, link in load.links.items():
+            self.links[member.id, peer] = link
+
+    def stepped(self, member: Member, load: StepLoad) -> None:
+        """What a worker has before it after a step."""
+        self.columns.report(member.row, load)
 
     def excuse(self, seconds: float) -> None:
         """Silence does not count while nobody listened: the router itself stood still for that long."""
@@ -78,54 +120,56 @@ class ClusterView:
     def overdue(self, now: float, suspect_after: float, dead_after: float) -> list[Member]:
         """Mark members suspect by missed heartbeats; returns those to be declared dead (seconds)."""
         for member in self.members.values():
-            member.suspect = now - member.last_seen > suspect_after
+            self._suspect(member, now - member.last_seen > suspect_after)
         return [member for member in self.members.values() if now - member.last_seen > dead_after]
+
+    def _suspect(self, member: Member, suspect: bool) -> None:
+        member.suspect = suspect
+        self.columns.placeable[member.row] = not suspect
 
     def remove(self, worker: WorkerId) -> None:
         """Forget a worker and burn its epoch."""
         member = self.members.pop(worker, None)
         if member is not None:
             self.burned.add(member.epoch)
+            self.columns.remove(member.row)
+            self.links = {ends: link for ends, link in self.links.items() if worker not in ends}
 
-    def place(self, placement: Placement, prompt_tokens: int) -> None:
-        """Count a request on its workers before they report it."""
+    def place(self, placement: Placement, uncached: int, context: float, now: float) -> None:
+        """Count a request on its workers before they report it: tokens to compute, and of context while it decodes."""
         self.decisions += 1
         prefill, decode = self.members[placement.prefill], self.members[placement.decode]
-        prefill.prefilling += 1
-        prefill.prefill_tokens += prompt_tokens
-        decode.decoding += 1
+        work_s = step_seconds(self.cost_of(prefill), [PrefillPart(uncached, 0)], 0, 0)
+        self.columns.submitted(prefill.row, uncached, work_s, now)
+        self.columns.decoding[decode.row] += 1
+        self.columns.context_tokens[decode.row] += context
 
-    def prefilled(self, placement: Placement, prompt_tokens: int) -> None:
+    def prefilled(self, placement: Placement, uncached: int) -> None:
         """The first token has come (or the request has ended without one): the prefill worker is done with it."""
         if (member := self.members.get(placement.prefill)) is not None:
-            member.prefilling -= 1
-            member.prefill_tokens -= prompt_tokens
+            self.columns.computed(member.row, uncached)
 
-    def decoded(self, placement: Placement) -> None:
+    def decoded(self, placement: Placement, context: float) -> None:
         """The request has ended or left: its decode slot is free."""
         if (member := self.members.get(placement.decode)) is not None:
-            member.decoding -= 1
+            self.columns.decoding[member.row] -= 1
+            self.columns.context_tokens[member.row] -= context
+
+    def cost_of(self, member: Member) -> CostModel:
+        """The member's cost model as it last reported it."""
+        return member.load.cost or member.registration.cost
 
     @property
     def kv_tokens(self) -> int:
         """The smallest KV memory of any member, in tokens: what fits there fits wherever it is placed."""
         return min((_kv_tokens(member) for member in self.members.values()), default=0)
 
-    def snapshot(self) -> Snapshot:
-        views = tuple(
-            WorkerView(
-                id=member.id,
-                role=member.registration.role,
-                placeable=not member.suspect,
-                prefilling=member.prefilling,
-                decoding=member.decoding,
-                prefill_tokens=member.prefill_tokens,
-                slots=member.registration.max_sequences,
-                prefill_window=self.prefill_window,
-            )
-            for member in self.members.values()
-        )
-        return Snapshot(views, self.decisions)
+    def cached_tokens(self, hashes: Sequence[BlockHash]) -> NDArray[np.int64]:
+        """How many tokens of a prompt with these blocks each worker has KV of, by row."""
+        return np.zeros(len(self.columns.ids), np.int64)
+
+    def snapshot(self, now: float) -> Snapshot:
+        return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window)
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         return tuple(

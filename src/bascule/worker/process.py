@@ -16,7 +16,7 @@ import msgspec
 from msgspec import structs
 
 from bascule.clock import WallClock
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig
 from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Runner
@@ -25,8 +25,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.models import load
-from bascule.policies.cost import CostModel
-from bascule.types import Epoch, Role, WorkerId
+from bascule.types import CostModel, Epoch, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
 from bascule.worker.worker import Identity, Parts, Worker
@@ -52,6 +51,7 @@ class WorkerSettings:
     model_config: ModelConfig
     engine_config: EngineConfig
     handoff_config: HandoffConfig
+    slo_config: SloConfig
     parent: int | None = None
     """Process id of the launcher: this worker ends with it."""
 
@@ -109,11 +109,17 @@ def build(settings: WorkerSettings) -> Parts:
         chunk_tokens=config.chunk_tokens,
         step_tokens=max(config.step_tokens, config.max_sequences),
         prefix_cache=config.prefix_cache,
-        gap_s=config.slo_gap,
+        gap_s=settings.slo_config.slo_gap,
     )
     engine = Engine(runner, arena, books, hasher, limits)
     return Parts(
-        runner=runner, arena=arena, books=books, hasher=hasher, engine=engine, max_sequences=config.max_sequences
+        runner=runner,
+        arena=arena,
+        books=books,
+        hasher=hasher,
+        engine=engine,
+        max_sequences=config.max_sequences,
+        cost=_cost_model(config.cost_model),
     )
 
 

@@ -58,7 +58,7 @@ class StepLoop:
             self._wake.clear()
             if self._engine.has_work():
                 result = self._engine.step()
-                if result.outputs or result.progress or result.failed:
+                if result.executed:
                     self._on_result(result)
                 audited = False
             elif not self._wake.wait(_IDLE_CHECK_S) and not audited:

@@ -18,8 +18,9 @@ from bascule.errors import RegistrationRefused, RequestError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.types import Epoch, Role, TicketId, WorkerId, WorkerLoad
+from bascule.types import CostModel, Epoch, Role, StepLoad, TicketId, WorkerId, WorkerLoad
 from bascule.wire import (
     VERSION,
     Abort,
@@ -75,6 +76,8 @@ class Parts:
     hasher: BlockHasher
     engine: Engine
     max_sequences: int
+    cost: CostModel
+    """What a step is expected to cost."""
 
 
 class Worker:
@@ -90,6 +93,8 @@ class Worker:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
+        self._received = 0
+        """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
@@ -162,6 +167,7 @@ class Worker:
             self._registered.set()
         elif isinstance(message, Reregister):
             self._registered.clear()
+            self._received = 0
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Stop):
@@ -169,6 +175,7 @@ class Worker:
 
     def _submit(self, submission: Submit) -> None:
         key = Key(submission.request, submission.attempt)
+        self._received += 1
         if submission.decode is not None:
             # Before the engine has it: a step of another thread may be done with it at once.
             self._prefill.begin(submission, submission.decode)
@@ -229,7 +236,7 @@ class Worker:
 
     def _publish(self, result: StepResult) -> None:
         """One message for all tokens of the step; then what the step means for handoffs."""
-        if result.outputs:
+        if result.executed:
             items = tuple(
                 TokenItem(
                     output.request,
@@ -242,7 +249,7 @@ class Worker:
                 )
                 for output in result.outputs
             )
-            self._link.send(StepTokens(self._identity.worker, self._identity.epoch, items))
+            self._link.send(StepTokens(self._identity.worker, self._identity.epoch, items, self._step_load()))
         for failure in result.failed:
             self._prefill.cancel(Key(failure.request, failure.attempt))
             self._fail(Key(failure.request, failure.attempt), failure.message, retryable=True)
@@ -287,6 +294,8 @@ class Worker:
             peer=self._peers.address,
             max_sequences=self._parts.max_sequences,
             kv_blocks=self._parts.books.num_blocks,
+            machine=machine_id(),
+            cost=self._parts.cost,
         )
         while True:
             if not self._registered.is_set():
@@ -298,6 +307,10 @@ class Worker:
             await self._registered.wait()
             self._link.send(Heartbeat(self._identity.worker, self._identity.epoch, self._load()))
             await asyncio.sleep(self._heartbeat_s)
+
+    def _step_load(self) -> StepLoad:
+        load = self._parts.engine.load()
+        return StepLoad(self._received, load.prefilling, load.backlog_tokens, load.streams, load.context_tokens)
 
     def _load(self) -> WorkerLoad:
         engine, counts = self._parts.engine.load(), self._parts.books.counts
@@ -313,6 +326,7 @@ class Worker:
             handoff_bytes=dict(self._prefill.bytes_sent),
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
+            step=self._step_load(),
         )
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:

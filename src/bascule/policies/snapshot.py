@@ -1,0 +1,135 @@
+"""What routing policies read and return: the cluster as columns, a query, candidates with their price, a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bascule.policies.cost import CostColumns, Floats
+from bascule.types import LinkCost, Placement, RequestId, Role, Slo, WorkerId
+
+ROLES = tuple(Role)
+"""A worker's role in the columns is its place in this tuple."""
+PREFILL, DECODE, MIXED = range(3)
+
+SIZES = 16
+"""Columns of `backlog_tokens`: prompts of less than 2, 4, 8 ... 65,536 uncached tokens; longer ones in the last."""
+
+
+def size_of(tokens: int) -> int:
+    """The column of `Snapshot.backlog_tokens` for a prompt with so many tokens to compute."""
+    return min(max(tokens, 1).bit_length() - 1, SIZES - 1)
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """The cluster as a policy sees it: one row a worker, in arrays that are updated in place between decisions.
+
+    A policy must not write them, nor keep them. What the router has placed counts at once, before a worker reports it.
+    """
+
+    ids: Sequence[WorkerId]
+    """By row; rows that no worker has are not placeable."""
+    role: NDArray[np.int8]
+    placeable: NDArray[np.bool_]
+    hands_off: NDArray[np.bool_]
+    """Can take part in a handoff; an attached server of another kind cannot."""
+    slots: NDArray[np.int64]
+    """Most requests it decodes at once."""
+    decoding: NDArray[np.int64]
+    """Requests placed here to be decoded (from placement on)."""
+    prefilling: NDArray[np.int64]
+    """Requests placed here whose first token has not come."""
+    streams: NDArray[np.int64]
+    """Requests that decode here now, as the worker last said."""
+    backlog_tokens: Floats
+    """Tokens of those still to be computed, by size of the prompt: [rows, SIZES]."""
+    context_tokens: Floats
+    """Tokens of context of the requests in `decoding`."""
+    kv_tokens: NDArray[np.int64]
+    """Tokens that its KV memory holds."""
+    prefill_share: Floats
+    """Share of its time that prompts placed here have lately taken, from 0 to 1."""
+    cost: CostColumns
+    machine: NDArray[np.int64]
+    """Workers of equal number share memory."""
+    turn: int
+    """Decisions made before this one."""
+    window_tokens: int = 4096
+    """Prompt tokens that may be in flight to a worker before further requests wait unbound at the router."""
+    links: Mapping[tuple[WorkerId, WorkerId], LinkCost]
+    """Handoffs from one worker to another, where they have been measured."""
+
+
+class RouteQuery(Struct, frozen=True, kw_only=True):
+    """What a routing policy knows of a request."""
+
+    request: RequestId
+    prompt_tokens: int
+    """Tokens to be computed before the next can be drawn, cached ones included."""
+    max_tokens: int
+    cached: NDArray[np.int64]
+    """How many of `prompt_tokens` each worker (row) has KV of."""
+    output_tokens: float = 64.0
+    """Output to be expected: a quantile of what this traffic does, at most `max_tokens`."""
+    slo: Slo = Slo()
+    waited_s: float = 0.0
+    """Since the request came."""
+    kv_token_bytes: int = 0
+    gap_planned_s: float = 0.2
+    """Gap that the workers cut their chunks for."""
+    chunk_tokens: int = 512
+    """Most prompt tokens in a step."""
+    session: int = -1
+    """The row of the worker that answered this conversation's last turn, if there is one."""
+    excluded: frozenset[WorkerId] = frozenset()
+    """Workers that already failed this request."""
+
+
+class Prediction(Struct, frozen=True, kw_only=True):
+    """What a placement is expected to bring, in seconds."""
+
+    queue_s: float = 0.0
+    """From the decision until the worker starts on the prompt."""
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    """What is left of the handoff once the last chunk is computed."""
+    ttft_s: float = 0.0
+    """From receiving the request, so what it has waited is in it."""
+    tpot_s: float = 0.0
+    gap_s: float = 0.0
+    harm_s: float = 0.0
+    """What it costs the requests already there: seconds, summed over them."""
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """One placement with its price. `feasible` ones may be chosen; `why_not` says what speaks against the others, or
+    which bound of the SLO a feasible one breaks."""
+
+    placement: Placement
+    predicted: Prediction
+    cached_tokens: int = 0
+    """Prompt tokens that need not be computed there."""
+    cost_s: float = 0.0
+    """What it is chosen by: the request's own latency and the harm to others, with a price on each broken SLO."""
+    feasible: bool = True
+    why_not: str = ""
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """What a routing policy returns: a placement, or None to wait for capacity, and the reason in a sentence."""
+
+    placement: Placement | None
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+    """Those that were compared, the best first; may be empty where a policy predicts nothing."""
+
+    def chosen(self) -> Candidate | None:
+        """The candidate of the placement, if it is among them."""
+        return next((each for each in self.candidates if each.placement == self.placement), None)
+
+
+Policy = Callable[[Snapshot, RouteQuery], Decision]
+"""Pure: equal inputs give equal decisions."""

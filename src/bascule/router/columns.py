@@ -1,0 +1,162 @@
+"""The cluster in columns, one row a worker: what policies read, kept up to date in place as requests come and go."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+from bascule.policies.cost import CostColumns, Floats
+from bascule.policies.snapshot import ROLES, SIZES, Snapshot, size_of
+from bascule.types import CostModel, LinkCost, Role, StepLoad, WorkerId
+
+SHARE_S = 10.0
+"""Seconds over which the share of prompts in a worker's time is averaged."""
+
+
+class Columns:
+    """Rows are given out by the caller, the smallest free ones first; a row that is not in use is not placeable."""
+
+    def __init__(self, rows: int = 8) -> None:
+        self.ids: list[WorkerId] = []
+        self._allocate(rows)
+        self._unreceived: dict[int, deque[tuple[int, int]]] = {}
+        """Submissions that a worker has not confirmed: (number, uncached tokens)."""
+        self._sent: dict[int, int] = {}
+        self._stale: set[int] = set()
+        """Rows whose backlog is to be computed again."""
+
+    def _allocate(self, rows: int) -> None:
+        self.ids = [WorkerId("")] * rows
+        self.role = np.zeros(rows, np.int8)
+        self.placeable = np.zeros(rows, np.bool_)
+        self.hands_off = np.zeros(rows, np.bool_)
+        self.slots = np.zeros(rows, np.int64)
+        self.decoding = np.zeros(rows, np.int64)
+        self.prefilling = np.zeros(rows, np.int64)
+        self.streams = np.zeros(rows, np.int64)
+        self.context_tokens = np.zeros(rows)
+        self.kv_tokens = np.zeros(rows, np.int64)
+        self.machine = np.zeros(rows, np.int64)
+        self.cost = CostColumns.empty(rows)
+        self._placed = np.zeros((rows, SIZES))
+        """Uncached tokens of the prompts whose first token has not come, by size."""
+        self._left: Floats = np.full(rows, np.inf)
+        """Tokens still to be computed of those prompts that the worker has received, as it last said."""
+        self._backlog = np.zeros((rows, SIZES))
+        self._share = np.zeros(rows)
+        self._share_at = 0.0
+
+    def _grow(self) -> None:
+        old, rows = self.__dict__.copy(), len(self.ids)
+        self._allocate(2 * rows)
+        for name, value in old.items():
+            if isinstance(value, np.ndarray):
+                getattr(self, name)[:rows] = value
+        self.ids[:rows] = old["ids"]
+        self._share_at = old["_share_at"]
+        for column, value in zip(_arrays(self.cost), _arrays(old["cost"]), strict=True):
+            column[:rows] = value
+
+    def add(
+        self, row: int, worker: WorkerId, role: Role, *, slots: int, kv_tokens: int, machine: int, hands_off: bool
+    ) -> None:
+        """Use a row for a worker that has just joined."""
+        while row >= len(self.ids):
+            self._grow()
+        self.remove(row)
+        self.ids[row] = worker
+        self.role[row] = ROLES.index(role)
+        self.placeable[row] = True
+        self.hands_off[row] = hands_off
+        self.slots[row], self.kv_tokens[row], self.machine[row] = slots, kv_tokens, machine
+        self._unreceived[row] = deque()
+        self._sent[row] = 0
+
+    def remove(self, row: int) -> None:
+        """Nothing of the row's worker counts any more."""
+        self.ids[row] = WorkerId("")
+        for column in (self.placeable, self.slots, self.decoding, self.prefilling, self.streams, self.context_tokens):
+            column[row] = 0
+        self._placed[row], self._backlog[row], self._share[row], self._left[row] = 0, 0, 0, np.inf
+        self.cost.put(row, CostModel())
+        self._unreceived.pop(row, None)
+        self._sent.pop(row, None)
+        self._stale.discard(row)
+
+    def submitted(self, row: int, uncached: int, work_s: float, now: float) -> None:
+        """A prompt with so many tokens to compute, `work_s` seconds of work, is on its way to the worker."""
+        self._sent[row] += 1
+        self._unreceived[row].append((self._sent[row], uncached))
+        self.prefilling[row] += 1
+        self._placed[row, size_of(uncached)] += uncached
+        self._decay(now)
+        self._share[row] += work_s / SHARE_S
+        self._stale.add(row)
+
+    def computed(self, row: int, uncached: int) -> None:
+        """That prompt is computed, or is no longer wanted."""
+        size = size_of(uncached)
+        self.prefilling[row] -= 1
+        self._placed[row, size] = max(self._placed[row, size] - uncached, 0.0)
+        self._stale.add(row)
+
+    def report(self, row: int, load: StepLoad) -> None:
+        """What the worker says after a step."""
+        waiting = self._unreceived[row]
+        while waiting and waiting[0][0] <= load.received:
+            waiting.popleft()
+        self.streams[row] = load.streams
+        self._left[row] = load.backlog_tokens
+        self._stale.add(row)
+
+    def snapshot(
+        self, now: float, turn: int, links: Mapping[tuple[WorkerId, WorkerId], LinkCost], window_tokens: int
+    ) -> Snapshot:
+        """The columns as they are; valid until the next change."""
+        self._refresh()
+        self._decay(now)
+        return Snapshot(
+            ids=self.ids,
+            role=self.role,
+            placeable=self.placeable,
+            hands_off=self.hands_off,
+            slots=self.slots,
+            decoding=self.decoding,
+            prefilling=self.prefilling,
+            streams=self.streams,
+            backlog_tokens=self._backlog,
+            context_tokens=self.context_tokens,
+            kv_tokens=self.kv_tokens,
+            prefill_share=np.minimum(self._share, _MOST_SHARE),
+            cost=self.cost,
+            machine=self.machine,
+            turn=turn,
+            links=links,
+            window_tokens=window_tokens,
+        )
+
+    def _refresh(self) -> None:
+        """Backlogs of the rows that have changed: what was placed, less what is done of it, short prompts first."""
+        if not self._stale:
+            return
+        rows = list(self._stale)
+        self._stale.clear()
+        placed = self._placed[rows]
+        total = placed.sum(axis=1)
+        on_the_way = np.array([sum(tokens for _, tokens in self._unreceived[row]) for row in rows])
+        done = np.maximum(total - on_the_way - self._left[rows], 0.0)
+        self._backlog[rows] = np.minimum(placed, np.maximum(placed.cumsum(axis=1) - done[:, None], 0.0))
+
+    def _decay(self, now: float) -> None:
+        self._share *= np.exp(-max(now - self._share_at, 0.0) / SHARE_S)
+        self._share_at = now
+
+
+_MOST_SHARE = 0.9
+"""A worker that would be busy with prompts for all its time still is expected to bring its streams on."""
+
+
+def _arrays(cost: CostColumns) -> list[Floats]:
+    return [getattr(cost, name) for name in cost.__struct_fields__]

@@ -1,0 +1,87 @@
+"""What the router knows of a request when it asks a policy: its blocks, who has them, its SLO, what it may become."""
+
+from __future__ import annotations
+
+import statistics
+from collections import OrderedDict, deque
+
+from bascule.kv.hashing import BlockHasher
+from bascule.policies.cost import PrefillPart, step_seconds
+from bascule.policies.snapshot import RouteQuery
+from bascule.router.flight import Flight
+from bascule.router.view import ClusterView
+from bascule.types import Slo, WorkerId
+
+_REMEMBERED = 256
+"""Outputs whose lengths say what the next one's will be."""
+_FIRST_GUESS = 64.0
+_SESSIONS = 10_000
+"""Conversations whose last worker is remembered; the ones heard of longest ago are forgotten first."""
+
+
+class Queries:
+    """Makes the query of each request that waits, and learns from those that end."""
+
+    def __init__(self, view: ClusterView, slo: Slo) -> None:
+        self._view = view
+        self._slo = slo
+        self._hasher: BlockHasher | None = None
+        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
+        self._usual = _FIRST_GUESS
+        self._sessions: OrderedDict[str, WorkerId] = OrderedDict()
+
+    def prepare(self, flight: Flight) -> None:
+        """Hash what the request's current attempt has to compute."""
+        card = self._view.card
+        if card is None:
+            return
+        if self._hasher is None:
+            self._hasher = BlockHasher(card.fingerprint, card.layout.block_size)
+        known = (*flight.request.prompt, *flight.tokens)
+        flight.hashes = tuple(self._hasher.chain(known[:-1]))
+
+    def query(self, flight: Flight, now: float) -> RouteQuery:
+        """What the policy is to know, at this moment."""
+        card = self._view.card
+        last = self._view.members.get(self._sessions.get(flight.request.session, WorkerId("")))
+        return RouteQuery(
+            request=flight.request.id,
+            prompt_tokens=flight.known_tokens,
+            max_tokens=flight.request.sampling.max_tokens - len(flight.tokens),
+            cached=self._view.cached_tokens(flight.hashes),
+            output_tokens=self.output_tokens(flight),
+            slo=self.slo_of(flight),
+            waited_s=now - flight.received,
+            kv_token_bytes=card.layout.block_bytes // card.layout.block_size if card else 0,
+            gap_planned_s=self._slo.gap_s,
+            session=last.row if last is not None else -1,
+            excluded=flight.excluded,
+        )
+
+    def slo_of(self, flight: Flight) -> Slo:
+        """The request's own bounds, or the cluster's."""
+        return flight.request.slo or self._slo
+
+    def output_tokens(self, flight: Flight) -> float:
+        """Tokens that are probably still to come: what outputs have lately been, and no more than was asked for."""
+        return max(1.0, min(self._usual, flight.request.sampling.max_tokens - len(flight.tokens)))
+
+    def work_s(self, flight: Flight) -> float:
+        """Seconds that computing the prompt takes where most of it is cached, by the first worker's cost model."""
+        member = next(iter(self._view.members.values()), None)
+        if member is None:
+            return 0.0
+        cached = int(self._view.cached_tokens(flight.hashes).max(initial=0))
+        part = PrefillPart(flight.known_tokens - cached, cached)
+        return step_seconds(self._view.cost_of(member), [part], 0, 0)
+
+    def ended(self, flight: Flight) -> None:
+        """A request has come to its end: its length and its worker are remembered."""
+        self._lengths.append(len(flight.tokens))
+        self._usual = float(statistics.median(self._lengths))
+        session = flight.request.session
+        if session:
+            self._sessions[session] = flight.placement.decode
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > _SESSIONS:
+                self._sessions.popitem(last=False)

@@ -1,0 +1,74 @@
+"""A cluster in columns for policies to decide over, made from a few words a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bascule.policies.cost import PrefillPart, step_seconds
+from bascule.policies.snapshot import RouteQuery, Snapshot
+from bascule.router.columns import Columns
+from bascule.types import CostModel, LinkCost, RequestId, Role, StepLoad, WorkerId
+
+COST = CostModel(step_s=0.008, token_s=0.0008, pair_s=1e-7, context_s=5e-7, stream_s=(0.006, 0.007, 0.01, 0.016, 0.03))
+
+
+class Cluster:
+    """Workers one by one, with prompts (tokens to compute) and streams (tokens of context) on them."""
+
+    def __init__(self, window_tokens: int = 4096) -> None:
+        self.columns = Columns(2)
+        self.links: dict[tuple[WorkerId, WorkerId], LinkCost] = {}
+        self.cached: dict[int, int] = {}
+        self.now = 0.0
+        self._window = window_tokens
+        self._rows = 0
+
+    def add(
+        self,
+        name: str,
+        role: Role = Role.MIXED,
+        *,
+        prompts: tuple[int, ...] = (),
+        streams: tuple[int, ...] = (),
+        cached: int = 0,
+        slots: int = 64,
+        kv_tokens: int = 40_000,
+        machine: int = 0,
+        hands_off: bool = True,
+        placeable: bool = True,
+        cost: CostModel = COST,
+    ) -> int:
+        """Returns the worker's row."""
+        row, columns = self._rows, self.columns
+        self._rows += 1
+        columns.add(row, WorkerId(name), role, slots=slots, kv_tokens=kv_tokens, machine=machine, hands_off=hands_off)
+        columns.cost.put(row, cost)
+        columns.placeable[row] = placeable
+        for tokens in prompts:
+            columns.submitted(row, tokens, step_seconds(cost, [PrefillPart(tokens, 0)], 0, 0), self.now)
+            columns.decoding[row] += 1
+        for tokens in streams:
+            columns.decoding[row] += 1
+            columns.context_tokens[row] += tokens
+        columns.report(row, StepLoad(0, len(prompts), sum(prompts), len(streams), sum(streams)))
+        self.cached[row] = cached
+        return row
+
+    def snapshot(self, turn: int = 0) -> Snapshot:
+        return self.columns.snapshot(self.now, turn, self.links, self._window)
+
+    def query(self, tokens: int = 100, **changes: Any) -> RouteQuery:
+        cached = np.zeros(len(self.columns.ids), np.int64)
+        for row, count in self.cached.items():
+            cached[row] = min(count, tokens - 1)
+        values: dict[str, Any] = {
+            "request": RequestId("r"),
+            "prompt_tokens": tokens,
+            "max_tokens": 100,
+            "output_tokens": 50.0,
+            "cached": cached,
+            "kv_token_bytes": 23_040,
+        }
+        return RouteQuery(**(values | changes))
