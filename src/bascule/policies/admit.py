@@ -13,6 +13,9 @@ from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQu
 AGEING = 1.0
 """Seconds of work by which a waiting request moves up for each second that it waits: one that takes two seconds is
 overtaken only by shorter ones that come within the two seconds after it."""
+LATE_S = 10.0
+"""A request that will miss its TTFT whatever is done lets others go first that may meet theirs, as if it had come so
+much later."""
 _SOONEST_S = 1.0
 
 
@@ -33,6 +36,25 @@ def place_in_line(priority: int, work_s: float, due_s: float) -> tuple[int, floa
     `due_s` is when the first token should be there, on the same clock for all; the key does not change as time passes.
     """
     return priority, work_s + AGEING * due_s
+
+
+def is_late(query: RouteQuery, chosen: Candidate) -> bool:
+    """Whether the first token will come after its bound even if the request goes at once."""
+    return chosen.predicted.ttft_s > query.slo.ttft_s
+
+
+def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> bool:
+    """Whether the worker that is to decode can take one more stream and keep the TPOT bound.
+
+    Prefill must not run ahead of what decode can take: beyond this, requests wait unbound, which costs their TTFT, and
+    not the TPOT of all. Where the bound cannot be kept even for a stream alone, waiting would not help.
+    """
+    row = snapshot.row_of(chosen.placement.decode)
+    if not snapshot.decoding[row] or chosen.predicted.tpot_s <= query.slo.tpot_s:
+        return True
+    context = np.array([query.prompt_tokens + query.output_tokens / 2])
+    alone = snapshot.cost.take([row]).decode(np.ones(1), context)[0] / (1.0 - snapshot.prefill_share[row])
+    return bool(alone > query.slo.tpot_s)
 
 
 def worth_starting(query: RouteQuery, chosen: Candidate) -> Verdict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from msgspec import Struct
@@ -30,7 +30,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     A policy must not write them, nor keep them. What the router has placed counts at once, before a worker reports it.
     """
 
-    ids: Sequence[WorkerId]
+    ids: list[WorkerId]
     """By row; rows that no worker has are not placeable."""
     role: NDArray[np.int8]
     placeable: NDArray[np.bool_]
@@ -61,6 +61,10 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Prompt tokens that may be in flight to a worker before further requests wait unbound at the router."""
     links: Mapping[tuple[WorkerId, WorkerId], LinkCost]
     """Handoffs from one worker to another, where they have been measured."""
+
+    def row_of(self, worker: WorkerId) -> int:
+        """Raises ValueError for a worker that is not there."""
+        return self.ids.index(worker)
 
 
 class RouteQuery(Struct, frozen=True, kw_only=True):

@@ -21,6 +21,8 @@ class Line:
         self._heap: list[tuple[Key, int, Flight]] = []
         self._live: dict[RequestId, int] = {}
         self._work: dict[RequestId, float] = {}
+        self._keys: dict[RequestId, Key] = {}
+        self._demoted: set[RequestId] = set()
         self._numbers = count()
         self.work_s = 0.0
         """Of all that wait, together."""
@@ -35,6 +37,7 @@ class Line:
         """Let a request wait that does not yet; `work_s` is what its prompt will take."""
         number = next(self._numbers)
         self._live[flight.request.id] = number
+        self._keys[flight.request.id] = key
         self._work[flight.request.id] = work_s
         self.work_s += work_s
         heapq.heappush(self._heap, (key, number, flight))
@@ -48,9 +51,20 @@ class Line:
             heapq.heappop(self._heap)
         return None
 
+    def demote(self, flight: Flight, by: float) -> bool:
+        """Move a waiting request back, once; returns whether it was."""
+        key = self._keys.get(flight.request.id)
+        if key is None or flight.request.id in self._demoted:
+            return False
+        self._demoted.add(flight.request.id)
+        number = self._live[flight.request.id] = next(self._numbers)
+        heapq.heappush(self._heap, ((key[0], key[1] + by), number, flight))
+        return True
+
     def remove(self, flight: Flight) -> None:
         """Take a request out, wherever it stands; does nothing for one that does not wait."""
         if self._live.pop(flight.request.id, None) is not None:
-            self.work_s = max(0.0, self.work_s - self._work.pop(flight.request.id)) if self._live else 0.0
-            if not self._live:
-                self._work.clear()
+            work_s = self._work.pop(flight.request.id)
+            self.work_s = max(0.0, self.work_s - work_s) if self._live else 0.0
+            del self._keys[flight.request.id]
+            self._demoted.discard(flight.request.id)

@@ -8,7 +8,7 @@ import logging
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, WorkerFailure
-from bascule.policies.admit import Verdict, place_in_line, worth_starting, worth_waiting
+from bascule.policies.admit import LATE_S, Verdict, has_room, is_late, place_in_line, worth_starting, worth_waiting
 from bascule.policies.route import priced
 from bascule.policies.snapshot import Candidate, Decision
 from bascule.router.client import WorkerClient
@@ -201,6 +201,11 @@ class Service:
             if decision.placement is None:
                 return
             chosen = decision.chosen() or priced(snapshot, query, decision.placement)
+            late = self._by_work and not flight.tokens and len(self._line) > 1 and is_late(query, chosen)
+            if late and self._line.demote(flight, LATE_S):
+                continue
+            if self._by_work and not has_room(snapshot, query, chosen):
+                return
             if self._config.admission == "slo" and not flight.tokens:
                 verdict = worth_starting(query, chosen)
                 if not verdict.admitted:
