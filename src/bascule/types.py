@@ -138,6 +138,9 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     """Most requests it decodes at once."""
     prefill_window: int
     """Prompt tokens that may be in flight to it before further requests wait unbound at the router."""
+    attached: bool = False
+    """A server of its own behind HTTP: it takes whole requests only (no KV goes to or from it), and none whose output
+    cannot be continued by another engine (`RouteQuery.portable`)."""
 
 
 class Snapshot(Struct, frozen=True):
@@ -155,6 +158,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     max_tokens: int
     excluded: frozenset[WorkerId] = frozenset()
     """Workers that already failed this request."""
+    portable: bool = True
+    """False where its output has begun and only a worker of our own can go on exactly as it began."""
 
 
 class Placement(Struct, frozen=True):

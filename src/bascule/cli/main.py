@@ -10,6 +10,7 @@ from cyclopts import App
 
 from bascule import __version__
 from bascule.config import (
+    AttachConfig,
     EngineConfig,
     HandoffConfig,
     HttpConfig,
@@ -34,8 +35,8 @@ app.command("bascule.cli.bench:app", name="bench", help="Measure what the engine
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
-    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig),
-    "router": (ModelConfig, RoutingConfig, HttpConfig),
+    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, AttachConfig),
+    "router": (ModelConfig, RoutingConfig, HttpConfig, AttachConfig),
     "worker": (ModelConfig, EngineConfig, HandoffConfig),
 }
 

@@ -51,10 +51,21 @@ def whole(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
 def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
     """Prefill on one worker and decode on another, from static pools of any sizes.
 
-    Where one of the pools has no worker left, the other serves whole requests: every worker can do both.
+    Where one of the pools has no worker left, the other serves whole requests: every worker can do both. Attached
+    servers take, whole, what finds no room there.
     """
-    prefills = _placeable(snapshot, query, (Role.PREFILL, Role.MIXED))
-    decodes = _placeable(snapshot, query, (Role.DECODE, Role.MIXED))
+    servers = [worker for worker in _placeable(snapshot, query, Role) if worker.attached]
+    decision = _split(snapshot, query, pick)
+    if decision.placement is None and servers:
+        return _local(servers, snapshot, query, pick, "attached servers take no handoff")
+    return decision
+
+
+def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
+    """Over workers of our own: no KV goes to or from an attached server."""
+    own = Snapshot(tuple(worker for worker in snapshot.workers if not worker.attached), snapshot.turn)
+    prefills = _placeable(own, query, (Role.PREFILL, Role.MIXED))
+    decodes = _placeable(own, query, (Role.DECODE, Role.MIXED))
     if not prefills or not decodes:
         missing = "prefill" if not prefills else "decode"
         return _local(prefills or decodes, snapshot, query, pick, f"no {missing} worker is placeable")
@@ -85,7 +96,11 @@ def _local(workers: Sequence[WorkerView], snapshot: Snapshot, query: RouteQuery,
 def _placeable(snapshot: Snapshot, query: RouteQuery, roles: Iterable[Role]) -> list[WorkerView]:
     """Workers of these roles that may be used; those that failed this request only when there is no other."""
     allowed = frozenset(roles)
-    usable = [worker for worker in snapshot.workers if worker.placeable and worker.role in allowed]
+    usable = [
+        worker
+        for worker in snapshot.workers
+        if worker.placeable and worker.role in allowed and (query.portable or not worker.attached)
+    ]
     return [worker for worker in usable if worker.id not in query.excluded] or usable
 
 

@@ -24,6 +24,11 @@ MAX_ATTEMPTS = 3
 GAP_S = 5.0
 """Seconds that a stream may lack a token while later ones are there; a connection that broke has lost it."""
 
+NO_SECOND_HAND = (
+    "an output that has begun with sampling, or with penalties that count the output, is not continued on an engine "
+    "with other random numbers; send the request again"
+)
+
 
 class Service:
     """The `Backend` behind the api. Everything runs in one asyncio loop; nothing here waits for a worker."""
@@ -36,6 +41,8 @@ class Service:
         self._policy: Policy = policy_named(config.policy, config.balance)
         self._flights: dict[RequestId, Flight] = {}
         self._queue: deque[Flight] = deque()
+        self._attached: set[WorkerId] = set()
+        """Ids of attached servers, of earlier ones too."""
 
     # ------------------------------------------------------------ what the api calls
 
@@ -90,6 +97,8 @@ class Service:
 
     def joined(self, member: Member, client: WorkerClient) -> None:
         self.clients[member.id] = client
+        if member.attached:
+            self._attached.add(member.id)
         self._dispatch()
 
     def lost(self, member: Member, why: str) -> None:
@@ -154,6 +163,7 @@ class Service:
                     code="timeout",
                 ),
             )
+        self._end_stranded()
         self._dispatch()
 
     # ------------------------------------------------------------ inside
@@ -187,11 +197,15 @@ class Service:
             prompt_tokens=flight.known_tokens,
             max_tokens=flight.request.sampling.max_tokens,
             excluded=flight.excluded,
+            portable=flight.portable,
         )
 
     def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
         """Place a request anew, at the head of the queue, behind the tokens its client has."""
         self._stop_workers(flight)
+        if flight.placed is not None and flight.placed.decode in self._attached and _drawn_at_random(flight):
+            self._end_with(flight, WorkerFailure(f"{why}; {NO_SECOND_HAND}"))
+            return
         self._unplace(flight)
         flight.retry(failed)
         if flight.attempt >= MAX_ATTEMPTS:
@@ -199,6 +213,14 @@ class Service:
             return
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
         self._queue.appendleft(flight)
+
+    def _end_stranded(self) -> None:
+        """End what only workers of our own can continue where none is left but attached servers: it would wait in vain
+        at the head of the queue, and all others behind it."""
+        members = self.view.members.values()
+        if self._queue and members and all(member.attached for member in members):
+            for flight in [flight for flight in self._queue if not flight.portable]:
+                self._end_with(flight, WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}"))
 
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)
@@ -239,3 +261,8 @@ class Service:
         flight.prefilling = False
         self.view.prefilled(flight.placed, flight.placed_tokens)
         return True
+
+
+def _drawn_at_random(flight: Flight) -> bool:
+    """Whether its client has tokens that only the engine that drew them could go on from, as the seed wants it."""
+    return bool(flight.tokens) and flight.request.sampling.temperature > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from bascule.errors import RegistrationRefused
 from bascule.types import Epoch, ModelCard, Placement, Snapshot, WorkerId, WorkerLoad, WorkerStatus, WorkerView
 from bascule.wire import VERSION, Register
@@ -17,6 +19,11 @@ class Member:
     last_seen: float
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
+    attached: bool = False
+    """A server of its own behind HTTP: whole requests only."""
+    rest_until: float = 0.0
+    """Until then it asked to be left alone, or is not trusted, and gets no new requests (the clock's seconds)."""
+    resting: bool = False
     prefilling: int = 0
     prefill_tokens: int = 0
     decoding: int = 0
@@ -38,9 +45,12 @@ class ClusterView:
     """Prompt tokens in flight to a worker beyond which requests wait at the router."""
     members: dict[WorkerId, Member] = field(default_factory=dict)
     card: ModelCard | None = None
-    """What the first worker brought; all others must match it."""
+    """What the first worker of our own brought, which all others must match, or else the first attached server; its
+    context is that of the attached server with the shortest."""
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
+    _own: ModelCard | None = None
+    """What the first worker of our own brought."""
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
@@ -51,13 +61,24 @@ class ClusterView:
             )
         if offer.epoch in self.burned:
             raise RegistrationRefused(f"worker {offer.worker}: epoch {offer.epoch} has ended; restart the worker")
-        if self.card is not None:
-            _require_same_model(self.card, offer)
+        self._check_attached(offer)
+        if self._own is not None:
+            _require_same_model(self._own, offer)
 
-    def add(self, offer: Register, now: float) -> Member:
-        """Take in a worker that `check` let pass and whose id is free."""
-        self.card = self.card or offer.card
-        member = self.members[offer.worker] = Member(offer, now)
+    def check_server(self, offer: Register) -> None:
+        """The same for an attached server, whose KV is its own affair; raises RegistrationRefused."""
+        if self.card is not None and offer.card.vocab != self.card.vocab:
+            raise RegistrationRefused(
+                f"{offer.device} is to be used with a vocabulary of {offer.card.vocab}, but this cluster serves "
+                f"{self.card.name} with {self.card.vocab}; start the router with the workers' model"
+            )
+
+    def add(self, offer: Register, now: float, *, attached: bool = False) -> Member:
+        """Take in a worker that `check` (or `check_server`) let pass and whose id is free."""
+        member = self.members[offer.worker] = Member(offer, now, attached=attached)
+        if not attached:
+            self._own = self._own or offer.card
+        self._update_card()
         return member
 
     def current(self, worker: WorkerId, epoch: Epoch) -> Member | None:
@@ -79,6 +100,7 @@ class ClusterView:
         """Mark members suspect by missed heartbeats; returns those to be declared dead (seconds)."""
         for member in self.members.values():
             member.suspect = now - member.last_seen > suspect_after
+            member.resting = now < member.rest_until
         return [member for member in self.members.values() if now - member.last_seen > dead_after]
 
     def remove(self, worker: WorkerId) -> None:
@@ -86,6 +108,7 @@ class ClusterView:
         member = self.members.pop(worker, None)
         if member is not None:
             self.burned.add(member.epoch)
+            self._update_card()
 
     def place(self, placement: Placement, prompt_tokens: int) -> None:
         """Count a request on its workers before they report it."""
@@ -116,12 +139,13 @@ class ClusterView:
             WorkerView(
                 id=member.id,
                 role=member.registration.role,
-                placeable=not member.suspect,
+                placeable=not member.suspect and not member.resting,
                 prefilling=member.prefilling,
                 decoding=member.decoding,
                 prefill_tokens=member.prefill_tokens,
                 slots=member.registration.max_sequences,
                 prefill_window=self.prefill_window,
+                attached=member.attached,
             )
             for member in self.members.values()
         )
@@ -132,7 +156,7 @@ class ClusterView:
             WorkerStatus(
                 id=member.id,
                 role=member.registration.role,
-                state="suspect" if member.suspect else "ready",
+                state="suspect" if member.suspect or member.resting else "ready",
                 epoch=member.epoch,
                 pid=member.registration.pid,
                 device=member.registration.device,
@@ -140,6 +164,26 @@ class ClusterView:
             )
             for member in self.members.values()
         )
+
+    def _check_attached(self, offer: Register) -> None:
+        """An attached server's id is taken, and its vocabulary binds workers that come later."""
+        servers = [member for member in self.members.values() if member.attached]
+        if any(server.id == offer.worker for server in servers):
+            raise RegistrationRefused(f"{offer.worker} is an attached server's id; start the worker with another --id")
+        if servers and servers[0].registration.card.vocab != offer.card.vocab:
+            raise RegistrationRefused(
+                f"worker {offer.worker} has a vocabulary of {offer.card.vocab}, but the attached servers are used with "
+                f"{servers[0].registration.card.vocab}; start workers and router with the same model"
+            )
+
+    def _update_card(self) -> None:
+        """Bound the context by the attached servers'; with no member left, the card stays as it was."""
+        servers = [member.registration.card for member in self.members.values() if member.attached]
+        base = self._own or (servers[0] if servers else self.card)
+        if base is not None:
+            self.card = replace(
+                base, context=min(base.context, *(card.context for card in servers)) if servers else base.context
+            )
 
 
 def _kv_tokens(member: Member) -> int:
