@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,3 +114,28 @@ def test_only_placeable_workers_with_room_are_picked_and_the_same_input_decides_
         assert prefill.placeable and decode.placeable
         assert prefill.prefilling == 0 or prefill.prefill_tokens + 100 <= prefill.prefill_window
         assert decode.decoding < decode.slots
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_an_attached_server_takes_whole_requests_only_and_none_that_it_cannot_continue(
+    policy: str, balance: str
+) -> None:
+    route = policy_named(policy, balance)
+    server, mixed = worker("attached-0", Role.MIXED, attached=True), worker("m", Role.MIXED)
+    for turn in range(4):
+        decision = route(Snapshot((server, mixed), turn), query())
+        assert decision.placement is not None and not decision.placement.remote
+        bound = msgspec.structs.replace(query(), portable=False)
+        assert route(Snapshot((server, mixed), turn), bound).placement == Placement(mixed.id, mixed.id)
+        assert route(Snapshot((server,), turn), bound).placement is None
+        assert route(Snapshot((server,), turn), query()).placement == Placement(server.id, server.id)
+
+
+def test_a_split_cluster_sends_whole_requests_to_attached_servers_when_it_is_full() -> None:
+    prefill, server = worker("p", Role.PREFILL), worker("attached-0", Role.MIXED, attached=True)
+    route = policy_named("disaggregated", "least-loaded")
+    free = route(Snapshot((server, prefill, worker("d", Role.DECODE)), 0), query())
+    assert free.placement == Placement(prefill.id, WorkerId("d"))
+    full = route(Snapshot((server, prefill, worker("d", Role.DECODE, decoding=4)), 0), query())
+    assert full.placement == Placement(server.id, server.id)
