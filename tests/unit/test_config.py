@@ -93,5 +93,5 @@ def test_attached_servers_are_urls_in_one_form() -> None:
     ],
 )
 def test_what_is_no_server_s_url_is_refused_by_its_key(value: str) -> None:
-    with pytest.raises(ConfigError, match="^attach is "):
+    with pytest.raises(ConfigError, match=r"^attach is "):
         AttachConfig(attach=value)
