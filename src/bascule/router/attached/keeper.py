@@ -78,6 +78,8 @@ class Keeper:
         self._ours = ours
         self._membership = membership
         self._clock = clock
+        self._model = ""
+        """The server's name for the model, once it was attached."""
         self._said = ""
         self._doubt = ""
         """Why the server has to be probed again before it gets more requests; empty while it is trusted."""
@@ -85,14 +87,12 @@ class Keeper:
 
     async def run(self) -> None:
         async with _client(self._url) as http:
-            first = True
             while True:
                 try:
-                    served = await probe(http, self._url, self._ours)
-                    self._said = ""
+                    served = await self._probe(http)
                     await self._attached(http, served)
                 except (Refused, RegistrationRefused) as error:
-                    if first:
+                    if not self._model:
                         raise Refused(str(error)) from None
                     self._say(logging.ERROR, f"{self.worker} is not attached again: {error}")
                     await asyncio.sleep(_REFUSED_AGAIN_S)
@@ -101,8 +101,16 @@ class Keeper:
                     self._membership.stages[self.worker] = f"waiting for {self._url}: {why}"
                     self._say(logging.WARNING, f"{self.worker}: waiting for {self._url}: {why}")
                     await asyncio.sleep(_AGAIN_S)
-                else:
-                    first = False
+
+    async def _probe(self, http: httpx.AsyncClient) -> Served:
+        """As `probe`; a server that was attached before must not come back with another model."""
+        served = await probe(http, self._url, self._ours)
+        if self._model not in ("", served.model):
+            raise Refused(
+                f"{self._url} serves {served.model} now and served {self._model} before; if that is the same model"
+                " under another name, restart the router"
+            )
+        return served
 
     async def _attached(self, http: httpx.AsyncClient, served: Served) -> None:
         """Let the server join; returns when it was lost. Raises RegistrationRefused."""
@@ -114,6 +122,7 @@ class Keeper:
 
         client = AttachedClient(http, served, self.worker, epoch, deliver, lambda trouble: self._heard(member, trouble))
         member = self._membership.attach(self._offer(served, epoch), client)
+        self._model, self._said = served.model, ""
         log.info("%s is %s at %s, context %d", self.worker, served.model, self._url, served.context)
         try:
             while self._membership.is_current(self.worker, epoch):
@@ -136,6 +145,8 @@ class Keeper:
             )
             if self._doubt and self._proof is None:
                 self._proof = asyncio.create_task(self._prove(http, served, member))
+        except Refused as error:
+            self._membership.lost(self.worker, f"is let go: {error}", member.epoch)
         except (TimeoutError, Trouble, httpx.HTTPError, httpx.StreamError) as error:
             message = error.message if isinstance(error, Trouble) else f"no heartbeat: {error or type(error).__name__}"
             self._doubt_it(member, message)
@@ -143,7 +154,7 @@ class Keeper:
     async def _prove(self, http: httpx.AsyncClient, served: Served, member: Member) -> None:
         """Probe the server again, for it may be another one now; beside its heartbeats and its streams."""
         try:
-            now = await probe(http, self._url, self._ours)
+            now = await self._probe(http)
             if now != served:
                 raise Refused(f"{self._url} serves {now.model} with context {now.context} now")
         except Refused as error:

@@ -71,16 +71,16 @@ async def probe(http: httpx.AsyncClient, url: str, ours: OurModel) -> Served:
 
 
 async def beat(http: httpx.AsyncClient, url: str, name: str, served: Served) -> None:
-    """One heartbeat: alive, and with the same model as before; raises Trouble (with `doubt`) and httpx.HTTPError."""
+    """One heartbeat: alive, and with the same model as before.
+
+    Raises Refused where it is another one, Trouble and httpx.HTTPError where there is no answer.
+    """
     health = await http.get("/health")
     if health.status_code not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
         raise Trouble(f"answered {health.status_code} to /health")
-    try:
-        entry = await find_model(http, url, name)
-    except Refused as error:
-        raise Trouble(str(error), doubt=True) from error
+    entry = await find_model(http, url, name)
     if (entry.id, entry.max_model_len) != (served.model, served.context):
-        raise Trouble("serves another model or another context length than before", doubt=True)
+        raise Refused(f"{url} serves {entry.id} with context {entry.max_model_len} now")
 
 
 async def find_model(http: httpx.AsyncClient, url: str, name: str) -> _Entry:
