@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from bascule.errors import ConfigError
 from bascule.types import Slo
@@ -152,6 +153,38 @@ class RoutingConfig:
         _require(self.request_timeout > 0, "request_timeout", self.request_timeout, "positive")
         _require(self.suspect_after > 0, "suspect_after", self.suspect_after, "positive")
         _require(self.dead_after > self.suspect_after, "dead_after", self.dead_after, "longer than suspect-after")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachConfig:
+    """Running OpenAI-compatible servers that serve requests beside the workers, or instead of them."""
+
+    attach: str | None = None
+    """URLs of running OpenAI-compatible servers with the same model, such as `http://gpu1:8000,http://gpu2:8000`; each
+    becomes a mixed worker that takes whole requests."""
+    attach_sequences: int = 64
+    """Most requests at once to each attached server."""
+
+    def __post_init__(self) -> None:
+        _require(self.attach_sequences > 0, "attach_sequences", self.attach_sequences, "positive")
+        _require(len(set(self.urls)) == len(self.urls), "attach", self.attach, "a list without repeats")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' base URLs, without a slash or `/v1` at their ends; raises ConfigError for what is none."""
+        return () if self.attach is None else tuple(_server_url(url.strip()) for url in self.attach.split(","))
+
+
+def _server_url(url: str) -> str:
+    """A server's base URL, in one form."""
+    try:
+        parts = urlsplit(url)
+        sane = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sane = False
+    _require(sane, "attach", repr(url), "the URL of a server, such as http://gpu1:8000")
+    _require(parts.username is None and not parts.query and not parts.fragment, "attach", repr(url), "a bare URL")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,13 @@ def test_logprobs_have_the_chosen_token_the_likeliest_and_offsets(rig: ApiRig) -
     assert logprobs.text_offset == [0, 1, 2]
 
 
+def test_logprobs_can_name_tokens_by_their_ids(rig: ApiRig) -> None:
+    answer = rig.complete(prompt="abc", logprobs=1, max_tokens=2, return_tokens_as_token_ids=True).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:97", "token_id:98"]
+    assert logprobs["top_logprobs"] == [{"token_id:97": -0.5}, {"token_id:98": -0.5}]
+
+
 def test_logprobs_zero_report_the_chosen_token_only(rig: ApiRig) -> None:
     logprobs = rig.complete(logprobs=0, max_tokens=1).json()["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] == [{"a": -0.5}]

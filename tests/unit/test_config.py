@@ -8,7 +8,15 @@ import pytest
 
 from bascule.cli.main import with_config_file
 from bascule.cli.worker import flags_of
-from bascule.config import EngineConfig, HttpConfig, PoolConfig, RoutingConfig, parse_size, read_config_file
+from bascule.config import (
+    AttachConfig,
+    EngineConfig,
+    HttpConfig,
+    PoolConfig,
+    RoutingConfig,
+    parse_size,
+    read_config_file,
+)
 from bascule.errors import ConfigError
 
 
@@ -62,3 +70,28 @@ def test_the_config_file_fills_in_what_the_command_line_leaves_open(tmp_path: Pa
 def test_flags_made_from_settings_name_only_what_differs_from_the_defaults() -> None:
     assert flags_of(EngineConfig(), PoolConfig()) == ()
     assert flags_of(EngineConfig(prefix_cache=False, chunk_tokens=64)) == ("--chunk-tokens=64", "--no-prefix-cache")
+
+
+def test_attached_servers_are_urls_in_one_form() -> None:
+    given = AttachConfig(attach="http://gpu1:8000/, https://gpu2/v1,http://[::1]:80/prefix/v1/")
+    assert given.urls == ("http://gpu1:8000", "https://gpu2", "http://[::1]:80/prefix")
+    assert AttachConfig().urls == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "gpu1:8000",
+        "ftp://gpu1",
+        "http://",
+        "http://gpu1:port",
+        "http://gpu1,",
+        "http://a?b",
+        "http://u@a",
+        "http://a,http://a/",
+    ],
+)
+def test_what_is_no_server_s_url_is_refused_by_its_key(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^attach is "):
+        AttachConfig(attach=value)

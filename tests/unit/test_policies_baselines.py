@@ -166,3 +166,30 @@ def test_only_workers_with_room_are_picked_and_the_same_input_decides_the_same(
             assert pool[home][1] and pool[source][1], "not placeable"
             assert cluster.columns.decoding[home] < 6, "no slot"
             assert not placement.remote or (pool[home][4] and pool[source][4]), "cannot hand off"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attached_server_takes_whole_requests_only_and_none_that_it_cannot_continue(name: str) -> None:
+    route = policy_named(name, "least-loaded")
+    cluster = Cluster()
+    cluster.add("attached-0", hands_off=False)
+    cluster.add("m")
+    for turn in range(4):
+        decision = route(cluster.snapshot(turn), cluster.query())
+        assert decision.placement is not None and not decision.placement.remote
+        bound = cluster.query(portable=False)
+        assert route(cluster.snapshot(turn), bound).placement == placed("m")
+        cluster.columns.placeable[1] = False
+        assert route(cluster.snapshot(turn), bound).placement is None
+        assert route(cluster.snapshot(turn), cluster.query()).placement == placed("attached-0")
+        cluster.columns.placeable[1] = True
+
+
+def test_a_split_cluster_sends_whole_requests_to_attached_servers_when_it_is_full() -> None:
+    policy, cluster = pair()
+    cluster.add("attached-0", hands_off=False)
+    cluster.add("p", Role.PREFILL)
+    cluster.add("d", Role.DECODE, slots=4)
+    assert policy(cluster.snapshot(), cluster.query()).placement == Placement(WorkerId("p"), WorkerId("d"))
+    cluster.columns.decoding[2] = 4
+    assert policy(cluster.snapshot(), cluster.query()).placement == placed("attached-0")

@@ -39,10 +39,11 @@ async def read_completion(fields: Fields, served: Served, tokenizer: Tokenizer) 
     echo = fields.boolean("echo")
     if echo and logprobs is not None:
         raise wrong_value("echo", "together with logprobs is not supported; leave one of them out.")
+    as_ids = fields.boolean("return_tokens_as_token_ids")
     given = _prompts(fields)
     check_outputs(len(given), parameters.n)
     prompts = [await _prompt(param, value, parameters, served, tokenizer, echo=echo) for param, value in given]
-    return Call(prompts=tuple(prompts), parameters=parameters, form=CompletionForm(tokenizer))
+    return Call(prompts=tuple(prompts), parameters=parameters, form=CompletionForm(tokenizer, as_ids=as_ids))
 
 
 def _prompts(fields: Fields) -> list[tuple[str, object]]:
@@ -94,8 +95,10 @@ class CompletionForm:
     answer_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
+        """With `as_ids`, log probabilities name tokens by their ids, which unlike texts are never equal."""
         self._tokenizer = tokenizer
+        self._as_ids = as_ids
 
     def opening(self) -> None:
         """Completions have no chunk before the first text."""
@@ -126,7 +129,12 @@ class CompletionForm:
         return named
 
     def _name(self, token: int) -> str:
-        """A token's text, or `bytes:\\xe2\\x80` for one that is part of a character (OpenAI's notation)."""
+        """A token's text, or `bytes:\\xe2\\x80` for one that is part of a character (OpenAI's notation).
+
+        By id it is `token_id:123` (vLLM's notation).
+        """
+        if self._as_ids:
+            return f"token_id:{token}"
         raw = self._tokenizer.token_bytes(token)
         try:
             return raw.decode()

@@ -18,9 +18,12 @@ from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import ModelTokenizer
 from bascule.clock import WallClock
-from bascule.config import HttpConfig, RoutingConfig, SloConfig
+from bascule.config import AttachConfig, HttpConfig, RoutingConfig, SloConfig
+from bascule.errors import ConfigError
 from bascule.models import LoadedModel
 from bascule.observe.metrics import Metrics
+from bascule.router.attached.keeper import Attachments
+from bascule.router.attached.probe import OurModel
 from bascule.router.link import RouterLink
 from bascule.router.membership import Membership
 from bascule.router.service import Service
@@ -44,12 +47,14 @@ class Frontend:
         http: HttpConfig,
         slo: SloConfig,
         bind: str,
+        attach: AttachConfig = AttachConfig(),
     ) -> None:
         """Listens for workers at `bind`; HTTP starts with `serve_http`."""
         clock = WallClock()
         self.service = Service(ClusterView(), routing, clock, slo.slo)
         self.link = RouterLink(bind)
         self.membership = Membership(self.link, self.service, routing, clock)
+        self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._http = http
@@ -62,6 +67,13 @@ class Frontend:
             max_body=http.max_body_bytes,
         )
         self._servers: list[HttpServer] = []
+
+    def run_in_background(self) -> list[asyncio.Task[None]]:
+        """Start what goes on for as long as the router lives; a task that ends before has failed."""
+        tasks = [asyncio.create_task(self.membership.run())]
+        if self.attachments.workers:
+            tasks.append(asyncio.create_task(self.attachments.run()))
+        return tasks
 
     def catch_signals(self) -> None:
         """The first SIGTERM or SIGINT drains, the second stops at once."""
@@ -122,3 +134,25 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
+
+
+def _our_model(loaded: LoadedModel, name: str) -> OurModel:
+    return OurModel(
+        name=name,
+        vocab=loaded.spec.vocab,
+        eos=frozenset(loaded.spec.eos_token_ids),
+        encode=loaded.tokenizer.encode,
+        decode=loaded.tokenizer.decode,
+    )
+
+
+async def first_of(running: list[asyncio.Task[None]], event: asyncio.Event, timeout: float | None = None) -> None:
+    """Wait for the event, or the time; raises what ended a running task."""
+    waiter = asyncio.create_task(event.wait())
+    done, _ = await asyncio.wait({waiter, *running}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    for task in done & set(running):
+        try:
+            task.result()
+        except* ConfigError as group:
+            raise group.exceptions[0] from None

@@ -10,6 +10,7 @@ from cyclopts import App
 
 from bascule import __version__
 from bascule.config import (
+    AttachConfig,
     EngineConfig,
     HandoffConfig,
     HttpConfig,
@@ -35,8 +36,8 @@ app.command("bascule.cli.bench:app", name="bench", help="Measure what the engine
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
-    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, SloConfig),
-    "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig),
+    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, SloConfig, AttachConfig),
+    "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig),
     "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig),
 }
 

@@ -11,9 +11,9 @@ import uvloop
 from rich.console import Console
 from rich.logging import RichHandler
 
-from bascule.cli.frontend import Frontend
+from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.worker import Flat
-from bascule.config import HttpConfig, ModelConfig, RoutingConfig, SloConfig
+from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SloConfig
 from bascule.models import load
 
 console = Console(stderr=True)
@@ -28,11 +28,13 @@ def router(
     http: Annotated[HttpConfig, Flat] = HttpConfig(),
     model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
+    attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
     config: Path | None = None,
 ) -> None:
     """Run a router without workers; needs no torch.
 
-    Example: bascule router smollm2 --bind tcp://127.0.0.1:8100
+    Examples: bascule router smollm2 --bind tcp://127.0.0.1:8100,
+    or in front of a running server: bascule router org/model --attach http://gpu1:8000
 
     Parameters
     ----------
@@ -46,15 +48,21 @@ def router(
     logging.basicConfig(
         level=http.log_level.upper(), format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    uvloop.run(_run(model, bind, routing, http, model_config, slo_config))
+    uvloop.run(_run(model, bind, routing, http, model_config, slo_config, attach_config))
 
 
 async def _run(
-    model: str, bind: str, routing: RoutingConfig, http: HttpConfig, model_config: ModelConfig, slo: SloConfig
+    model: str,
+    bind: str,
+    routing: RoutingConfig,
+    http: HttpConfig,
+    model_config: ModelConfig,
+    slo: SloConfig,
+    attach: AttachConfig,
 ) -> None:
-    front = Frontend(load(model), model_config.model_name or model, routing, http, slo, bind)
+    front = Frontend(load(model), model_config.model_name or model, routing, http, slo, bind, attach)
     front.catch_signals()
-    running = asyncio.create_task(front.membership.run())
+    running = front.run_in_background()
     try:
         url, admin_url = await front.serve_http()
         console.print(f"API at {url}, admin API at {admin_url}", highlight=False)
@@ -62,12 +70,13 @@ async def _run(
             f"start workers with: bascule worker {model} --join {front.link.address} --id NAME", highlight=False
         )
         while not front.service.ready and not front.stop_asked.is_set():
-            await asyncio.sleep(0.1)
+            await first_of(running, front.stop_asked, timeout=0.1)
         if front.service.ready:
             front.write_ready_file(url, admin_url, model_config.model_name or model)
-        await front.stop_asked.wait()
+        await first_of(running, front.stop_asked)
         await front.drain(console.print)
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         front.close()

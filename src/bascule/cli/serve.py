@@ -13,10 +13,19 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.logging import RichHandler
 
-from bascule.cli.frontend import Frontend
+from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.models import pull_with_progress
 from bascule.cli.worker import Flat, flags_of
-from bascule.config import EngineConfig, HandoffConfig, HttpConfig, ModelConfig, PoolConfig, RoutingConfig, SloConfig
+from bascule.config import (
+    AttachConfig,
+    EngineConfig,
+    HandoffConfig,
+    HttpConfig,
+    ModelConfig,
+    PoolConfig,
+    RoutingConfig,
+    SloConfig,
+)
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
@@ -41,6 +50,7 @@ def serve(
     engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
+    attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -59,24 +69,32 @@ def serve(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
-    flags = flags_of(model_config, engine_config, handoff_config, slo_config)
-    plans = plan_workers(pools, routing, (f"--log-level={http.log_level}", *flags))
+    flags = (f"--log-level={http.log_level}", *flags_of(model_config, engine_config, handoff_config, slo_config))
+    plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
     if model in catalog.CATALOG:
         pull_with_progress(model)
-    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config, slo_config)
+    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config)
     uvloop.run(deployment.run())
 
 
-def plan_workers(pools: PoolConfig, routing: RoutingConfig, flags: tuple[str, ...]) -> list[WorkerPlan]:
-    """Ids, roles and devices of the workers asked for; raises ConfigError where the policy cannot use them."""
+def plan_workers(
+    pools: PoolConfig, routing: RoutingConfig, flags: tuple[str, ...], attached: int = 0
+) -> list[WorkerPlan]:
+    """Ids, roles and devices of the workers asked for, beside so many attached servers.
+
+    Raises ConfigError where the policy cannot use them.
+    """
     counts = dict(zip(Role, _DEFAULT_POOLS.get(routing.policy, _WHOLE), strict=True))
     asked = {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.MIXED: pools.mixed}
     if any(count is not None for count in asked.values()):
         counts = {role: asked[role] or 0 for role in Role}
-    if sum(counts.values()) == 0:
-        raise ConfigError("no workers asked for; give --prefill and --decode, or --mixed")
-    if routing.policy == "single" and sum(counts.values()) != 1:
-        raise ConfigError(f"policy single runs 1 worker, not {sum(counts.values())}; use --policy replicated")
+    total = sum(counts.values()) + attached
+    if total == 0:
+        raise ConfigError("no workers asked for; give --prefill and --decode, or --mixed, or --attach")
+    if routing.policy == "single" and total != 1:
+        raise ConfigError(f"policy single runs 1 worker, not {total}; use --policy replicated")
+    if total == attached:
+        return []
     if routing.policy == "disaggregated" and not (
         counts[Role.PREFILL] + counts[Role.MIXED] and counts[Role.DECODE] + counts[Role.MIXED]
     ):
@@ -102,6 +120,7 @@ class Deployment:
         http: HttpConfig,
         model_config: ModelConfig,
         slo: SloConfig,
+        attach_config: AttachConfig,
     ) -> None:
         self._slo = slo
         self._model = model
@@ -111,18 +130,23 @@ class Deployment:
         self._pools = pools
         self._routing = routing
         self._http = http
+        self._attach = attach_config
 
     async def run(self) -> None:
-        front = Frontend(self._loaded, self._name, self._routing, self._http, self._slo, bind="tcp://127.0.0.1:*")
+        front = Frontend(
+            self._loaded, self._name, self._routing, self._http, self._slo, "tcp://127.0.0.1:*", self._attach
+        )
         front.catch_signals()
         actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
-        running = [asyncio.create_task(front.membership.run()), asyncio.create_task(actuator.run())]
+        running = front.run_in_background()
+        if self._plans:
+            running.append(asyncio.create_task(actuator.run()))
         try:
             url, admin_url = await front.serve_http()
             if await self._until_ready(front, running):
                 self._announce(url, admin_url)
                 front.write_ready_file(url, admin_url, self._name)
-            await _first_of(running, front.stop_asked)
+            await first_of(running, front.stop_asked)
             await front.drain(console.print)
         finally:
             await actuator.stop()
@@ -136,8 +160,8 @@ class Deployment:
         """Show what the workers do until all have joined; False if asked to stop before."""
         deadline = asyncio.get_running_loop().time() + self._pools.start_timeout
         with console.status("starting") as status:
-            while len(front.service.view.members) < len(self._plans):
-                waiting = [plan.worker for plan in self._plans if plan.worker not in front.service.view.members]
+            expected = [*(plan.worker for plan in self._plans), *front.attachments.workers]
+            while waiting := [worker for worker in expected if worker not in front.service.view.members]:
                 stages = [f"{worker}: {front.membership.stages.get(worker, 'starting')}" for worker in waiting]
                 status.update(", ".join(stages))
                 if asyncio.get_running_loop().time() > deadline:
@@ -145,7 +169,7 @@ class Deployment:
                         f"not ready after {self._pools.start_timeout:g} s: {', '.join(stages)}; "
                         "see the messages above, or give more time with --start-timeout"
                     )
-                await _first_of(running, front.stop_asked, timeout=0.1)
+                await first_of(running, front.stop_asked, timeout=0.1)
                 if front.stop_asked.is_set():
                     return False
         return True
@@ -155,6 +179,8 @@ class Deployment:
         console.print(f"  admin API at {admin_url}", highlight=False)
         for plan in self._plans:
             console.print(f"  {plan.worker:<12} {plan.role.value:<8} on {plan.device}")
+        for index, server in enumerate(self._attach.urls):
+            console.print(f"  {f'attached-{index}':<12} {Role.MIXED.value:<8} at {server}", highlight=False)
         question = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"model": self._name, "temperature": 0, "messages": [question]})
         console.print("try:", highlight=False)
@@ -164,15 +190,3 @@ class Deployment:
             highlight=False,
             markup=False,
         )
-
-
-async def _first_of(running: list[asyncio.Task[None]], event: asyncio.Event, timeout: float | None = None) -> None:
-    """Wait for the event, or the time; raises what ended a running task."""
-    waiter = asyncio.create_task(event.wait())
-    done, _ = await asyncio.wait({waiter, *running}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    waiter.cancel()
-    for task in done & set(running):
-        try:
-            task.result()
-        except* ConfigError as group:
-            raise group.exceptions[0] from None

@@ -58,10 +58,23 @@ def whole(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
 def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
     """Prefill on one worker and decode on another, from static pools of any sizes.
 
-    Where one of the pools has no worker left, the other serves whole requests: every worker can do both.
+    Where one of the pools has no worker left, the other serves whole requests: every worker can do both. Attached
+    servers take, whole, what finds no room there.
     """
+    servers = usable(snapshot, query, (MIXED,))
+    servers = servers[~snapshot.hands_off[servers]]
+    decision = _split(snapshot, query, pick)
+    if decision.placement is None and len(servers):
+        return _local(servers, snapshot, query, pick, "attached servers take no handoff")
+    return decision
+
+
+def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
+    """Over workers of our own: no KV goes to or from an attached server."""
     prefills = usable(snapshot, query, (PREFILL, MIXED))
+    prefills = prefills[snapshot.hands_off[prefills]]
     decodes = usable(snapshot, query, (DECODE, MIXED))
+    decodes = decodes[snapshot.hands_off[decodes]]
     if not len(prefills) or not len(decodes):
         missing = "decode" if len(prefills) else "prefill"
         rows = prefills if len(prefills) else decodes
@@ -74,8 +87,6 @@ def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decis
         return Decision(placement=None, reason="every decode worker's slots are taken")
     prefill = pick(snapshot, query, prefills, prompt_load(snapshot, prefills))
     decode = pick(snapshot, query, decodes, decode_load(snapshot, decodes))
-    if prefill != decode and not (snapshot.hands_off[prefill] and snapshot.hands_off[decode]):
-        decode = prefill
     names = snapshot.ids
     return Decision(
         placement=Placement(names[prefill], names[decode]),
@@ -108,6 +119,8 @@ def _local(rows: Rows, snapshot: Snapshot, query: RouteQuery, pick: Pick, why: s
 def usable(snapshot: Snapshot, query: RouteQuery, roles: tuple[int, ...]) -> Rows:
     """Rows of these roles that may be used; those that failed this request only when there is no other."""
     allowed = snapshot.placeable & np.isin(snapshot.role, roles)
+    if not query.portable:
+        allowed &= snapshot.hands_off
     rows = np.flatnonzero(allowed)
     if query.excluded:
         kept = [row for row in rows.tolist() if snapshot.ids[row] not in query.excluded]

@@ -35,7 +35,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     role: NDArray[np.int8]
     placeable: NDArray[np.bool_]
     hands_off: NDArray[np.bool_]
-    """Can take part in a handoff; an attached server of another kind cannot."""
+    """A worker of our own. An attached server of another kind takes whole requests only (no KV goes to or from it), and
+    none whose output only our own engine can continue (`RouteQuery.portable`)."""
     slots: NDArray[np.int64]
     """Most requests it decodes at once."""
     decoding: NDArray[np.int64]
@@ -88,6 +89,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """Most prompt tokens in a step."""
     session: int = -1
     """The row of the worker that answered this conversation's last turn, if there is one."""
+    portable: bool = True
+    """False where its output has begun and only a worker of our own can go on exactly as it began."""
     excluded: frozenset[WorkerId] = frozenset()
     """Workers that already failed this request."""
 

@@ -59,6 +59,18 @@ class Flight:
         """Tokens that a worker has to compute before it can draw the next one."""
         return len(self.request.prompt) + len(self.tokens)
 
+    @property
+    def portable(self) -> bool:
+        """Whether any engine may go on with it exactly, knowing no more than the tokens.
+
+        Not once a sampled output has begun (the random stream is our engine's own), nor one with penalties that count
+        the output: to another engine, what is out already is prompt.
+        """
+        sampling = self.request.sampling
+        return not self.tokens or (
+            sampling.temperature == 0 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0
+        )
+
     def place(self, placement: Placement, uncached: int, context: float) -> None:
         """A placement has been chosen for the current attempt, with `uncached` tokens to compute there."""
         self.placed = self._route = placement

@@ -8,7 +8,7 @@ import logging
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import RegistrationRefused
-from bascule.router.client import NativeClient
+from bascule.router.client import NativeClient, WorkerClient
 from bascule.router.link import RouterLink
 from bascule.router.service import Service
 from bascule.router.view import Member
@@ -75,10 +75,27 @@ class Membership:
         elif isinstance(message, Goodbye):
             self._lose(member, "has left")
 
-    def lost(self, worker: WorkerId, why: str) -> None:
-        """A worker is known to be gone (its process ended, say)."""
-        if (member := self._view.members.get(worker)) is not None:
+    def is_current(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Whether that epoch of the worker is a member, and not lost or replaced."""
+        return self._view.current(worker, epoch) is not None
+
+    def rest(self, member: Member, until: float) -> None:
+        """Give a member no requests until then (the clock's seconds)."""
+        self._view.rest(member, until, self._clock.now())
+
+    def lost(self, worker: WorkerId, why: str, epoch: Epoch | None = None) -> None:
+        """A worker (that epoch of it, where given) is known to be gone: its process ended, say."""
+        member = self._view.members.get(worker)
+        if member is not None and epoch in (None, member.epoch):
             self._lose(member, why)
+
+    def attach(self, offer: Register, client: WorkerClient) -> Member:
+        """Take in an attached server under a new epoch; what it says comes through `apply` as any worker's.
+
+        Raises RegistrationRefused.
+        """
+        self._view.check_server(offer)
+        return self._take_in(offer, client, attached=True)
 
     def _register(self, sender: Epoch, offer: Register) -> None:
         if (known := self._view.current(offer.worker, offer.epoch)) is not None:
@@ -93,11 +110,15 @@ class Membership:
             return
         if (earlier := self._view.members.get(offer.worker)) is not None:
             self._lose(earlier, "was replaced by a new incarnation")
-        member = self._view.add(offer, self._clock.now())
-        self.stages.pop(offer.worker, None)
         self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
+        self._take_in(offer, NativeClient(self._link, offer.worker, offer.epoch, self._service.unsent))
+
+    def _take_in(self, offer: Register, client: WorkerClient, *, attached: bool = False) -> Member:
+        member = self._view.add(offer, self._clock.now(), attached=attached)
+        self.stages.pop(offer.worker, None)
         log.info("worker %s joined as %s on %s", member.id, offer.role, offer.device)
-        self._service.joined(member, NativeClient(self._link, member.id, offer.epoch, self._service.unsent))
+        self._service.joined(member, client)
+        return member
 
     def _answer_stranger(self, sender: Epoch, message: Heartbeat) -> None:
         """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again."""

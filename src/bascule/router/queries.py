@@ -25,7 +25,9 @@ class Queries:
     def __init__(self, view: ClusterView, slo: Slo) -> None:
         self._view = view
         self._slo = slo
-        self._hasher: BlockHasher | None = None
+        self._hasher = BlockHasher("", 1)
+        self._hashed = ""
+        """Fingerprint that the hasher is made for; that of the first attached server gives way to our own model's."""
         self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
         self._usual = _FIRST_GUESS
         self._sessions: OrderedDict[str, WorkerId] = OrderedDict()
@@ -35,8 +37,9 @@ class Queries:
         card = self._view.card
         if card is None:
             return
-        if self._hasher is None:
+        if self._hashed != card.fingerprint:
             self._hasher = BlockHasher(card.fingerprint, card.layout.block_size)
+            self._hashed = card.fingerprint
         known = (*flight.request.prompt, *flight.tokens)
         flight.hashes = tuple(self._hasher.chain(known[:-1]))
 
@@ -55,6 +58,7 @@ class Queries:
             kv_token_bytes=card.layout.block_bytes // card.layout.block_size if card else 0,
             gap_planned_s=self._slo.gap_s,
             session=last.row if last is not None else -1,
+            portable=flight.portable,
             excluded=flight.excluded,
         )
 

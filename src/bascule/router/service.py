@@ -28,6 +28,11 @@ MAX_ATTEMPTS = 3
 GAP_S = 5.0
 """Seconds that a stream may lack a token while later ones are there; a connection that broke has lost it."""
 
+NO_SECOND_HAND = (
+    "an output that has begun with sampling, or with penalties that count the output, is not continued on an engine "
+    "with other random numbers; send the request again"
+)
+
 
 class Service:
     """The `Backend` behind the api. Everything runs in one asyncio loop; nothing here waits for a worker."""
@@ -49,6 +54,8 @@ class Service:
         self._queries = Queries(view, slo)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
+        self._attached: set[WorkerId] = set()
+        """Ids of attached servers, of earlier ones too."""
 
     # ------------------------------------------------------------ what the api calls
 
@@ -100,6 +107,8 @@ class Service:
 
     def joined(self, member: Member, client: WorkerClient) -> None:
         self.clients[member.id] = client
+        if member.attached:
+            self._attached.add(member.id)
         self._dispatch()
 
     def lost(self, member: Member, why: str) -> None:
@@ -165,6 +174,7 @@ class Service:
                     code="timeout",
                 ),
             )
+        self._end_stranded()
         self._dispatch()
 
     # ------------------------------------------------------------ inside
@@ -237,6 +247,9 @@ class Service:
     def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
         """Place a request anew, at the head of the queue, behind the tokens its client has."""
         self._stop_workers(flight)
+        if flight.placed is not None and flight.placed.decode in self._attached and _drawn_at_random(flight):
+            self._end_with(flight, WorkerFailure(f"{why}; {NO_SECOND_HAND}"))
+            return
         self._unplace(flight)
         flight.retry(failed)
         if flight.attempt >= MAX_ATTEMPTS:
@@ -245,6 +258,14 @@ class Service:
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
         self._queries.prepare(flight)
         self._line.push(flight, FIRST, self._queries.work_s(flight))
+
+    def _end_stranded(self) -> None:
+        """End what only workers of our own can continue where none is left but attached servers: it would wait in vain
+        at the head of the queue, and all others behind it."""
+        members = self.view.members.values()
+        if len(self._line) and members and all(member.attached for member in members):
+            for flight in [one for one in self._flights.values() if one in self._line and not one.portable]:
+                self._end_with(flight, WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}"))
 
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)
@@ -296,3 +317,8 @@ def _overloaded(verdict: Verdict) -> Overloaded:
         retry_after=verdict.retry_after_s,
         code="slo",
     )
+
+
+def _drawn_at_random(flight: Flight) -> bool:
+    """Whether its client has tokens that only the engine that drew them could go on from, as the seed wants it."""
+    return bool(flight.tokens) and flight.request.sampling.temperature > 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
@@ -37,6 +38,11 @@ class Member:
     last_seen: float
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
+    attached: bool = False
+    """A server of its own behind HTTP: whole requests only."""
+    rest_until: float = 0.0
+    """Until then it asked to be left alone, or is not trusted, and gets no new requests (the clock's seconds)."""
+    resting: bool = False
 
     @property
     def id(self) -> WorkerId:
@@ -55,12 +61,15 @@ class ClusterView:
     """Prompt tokens in flight to a worker beyond which requests wait at the router, where a policy goes by tokens."""
     members: dict[WorkerId, Member] = field(default_factory=dict)
     card: ModelCard | None = None
-    """What the first worker brought; all others must match it."""
+    """What the first worker of our own brought, which all others must match, or else the first attached server; its
+    context is that of the attached server with the shortest."""
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
     columns: Columns = field(default_factory=Columns)
     links: dict[tuple[WorkerId, WorkerId], LinkCost] = field(default_factory=dict)
     _machines: dict[str, int] = field(default_factory=dict)
+    _own: ModelCard | None = None
+    """What the first worker of our own brought."""
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
@@ -71,15 +80,26 @@ class ClusterView:
             )
         if offer.epoch in self.burned:
             raise RegistrationRefused(f"worker {offer.worker}: epoch {offer.epoch} has ended; restart the worker")
-        if self.card is not None:
-            _require_same_model(self.card, offer)
+        self._check_attached(offer)
+        if self._own is not None:
+            _require_same_model(self._own, offer)
 
-    def add(self, offer: Register, now: float) -> Member:
-        """Take in a worker that `check` let pass and whose id is free."""
-        self.card = self.card or offer.card
+    def check_server(self, offer: Register) -> None:
+        """The same for an attached server, whose KV is its own affair; raises RegistrationRefused."""
+        if self.card is not None and offer.card.vocab != self.card.vocab:
+            raise RegistrationRefused(
+                f"{offer.device} is to be used with a vocabulary of {offer.card.vocab}, but this cluster serves "
+                f"{self.card.name} with {self.card.vocab}; start the router with the workers' model"
+            )
+
+    def add(self, offer: Register, now: float, *, attached: bool = False) -> Member:
+        """Take in a worker that `check` (or `check_server`) let pass and whose id is free."""
         taken = {member.row for member in self.members.values()}
         row = next(row for row in count() if row not in taken)
-        member = self.members[offer.worker] = Member(offer, row, now)
+        member = self.members[offer.worker] = Member(offer, row, now, attached=attached)
+        if not attached:
+            self._own = self._own or offer.card
+        self._update_card()
         self.columns.add(
             row,
             offer.worker,
@@ -87,7 +107,7 @@ class ClusterView:
             slots=offer.max_sequences,
             kv_tokens=_kv_tokens(member),
             machine=self._machines.setdefault(offer.machine, len(self._machines)),
-            hands_off=True,
+            hands_off=not attached,
         )
         self.columns.cost.put(row, offer.cost)
         return member
@@ -120,12 +140,18 @@ class ClusterView:
     def overdue(self, now: float, suspect_after: float, dead_after: float) -> list[Member]:
         """Mark members suspect by missed heartbeats; returns those to be declared dead (seconds)."""
         for member in self.members.values():
+            member.resting = now < member.rest_until
             self._suspect(member, now - member.last_seen > suspect_after)
         return [member for member in self.members.values() if now - member.last_seen > dead_after]
 
+    def rest(self, member: Member, until: float, now: float) -> None:
+        """Place nothing on a member until then."""
+        member.rest_until, member.resting = until, now < until
+        self._suspect(member, member.suspect)
+
     def _suspect(self, member: Member, suspect: bool) -> None:
         member.suspect = suspect
-        self.columns.placeable[member.row] = not suspect
+        self.columns.placeable[member.row] = not suspect and not member.resting
 
     def remove(self, worker: WorkerId) -> None:
         """Forget a worker and burn its epoch."""
@@ -134,6 +160,7 @@ class ClusterView:
             self.burned.add(member.epoch)
             self.columns.remove(member.row)
             self.links = {ends: link for ends, link in self.links.items() if worker not in ends}
+            self._update_card()
 
     def place(self, placement: Placement, uncached: int, context: float, now: float) -> None:
         """Count a request on its workers before they report it: tokens to compute, and of context while it decodes."""
@@ -176,7 +203,7 @@ class ClusterView:
             WorkerStatus(
                 id=member.id,
                 role=member.registration.role,
-                state="suspect" if member.suspect else "ready",
+                state="suspect" if member.suspect or member.resting else "ready",
                 epoch=member.epoch,
                 pid=member.registration.pid,
                 device=member.registration.device,
@@ -184,6 +211,26 @@ class ClusterView:
             )
             for member in self.members.values()
         )
+
+    def _check_attached(self, offer: Register) -> None:
+        """An attached server's id is taken, and its vocabulary binds workers that come later."""
+        servers = [member for member in self.members.values() if member.attached]
+        if any(server.id == offer.worker for server in servers):
+            raise RegistrationRefused(f"{offer.worker} is an attached server's id; start the worker with another --id")
+        if servers and servers[0].registration.card.vocab != offer.card.vocab:
+            raise RegistrationRefused(
+                f"worker {offer.worker} has a vocabulary of {offer.card.vocab}, but the attached servers are used with "
+                f"{servers[0].registration.card.vocab}; start workers and router with the same model"
+            )
+
+    def _update_card(self) -> None:
+        """Bound the context by the attached servers'; with no member left, the card stays as it was."""
+        servers = [member.registration.card for member in self.members.values() if member.attached]
+        base = self._own or (servers[0] if servers else self.card)
+        if base is not None:
+            self.card = replace(
+                base, context=min(base.context, *(card.context for card in servers)) if servers else base.context
+            )
 
 
 def _kv_tokens(member: Member) -> int:

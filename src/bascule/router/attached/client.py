@@ -1,0 +1,127 @@
+"""The `WorkerClient` of an attached server: each submission is one HTTP stream, in a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import httpx
+from msgspec import Struct
+
+from bascule.router.attached.exchange import REST_S, Chunk, Trouble, completion_body, converse
+from bascule.router.attached.output import Output, ends_of
+from bascule.types import Epoch, RequestId, WorkerId
+from bascule.wire import Failed, StepTokens, Submit, TokenItem, WorkerMessage
+
+log = logging.getLogger(__name__)
+
+Key = tuple[RequestId, int]
+
+
+class Served(Struct, frozen=True, kw_only=True):
+    """What a server has shown to serve: its own name for the model, and the longest prompt plus output (tokens)."""
+
+    model: str
+    context: int
+    vocab: int
+    eos: frozenset[int]
+
+
+class AttachedClient:
+    """Turns submissions into completions of one server, and its chunks into the messages that workers send."""
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        served: Served,
+        worker: WorkerId,
+        epoch: Epoch,
+        deliver: Callable[[WorkerMessage], None],
+        on_trouble: Callable[[Trouble], None],
+    ) -> None:
+        """`on_trouble` hears of what went wrong before the request's failure is delivered."""
+        self._http = http
+        self._served = served
+        self._worker = worker
+        self._epoch = epoch
+        self._deliver = deliver
+        self._on_trouble = on_trouble
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+
+    @property
+    def running(self) -> int:
+        return len(self._tasks)
+
+    def submit(self, submission: Submit) -> None:
+        key = (submission.request, submission.attempt)
+        task = self._tasks[key] = asyncio.get_running_loop().create_task(self._run(submission))
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    def cancel(self, request: RequestId, attempt: int) -> None:
+        """Closes the stream, by which the server knows."""
+        if (task := self._tasks.get((request, attempt))) is not None:
+            task.cancel()
+
+    def stop(self) -> None:
+        """End all streams; the server itself is not ours to stop."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    async def _run(self, submission: Submit) -> None:
+        try:
+            await self._stream(submission)
+        except Trouble as trouble:
+            self._fail(submission, trouble)
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            self._fail(submission, broken(error))
+        except Exception as error:
+            log.exception("a stream of %s could not be followed", self._worker)
+            self._fail(submission, Trouble(f"{type(error).__name__}: {error}"))
+
+    async def _stream(self, submission: Submit) -> None:
+        sampling, drawn = submission.sampling, len(submission.generated)
+        ends = ends_of(sampling, self._served.eos)
+        output = Output(submission, self._served.vocab, ends)
+        prompt = [*submission.prompt, *submission.generated]
+        _refuse_what_cannot_be_continued(submission)
+
+        def on_chunk(chunk: Chunk) -> bool:
+            if items := output.take(chunk):
+                self._tell(items)
+            return False
+
+        name = f"{submission.request}.{submission.attempt}" if submission.attempt else submission.request
+        body = completion_body(self._served.model, prompt, sampling, drawn, ends)
+        await converse(self._http, body, name, on_chunk)
+        self._tell([output.end()])
+
+    def _tell(self, items: Sequence[TokenItem]) -> None:
+        self._deliver(StepTokens(self._worker, self._epoch, tuple(items)))
+
+    def _fail(self, submission: Submit, trouble: Trouble) -> None:
+        self._on_trouble(trouble)
+        self._deliver(
+            Failed(
+                worker=self._worker,
+                epoch=self._epoch,
+                request=submission.request,
+                attempt=submission.attempt,
+                message=f"server {self._worker} {trouble.message}",
+                retryable=trouble.retryable,
+            )
+        )
+
+
+def broken(error: Exception) -> Trouble:
+    """A connection that could not be made, or broke."""
+    why = str(error) or type(error).__name__
+    return Trouble(f"the connection to it failed: {why}", doubt=True, rest_s=REST_S)
+
+
+def _refuse_what_cannot_be_continued(submission: Submit) -> None:
+    """The last line of defence: the router does not place such requests here (`Flight.portable`)."""
+    sampling = submission.sampling
+    penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    if submission.generated and (sampling.temperature > 0 or penalised):
+        raise Trouble("cannot go on exactly with an output that was sampled or penalised elsewhere")
