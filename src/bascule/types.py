@@ -22,6 +22,15 @@ class Role(StrEnum):
     MIXED = "mixed"
 
 
+class Tier(StrEnum):
+    """Where a block lives; those below `device` are the KV store."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
 class FinishReason(StrEnum):
     """Why an output ended, in OpenAI's words."""
 
