@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 
 from bascule.policies.baselines import usable
-from bascule.policies.predict import decode_side, prefill_side
+from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
 
@@ -52,12 +52,13 @@ def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float) -> Ver
     homes = homes if len(homes) else feeders
     if not len(feeders):
         return ADMITTED
-    side = prefill_side(snapshot, query, feeders)
-    ttft = query.waited_s + queued_s / len(feeders) + float(np.min(side.queue_s + side.prefill_s))
+    prefill, decode = predict(snapshot, query)
+    soonest = float(np.min((prefill.queue_s + prefill.prefill_s)[feeders]))
+    ttft = query.waited_s + queued_s / len(feeders) + soonest
     if ttft > query.slo.ttft_s:
         late = ttft - query.slo.ttft_s
         return Verdict(False, f"TTFT {ttft:.3g} s over {query.slo.ttft_s:g} s", max(_SOONEST_S, late))
-    tpot = float(np.min(decode_side(snapshot, query, homes).tpot_s))
+    tpot = float(np.min(decode.tpot_s[homes]))
     if tpot > query.slo.tpot_s:
         return Verdict(False, f"TPOT {tpot:.3g} s over {query.slo.tpot_s:g} s", _SOONEST_S)
     return ADMITTED

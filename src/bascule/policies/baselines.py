@@ -79,7 +79,7 @@ def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decis
     names = snapshot.ids
     return Decision(
         placement=Placement(names[prefill], names[decode]),
-        reason=f"split: {names[prefill]} has {snapshot.backlog_tokens[prefill].sum():.0f} prompt tokens to compute, "
+        reason=f"split: {names[prefill]} has {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens to compute, "
         f"{names[decode]} decodes {snapshot.decoding[decode]}",
     )
 
@@ -107,8 +107,10 @@ def _local(rows: Rows, snapshot: Snapshot, query: RouteQuery, pick: Pick, why: s
 
 def usable(snapshot: Snapshot, query: RouteQuery, roles: tuple[int, ...]) -> Rows:
     """Rows of these roles that may be used; those that failed this request only when there is no other."""
-    allowed = snapshot.placeable & np.isin(snapshot.role, roles)
-    rows = np.flatnonzero(allowed)
+    of_role = snapshot.role == roles[0]
+    for role in roles[1:]:
+        of_role |= snapshot.role == role
+    rows = np.flatnonzero(snapshot.placeable & of_role)
     if query.excluded:
         kept = [row for row in rows.tolist() if snapshot.ids[row] not in query.excluded]
         rows = np.array(kept, np.intp) if kept else rows
@@ -123,7 +125,7 @@ def takes_prompt(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> NDArray[n
 
 
 def prompt_load(snapshot: Snapshot, rows: Rows) -> Numbers:
-    load: Numbers = snapshot.backlog_tokens[rows].sum(axis=1)
+    load: Numbers = snapshot.ahead_tokens[rows, -1]
     return load
 
 
