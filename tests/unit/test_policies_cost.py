@@ -60,7 +60,7 @@ def column(model: CostModel, streams: int, context: float) -> float:
     """What columns say of a worker with this model, beside one without."""
     columns = CostColumns.empty(2)
     columns.put(1, model)
-    both = columns.decode(np.array([0.0, streams]), np.array([0.0, context]))
+    both = columns.steps(np.array([0.0, streams]), np.array([0.0, context]))[0]
     assert both[0] == 0.0
     return float(both[1])
 
@@ -75,8 +75,10 @@ def test_columns_take_in_several_rows_of_streams_at_once() -> None:
     columns = CostColumns.empty(2)
     columns.put(1, CONVEX)
     streams = np.array([[0.0, 3.0], [7.0, 9.0]])
-    both = columns.decode(streams, 10 * streams)
-    assert both[1].tolist() == columns.decode(streams[1], 10 * streams[1]).tolist()
+    alone, beside = columns.steps(streams, 10 * streams)
+    assert alone[1].tolist() == columns.steps(streams[1], 10 * streams[1])[0].tolist()
+    assert beside[0, 1] == pytest.approx(step_seconds(CONVEX, [PrefillPart(0, 0)], 3, 30))
+    assert np.all(beside >= alone)
 
 
 @given(st.lists(st.floats(0.001, 0.1), min_size=1, max_size=10))

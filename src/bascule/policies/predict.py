@@ -53,61 +53,53 @@ class DecodeSide(Struct, frozen=True):
 
 def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeSide]:
     """Predict the way to the first token, and the way on from there, on each worker."""
-    decoding, context = snapshot.decoding, snapshot.context_tokens
+    context = snapshot.context_tokens
     own_context = query.prompt_tokens + query.output_tokens / 2
-    streams = np.array([snapshot.streams, decoding, decoding + 1.0])
-    contexts = np.array([context * (snapshot.streams > 0), context, context + own_context])
-    now, before, after = snapshot.cost.decode(streams, contexts)
-    return _prefill(snapshot, query, now), _decode(snapshot, query, before, after)
+    # On the first axis: the streams that run now, those that will with this one, and those without.
+    streams = np.array([snapshot.streams, snapshot.decoding + 1.0, snapshot.decoding])
+    contexts = np.array([context * (snapshot.streams > 0), context + own_context, context])
+    alone, beside = snapshot.cost.steps(streams, contexts)
+    new = np.maximum(query.prompt_tokens - query.cached, 1.0)
+    token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
+    chunk = _chunk(query, beside[:2], token)
+    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0])
+    return prefill, _decode(snapshot, query, alone, streams[2], beside[1] + chunk[1] * token)
 
 
-def _prefill(snapshot: Snapshot, query: RouteQuery, running: Floats) -> PrefillSide:
-    """`running` is a step of the streams that each worker has now."""
-    cost, streams = snapshot.cost, snapshot.streams
-    new = np.maximum(query.prompt_tokens - query.cached, 1)
-    token = cost.token_s + cost.pair_s * (query.prompt_tokens - new / 2)
-    base = _beside_streams(snapshot, streams, running)
-    chunk = np.where(streams > 0, _chunk(query, base, token), query.chunk_tokens)
+def _prefill(
+    snapshot: Snapshot, query: RouteQuery, new: Floats, token: Floats, streams: Floats, base: Floats, chunk: Floats
+) -> PrefillSide:
+    """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
+    chunk = np.where(streams > 0, chunk, query.chunk_tokens)
     size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
     size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
     ahead, total = snapshot.ahead_tokens.take(size), snapshot.ahead_tokens[:, -1]
     # The step that runs now is half over: one of streams, or one with a chunk in it of those that have to keep a gap.
     chunk_now = np.minimum(np.minimum(total, query.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
-    residual = np.maximum(chunk_now + (total > 0) * base, running) / 2
+    running = base * ((streams > 0) | (total > 0))
     own = new * token
-    last = np.minimum(chunk, new)
     return PrefillSide(
-        queue_s=residual + ahead * token + ahead / chunk * base,
+        queue_s=(chunk_now + running) / 2 + ahead * (token + base / chunk),
         prefill_s=own + np.ceil(new / chunk) * base,
         last_tokens=np.minimum(new, query.chunk_tokens),
-        step_s=base + last * token,
+        step_s=base + np.minimum(chunk, new) * token,
         harm_s=(streams + snapshot.prompts_behind.take(size)) * own,
     )
 
 
-def _decode(snapshot: Snapshot, query: RouteQuery, before: Floats, after: Floats) -> DecodeSide:
-    """`before` and `after` are steps without and with this stream; without it, no worker has less before it."""
+def _decode(snapshot: Snapshot, query: RouteQuery, alone: Floats, decoding: Floats, shared_s: Floats) -> DecodeSide:
+    """`shared_s` is a step with this stream and a chunk of somebody's prompt in it."""
+    after, before = alone[1], alone[2]
     share = snapshot.prefill_share
-    free = 1.0 - share
-    more = (after - before) / free
-    base = _beside_streams(snapshot, snapshot.decoding + 1, after)
-    token = snapshot.cost.token_s
-    shared = (share > _SHARED) | (snapshot.prefilling > 0)
+    stretch = 1.0 / (1.0 - share)
+    more = (after - before) * stretch
     return DecodeSide(
         step_s=after,
-        tpot_s=after / free,
+        tpot_s=after * stretch,
         tpot_more_s=more,
-        gap_s=np.where(shared, base + _chunk(query, base, token) * token, after),
-        harm_s=snapshot.decoding * query.output_tokens * more,
+        gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared_s, after),
+        harm_s=query.output_tokens * decoding * more,
     )
-
-
-def _beside_streams(snapshot: Snapshot, streams: NDArray[np.int64], alone: Floats) -> Floats:
-    """What a step with a prompt in it takes besides the prompt's tokens: no less than the streams `alone` do."""
-    cost = snapshot.cost
-    together = cost.step_s + (streams > 0) * (cost.token_s * streams + cost.context_s * snapshot.context_tokens)
-    base: Floats = np.maximum(together, alone)
-    return base
 
 
 def _chunk(query: RouteQuery, base: Floats, token: Floats) -> Floats:

@@ -28,6 +28,8 @@ _WIDTH = 0.1
 """Relative error of predictions: how sharply a bound's price sets in."""
 _EQUAL = 1e-6
 """Prices that differ by less (s) are equal."""
+_LOAD_S = 1e-10
+"""Price of a request that is there, to order workers that are equal otherwise."""
 
 Mask = NDArray[np.bool_]
 
@@ -40,7 +42,9 @@ class _Sides(Struct, frozen=True):
     ttft_s: Floats
     prefill_price_s: Floats
     decode_price_s: Floats
-    """Of a request that is prefilled there too."""
+    """Without what the bounds on the request's own TPOT and gap are worth, which a handoff changes."""
+    whole_price_s: Floats
+    """Both together and those bounds, of a request that is prefilled where it is decoded."""
 
 
 class _Priced(Struct, frozen=True):
@@ -68,7 +72,7 @@ def adaptive(snapshot: Snapshot, query: RouteQuery) -> Decision:
         return Decision(placement=None, reason="every worker that decodes is at its limit of requests")
     sides = _sides(snapshot, query)
     feeders = able & fits & ((snapshot.prefilling == 0) | (sides.prefill.queue_s <= WINDOW_S))
-    options = [_local(sides, homes & feeders)]
+    options = [_whole(sides, _least(sides.whole_price_s, homes & feeders, snapshot.turn))]
     feeders &= snapshot.hands_off & (snapshot.role != DECODE)
     options += _remote(snapshot, query, sides, feeders, homes & snapshot.hands_off)
     options = [option for option in options if len(option.price_s)]
@@ -105,18 +109,20 @@ def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
     lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s)
     lost_there = snapshot.decoding * _more_chance(decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
     own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s)
+    # Of equal workers the least loaded must be among the best, though a load of one is no price.
+    load = _LOAD_S * (snapshot.decoding + snapshot.prefilling)
+    if query.session >= 0:
+        load[query.session] -= _LOAD_S
+    prefill_price = ttft + prefill.harm_s + worth * lost_here + load
+    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + load
     return _Sides(
         prefill=prefill,
         decode=decode,
         ttft_s=ttft,
-        prefill_price_s=ttft + prefill.harm_s + worth * lost_here,
-        decode_price_s=query.output_tokens * decode.tpot_s + decode.harm_s + worth * (own + lost_there),
+        prefill_price_s=prefill_price,
+        decode_price_s=decode_price,
+        whole_price_s=prefill_price + decode_price + worth * own,
     )
-
-
-def _local(sides: _Sides, rows: Mask) -> _Priced:
-    """Prefill where it is decoded, on the best of some workers."""
-    return _whole(sides, _least(sides.prefill_price_s + sides.decode_price_s, rows))
 
 
 def _whole(sides: _Sides, rows: Rows) -> _Priced:
@@ -126,13 +132,14 @@ def _whole(sides: _Sides, rows: Rows) -> _Priced:
         transfer_s=np.zeros(len(rows)),
         tpot_s=sides.decode.tpot_s[rows],
         gap_s=sides.decode.gap_s[rows],
-        price_s=sides.prefill_price_s[rows] + sides.decode_price_s[rows],
+        price_s=sides.whole_price_s[rows],
     )
 
 
 def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask, homes: Mask) -> list[_Priced]:
     """Prefill on one of the best feeders, decode on one of the best homes, and hand over in between."""
-    sources, targets = _least(sides.prefill_price_s, feeders), _least(sides.decode_price_s, homes)
+    sources = _least(sides.prefill_price_s, feeders, snapshot.turn)
+    targets = _least(sides.decode_price_s, homes, snapshot.turn)
     left, right = np.repeat(sources, len(targets)), np.tile(targets, len(sources))
     apart = left != right
     left, right = left[apart], right[apart]
@@ -144,19 +151,17 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     slo, step = query.slo, sides.decode.step_s[right]
     transfer = exposed_transfer(snapshot, query, left, right, sides.prefill.last_tokens[left])
     handed = transfer + step / 2
-    before, gap_before = sides.decode.tpot_s[right], sides.decode.gap_s[right]
-    tpot = before + handed / max(query.output_tokens - 1, 1)
-    gap = np.maximum(gap_before, handed + step)
-    lost = _chance(tpot, slo.tpot_s) - _chance(before, slo.tpot_s)
-    lost += _chance(gap, slo.gap_s) - _chance(gap_before, slo.gap_s)
-    price = sides.prefill_price_s[left] + sides.decode_price_s[right] + query.output_tokens * (tpot - before)
+    late = handed / max(query.output_tokens - 1, 1)
+    tpot = sides.decode.tpot_s[right] + late
+    gap = np.maximum(sides.decode.gap_s[right], handed + step)
+    own = query.output_tokens * late + _worth(query) * (_chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s))
     return _Priced(
         prefill=left,
         decode=right,
         transfer_s=transfer,
         tpot_s=tpot,
         gap_s=gap,
-        price_s=price + _worth(query) * lost,
+        price_s=sides.prefill_price_s[left] + sides.decode_price_s[right] + own,
     )
 
 
@@ -190,24 +195,30 @@ def _worth(query: RouteQuery) -> float:
     return ttft + query.output_tokens * tpot
 
 
-def _least(values: Floats, rows: Mask) -> Rows:
-    """The rows with the `BEST` smallest values, in any order."""
-    found = np.flatnonzero(rows)
-    if len(found) <= BEST:
-        return found
-    return found[np.argpartition(values[found], BEST - 1)[:BEST]]
+def _least(values: Floats, rows: Mask, turn: int) -> Rows:
+    """The rows with the `BEST` smallest values, the smallest first; of equals those that come next in turn."""
+    start = turn % len(rows)
+    left = np.where(rows, values, np.inf)
+    left = np.concatenate((left[start:], left[:start]))
+    found: list[int] = []
+    # A few passes over all cost less than to partition them.
+    while len(found) < BEST and left[at := int(left.argmin())] < np.inf:
+        left[at] = np.inf
+        found.append((at + start) % len(rows))
+    return np.array(found, np.intp)
 
 
 def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides, options: list[_Priced]) -> Decision:
-    every = [(price, kind, at) for kind, option in enumerate(options) for at, price in enumerate(option.price_s.tolist())]
-    every.sort()
-    equals = [each for each in every if each[0] <= every[0][0] + _EQUAL]
+    places = [(option, at) for option in options for at in range(len(option.price_s))]
+    prices = np.concatenate([option.price_s for option in options])
+    best = prices.argsort(kind="stable")[:RECORDED].tolist()
+    equals = np.flatnonzero(prices <= prices[best[0]] + _EQUAL).tolist()
     if len(equals) > 1:
-        loads = [_load(snapshot, query, options[kind], at) for _, kind, at in equals]
-        equals = [each for each, load in zip(equals, loads, strict=True) if load == min(loads)]
+        loads = [_load(snapshot, query, *places[index]) for index in equals]
+        equals = [index for index, load in zip(equals, loads, strict=True) if load == min(loads)]
     winner = equals[snapshot.turn % len(equals)]
-    order = [winner, *(each for each in every[:RECORDED] if each != winner)]
-    candidates = tuple(_candidate(snapshot, query, sides, options[kind], at) for _, kind, at in order)
+    order = [winner, *(index for index in best if index != winner)]
+    candidates = tuple(_candidate(snapshot, query, sides, *places[index]) for index in order)
     return Decision(placement=candidates[0].placement, reason=_reason(candidates), candidates=candidates)
 
 

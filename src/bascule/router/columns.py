@@ -49,6 +49,8 @@ class Columns:
         """Tokens still to be computed of those prompts that the worker has received, as it last said."""
         self._ahead = np.zeros((rows, SIZES))
         self._behind = np.zeros((rows, SIZES))
+        self._on_the_way = np.zeros(rows)
+        """Tokens of the prompts that the worker has not confirmed."""
         self._share = np.zeros(rows)
         self._share_at = 0.0
 
@@ -85,7 +87,7 @@ class Columns:
             column[row] = 0
         for table in (self._placed, self._prompts, self._ahead, self._behind):
             table[row] = 0
-        self._share[row], self._left[row] = 0, np.inf
+        self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
         self.cost.put(row, CostModel())
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
@@ -95,6 +97,7 @@ class Columns:
         """A prompt with so many tokens to compute, `work_s` seconds of work, is on its way to the worker."""
         self._sent[row] += 1
         self._unreceived[row].append((self._sent[row], uncached))
+        self._on_the_way[row] += uncached
         self.prefilling[row] += 1
         size = size_of(uncached)
         self._placed[row, size] += uncached
@@ -102,6 +105,10 @@ class Columns:
         self._decay(now)
         self._share[row] += work_s / SHARE_S
         self._stale.add(row)
+
+    def sent(self, row: int) -> int:
+        """How many prompts have been submitted to the row's worker since it joined."""
+        return self._sent[row]
 
     def computed(self, row: int, uncached: int) -> None:
         """That prompt is computed, or is no longer wanted."""
@@ -115,7 +122,7 @@ class Columns:
         """What the worker says after a step."""
         waiting = self._unreceived[row]
         while waiting and waiting[0][0] <= load.received:
-            waiting.popleft()
+            self._on_the_way[row] -= waiting.popleft()[1]
         self.streams[row] = load.streams
         self._left[row] = load.backlog_tokens
         self._stale.add(row)
@@ -155,8 +162,7 @@ class Columns:
         self._stale.clear()
         placed = self._placed[rows].cumsum(axis=1)
         total = placed[:, -1]
-        on_the_way = [sum(tokens for _, tokens in self._unreceived[row]) for row in rows]
-        done = np.maximum(total - on_the_way - self._left[rows], 0.0)
+        done = np.maximum(total - self._on_the_way[rows] - self._left[rows], 0.0)
         self._ahead[rows] = np.maximum(placed - done[:, None], 0.0)
         prompts = self._prompts[rows].cumsum(axis=1)
         self._behind[rows] = prompts[:, -1:] - prompts
