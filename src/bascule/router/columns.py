@@ -42,9 +42,7 @@ class Columns:
         self.machine = np.zeros(rows, np.int64)
         self.cost = CostColumns.empty(rows)
         self._placed = np.zeros((rows, SIZES))
-        """Uncached tokens of the prompts whose first token has not come, by size."""
-        self._prompts = np.zeros((rows, SIZES))
-        """How many those are."""
+        """Uncached tokens of the prompts whose first token has not come, summed up to each size."""
         self._left: Floats = np.full(rows, np.inf)
         """Tokens still to be computed of those prompts that the worker has received, as it last said."""
         self._ahead = np.zeros((rows, SIZES))
@@ -85,7 +83,7 @@ class Columns:
         self.ids[row] = WorkerId("")
         for column in (self.placeable, self.slots, self.decoding, self.prefilling, self.streams, self.context_tokens):
             column[row] = 0
-        for table in (self._placed, self._prompts, self._ahead, self._behind):
+        for table in (self._placed, self._ahead, self._behind):
             table[row] = 0
         self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
         self.cost.put(row, CostModel())
@@ -100,8 +98,8 @@ class Columns:
         self._on_the_way[row] += uncached
         self.prefilling[row] += 1
         size = size_of(uncached)
-        self._placed[row, size] += uncached
-        self._prompts[row, size] += 1
+        self._placed[row, size:] += uncached
+        self._behind[row, :size] += 1
         self._decay(now)
         self._share[row] += work_s / SHARE_S
         self._stale.add(row)
@@ -114,8 +112,8 @@ class Columns:
         """That prompt is computed, or is no longer wanted."""
         size = size_of(uncached)
         self.prefilling[row] -= 1
-        self._placed[row, size] = max(self._placed[row, size] - uncached, 0.0)
-        self._prompts[row, size] -= 1
+        self._placed[row, size:] -= uncached
+        self._behind[row, :size] -= 1
         self._stale.add(row)
 
     def report(self, row: int, load: StepLoad) -> None:
@@ -160,12 +158,9 @@ class Columns:
             return
         rows = list(self._stale)
         self._stale.clear()
-        placed = self._placed[rows].cumsum(axis=1)
-        total = placed[:, -1]
-        done = np.maximum(total - self._on_the_way[rows] - self._left[rows], 0.0)
+        placed = self._placed[rows]
+        done = np.maximum(placed[:, -1] - self._on_the_way[rows] - self._left[rows], 0.0)
         self._ahead[rows] = np.maximum(placed - done[:, None], 0.0)
-        prompts = self._prompts[rows].cumsum(axis=1)
-        self._behind[rows] = prompts[:, -1:] - prompts
 
     def _decay(self, now: float) -> None:
         if now > self._share_at:
