@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bascule.policies.cost import CostColumns, PrefillPart, decode_seconds, step_seconds
 from bascule.types import CostModel
@@ -51,19 +53,48 @@ def test_streams_alone_follow_their_table_and_the_line_through_its_end() -> None
     assert step_seconds(TABLE, [PrefillPart(10, 0)], 4, 0) == pytest.approx(0.03 + 14 * 0.001)
 
 
-@pytest.mark.parametrize("model", [MODEL, TABLE])
-def test_columns_say_the_same_as_the_model(model: CostModel) -> None:
+CONVEX = CostModel(step_s=0.03, token_s=0.001, context_s=1e-6, stream_s=(0.005, 0.006, 0.008, 0.014, 0.03))
+
+
+def column(model: CostModel, streams: int, context: float) -> float:
+    """What columns say of a worker with this model, beside one without."""
     columns = CostColumns.empty(2)
     columns.put(1, model)
-    for streams in (0, 1, 2, 3, 5, 8, 13, 16, 31, 128, 200):
-        context = np.array([0.0, 77.0 * streams])
-        assert columns.decode(np.array([0.0, streams]), context)[1] == pytest.approx(
-            decode_seconds(model, streams, 77 * streams)
-        )
-    parts = [PrefillPart(100, 50)]
-    mixed = columns.mixed(np.full(2, 100.0), np.full(2, 50.0), np.full(2, 3.0), np.full(2, 900.0))
-    assert mixed[1] == pytest.approx(step_seconds(model, parts, 3, 900))
-    assert mixed[0] == 0.0
+    both = columns.steps(np.array([0.0, streams]), np.array([0.0, context]))[0]
+    assert both[0] == 0.0
+    return float(both[1])
+
+
+@pytest.mark.parametrize("model", [MODEL, CONVEX, CostModel(), CostModel(stream_s=(0.02,)), CostModel(step_s=0.1)])
+@pytest.mark.parametrize("streams", [0, 1, 2, 3, 5, 8, 13, 16, 31, 128, 200, 1000])
+def test_columns_say_the_same_as_the_model(model: CostModel, streams: int) -> None:
+    assert column(model, streams, 77.0 * streams) == pytest.approx(decode_seconds(model, streams, 77 * streams))
+
+
+def test_columns_take_in_several_rows_of_streams_at_once() -> None:
+    columns = CostColumns.empty(2)
+    columns.put(1, CONVEX)
+    streams = np.array([[0.0, 3.0], [7.0, 9.0]])
+    alone, beside = columns.steps(streams, 10 * streams)
+    assert alone[1].tolist() == columns.steps(streams[1], 10 * streams[1])[0].tolist()
+    assert beside[0, 1] == pytest.approx(step_seconds(CONVEX, [PrefillPart(0, 0)], 3, 30))
+    assert np.all(beside >= alone)
+
+
+@given(st.lists(st.floats(0.001, 0.1), min_size=1, max_size=10))
+def test_in_columns_a_stream_more_never_costs_less_than_the_one_before(table: list[float]) -> None:
+    model = CostModel(stream_s=tuple(table))
+    seconds = [column(model, streams, 0.0) for streams in range(1, 200)]
+    more = np.diff(seconds)
+    assert np.all(more >= -1e-12)
+    assert np.all(np.diff(more) >= -1e-12)
+    assert seconds[0] == pytest.approx(table[0])
+
+
+def test_a_table_that_is_not_convex_is_bent_no_more_than_it_takes() -> None:
+    assert column(TABLE, 4, 0) == pytest.approx(0.008)
+    assert column(TABLE, 8, 0) == pytest.approx(0.008 + 4 / 12 * 0.022)
+    assert column(TABLE, 16, 0) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(

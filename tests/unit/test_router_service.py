@@ -269,7 +269,7 @@ async def test_cancelling_tells_both_workers_and_frees_their_places() -> None:
     await asyncio.gather(starting, return_exceptions=True)
     assert bench.clients["p"].cancelled == bench.clients["d"].cancelled == [("r", 0)]
     snapshot = bench.service.view.snapshot(bench.clock.now())
-    counts = (snapshot.prefilling, snapshot.backlog_tokens, snapshot.decoding, snapshot.context_tokens)
+    counts = (snapshot.prefilling, snapshot.ahead_tokens, snapshot.decoding, snapshot.context_tokens)
     assert all(not column.any() for column in counts)
 
 

@@ -1,13 +1,14 @@
-"""`bascule bench`: what the engine, the handoff and the front cost on this machine, beside the machine's own limits."""
+"""`bascule bench`: what the engine, the handoff, the front and routing cost on this machine, beside the machine's own limits."""
 
 from __future__ import annotations
 
 from cyclopts import App
 
-app = App(name="bench", help="Measure the engine, the handoff or the front on this machine.")
+app = App(name="bench", help="Measure the engine, the handoff, the front or the router on this machine.")
 # By name, so that measuring the front does not import torch.
 app.command(
     "bascule.cli.bench_engine:engine", name="engine", help="Decode and prefill steps beside the memory and GEMM rate."
 )
 app.command("bascule.cli.bench_handoff:handoff", name="handoff", help="Transports beside memcpy and a raw socket.")
 app.command("bascule.cli.bench_front:front", name="front", help="Router and API in front of mock workers.")
+app.command("bascule.cli.bench_router:router", name="router", help="A routing decision, and how it grows.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
 from blake3 import blake3
 
 from bascule.types import BlockHash
@@ -33,7 +34,7 @@ class BlockHasher:
         A last block that is not full has no hash. Token ids are 0 to 2**32 - 1.
         """
         full = len(tokens) // self.block_size
-        data = np.asarray(tokens[: full * self.block_size], dtype="<u4").tobytes()
+        data = _little_endian(tokens[: full * self.block_size])
         width = 4 * self.block_size
         link = bytes(previous or b"")
         hashes: list[BlockHash] = []
@@ -41,3 +42,11 @@ class BlockHasher:
             link = blake3(link + data[start : start + width], key=self._key).digest(HASH_BYTES)
             hashes.append(BlockHash(link))
         return hashes
+
+
+def _little_endian(tokens: Sequence[int]) -> bytes:
+    """Four bytes a token; raises OverflowError for one that has no room in them."""
+    numbers = array("I", tokens)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()

@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 
 from bascule.policies.baselines import usable
-from bascule.policies.predict import decode_side, prefill_side
+from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
 
@@ -52,9 +52,9 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> bool:
     row = snapshot.row_of(chosen.placement.decode)
     if not snapshot.decoding[row] or chosen.predicted.tpot_s <= query.slo.tpot_s:
         return True
-    context = np.array([query.prompt_tokens + query.output_tokens / 2])
-    alone = snapshot.cost.take([row]).decode(np.ones(1), context)[0] / (1.0 - snapshot.prefill_share[row])
-    return bool(alone > query.slo.tpot_s)
+    rows = len(snapshot.ids)
+    alone, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
+    return bool(alone[row] / (1.0 - snapshot.prefill_share[row]) > query.slo.tpot_s)
 
 
 def worth_starting(query: RouteQuery, chosen: Candidate) -> Verdict:
@@ -74,12 +74,13 @@ def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float) -> Ver
     homes = homes if len(homes) else feeders
     if not len(feeders):
         return ADMITTED
-    side = prefill_side(snapshot, query, feeders)
-    ttft = query.waited_s + queued_s / len(feeders) + float(np.min(side.queue_s + side.prefill_s))
+    prefill, decode = predict(snapshot, query)
+    soonest = float(np.min((prefill.queue_s + prefill.prefill_s)[feeders]))
+    ttft = query.waited_s + queued_s / len(feeders) + soonest
     if ttft > query.slo.ttft_s:
         late = ttft - query.slo.ttft_s
         return Verdict(False, f"TTFT {ttft:.3g} s over {query.slo.ttft_s:g} s", max(_SOONEST_S, late))
-    tpot = float(np.min(decode_side(snapshot, query, homes).tpot_s))
+    tpot = float(np.min(decode.tpot_s[homes]))
     if tpot > query.slo.tpot_s:
         return Verdict(False, f"TPOT {tpot:.3g} s over {query.slo.tpot_s:g} s", _SOONEST_S)
     return ADMITTED

@@ -90,7 +90,7 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
     names = snapshot.ids
     return Decision(
         placement=Placement(names[prefill], names[decode]),
-        reason=f"split: {names[prefill]} has {snapshot.backlog_tokens[prefill].sum():.0f} prompt tokens to compute, "
+        reason=f"split: {names[prefill]} has {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens to compute, "
         f"{names[decode]} decodes {snapshot.decoding[decode]}",
     )
 
@@ -118,7 +118,10 @@ def _local(rows: Rows, snapshot: Snapshot, query: RouteQuery, pick: Pick, why: s
 
 def usable(snapshot: Snapshot, query: RouteQuery, roles: tuple[int, ...]) -> Rows:
     """Rows of these roles that may be used; those that failed this request only when there is no other."""
-    allowed = snapshot.placeable & np.isin(snapshot.role, roles)
+    allowed = snapshot.role == roles[0]
+    for role in roles[1:]:
+        allowed |= snapshot.role == role
+    allowed &= snapshot.placeable
     if not query.portable:
         allowed &= snapshot.hands_off
     rows = np.flatnonzero(allowed)
@@ -136,7 +139,7 @@ def takes_prompt(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> NDArray[n
 
 
 def prompt_load(snapshot: Snapshot, rows: Rows) -> Numbers:
-    load: Numbers = snapshot.backlog_tokens[rows].sum(axis=1)
+    load: Numbers = snapshot.ahead_tokens[rows, -1]
     return load
 
 

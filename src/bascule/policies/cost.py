@@ -14,7 +14,8 @@ multiplies, and follows a table over B where there is one:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 from msgspec import Struct
@@ -61,42 +62,73 @@ def decode_seconds(model: CostModel, streams: int, context: int) -> float:
 
 
 class CostColumns(Struct, frozen=True):
-    """The cost models of many workers side by side, one row each; arrays of shape [rows], `stream_s` [rows, KNOTS]."""
+    """The cost models of many workers side by side, one row each: arrays of shape [rows].
+
+    A table of streams is kept as lines, [rows, KNOTS]: a step of B streams takes `line_s + slope_s * B`, with line 0
+    for none, line 1 from 1, line 2 from 2, line 3 from 4 on. They are bent to be convex, since measurements err: one
+    stream more must not seem to cost less where more are.
+    """
 
     step_s: Floats
     token_s: Floats
     pair_s: Floats
     context_s: Floats
-    stream_s: Floats
+    line_s: Floats
+    slope_s: Floats
 
     @staticmethod
     def empty(rows: int) -> CostColumns:
         """Of workers that take no time."""
-        return CostColumns(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, KNOTS)))
+        shapes = [(rows,)] * 4 + [(rows, KNOTS)] * 2
+        return CostColumns(*(np.zeros(shape) for shape in shapes))
 
     def put(self, row: int, model: CostModel) -> None:
         """Write a worker's model into its row."""
         self.step_s[row], self.token_s[row] = model.step_s, model.token_s
         self.pair_s[row], self.context_s[row] = model.pair_s, model.context_s
-        self.stream_s[row] = [decode_seconds(model, 1 << knot, 0) for knot in range(KNOTS)]
+        self.line_s[row, 0] = self.slope_s[row, 0] = 0.0
+        known = min(max(len(model.stream_s), 2), KNOTS)
+        slopes = _convex([decode_seconds(model, 1 << knot, 0) for knot in range(known)])
+        value = decode_seconds(model, 1, 0)
+        for knot in range(KNOTS - 1):
+            slope = slopes[min(knot, known - 2)]
+            self.slope_s[row, knot + 1] = slope
+            self.line_s[row, knot + 1] = value - slope * (1 << knot)
+            value += slope * (1 << knot)
 
-    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> CostColumns:
-        """The models of some rows (copies)."""
-        return CostColumns(
-            self.step_s[rows], self.token_s[rows], self.pair_s[rows], self.context_s[rows], self.stream_s[rows]
-        )
+    def steps(self, streams: Floats, context: Floats) -> tuple[Floats, Floats]:
+        """Seconds of a step of these streams alone, and of what they add to a step with a prompt in it, the prompt's
+        own tokens left out; row by row along the last axis. `context` must be 0 where there are no streams.
 
-    def decode(self, streams: Floats, context: Floats) -> Floats:
-        """`decode_seconds`, row by row."""
-        _, exponent = np.frexp(np.maximum(streams, 1.0))
-        knot = np.minimum(exponent - 1, KNOTS - 2)
-        rows = np.arange(len(knot))
-        low = self.stream_s[rows, knot]
-        high = self.stream_s[rows, knot + 1]
-        own = low + (high - low) * (np.ldexp(streams, -knot) - 1)
-        return np.where(streams < 1, 0.0, own + self.context_s * context)
+        The latter is no less than the former, whatever has been fitted.
+        """
+        reading = self.context_s * context
+        line = np.minimum(np.frexp(streams)[1], KNOTS - 1)
+        line += np.arange(0, self.line_s.size, KNOTS)
+        alone: Floats = self.slope_s.take(line)
+        alone *= streams
+        alone += self.line_s.take(line)
+        alone += reading
+        reading += self.token_s * streams
+        reading += self.step_s
+        return alone, np.maximum(alone, reading)
 
-    def mixed(self, new: Floats, behind: Floats, streams: Floats, context: Floats) -> Floats:
-        """Seconds of a step of one prefill part (`new` tokens behind `behind`) beside streams, row by row."""
-        pairs = new * (behind + new / 2)
-        return self.step_s + self.token_s * (new + streams) + self.pair_s * pairs + self.context_s * context
+
+def _convex(values: list[float]) -> list[float]:
+    """Slopes of the highest convex line, nowhere falling, that goes from the first of the values at 1, 2, 4, 8 ... and
+    through or below the others."""
+    slopes: list[tuple[float, int]] = []
+    """Of runs of segments, and how many segments each has."""
+    for knot, (low, high) in enumerate(itertools.pairwise(values)):
+        slope, run = (high - low) / (1 << knot), 1
+        while slopes and slopes[-1][0] > slope:
+            before, segments = slopes.pop()
+            share = _width(knot - run + 1 - segments, segments) / _width(knot - run + 1 - segments, segments + run)
+            slope, run = share * before + (1 - share) * slope, run + segments
+        slopes.append((slope, run))
+    return [max(slope, 0.0) for slope, run in slopes for _ in range(run)]
+
+
+def _width(knot: int, segments: int) -> int:
+    """From the value at `1 << knot` over so many segments, in streams."""
+    return (1 << (knot + segments)) - (1 << knot)

@@ -1,5 +1,7 @@
-"""What a placement would bring, for many workers at once: queueing, prefill, what is left of the handoff, the pace of
-decoding, and the harm to those already there. All times in seconds, all arrays one entry a row that is asked for.
+"""What a placement would bring, for all workers at once: queueing, prefill, what is left of the handoff, the pace of
+decoding, and the harm to those already there. All times in seconds, all arrays one entry a row of the snapshot.
+
+One request more on a worker, waiting or decoding, never makes any of this better; tests hold it to that.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bascule.policies.cost import CostColumns, Floats
-from bascule.policies.snapshot import RouteQuery, Snapshot, size_of
+from bascule.policies.cost import Floats
+from bascule.policies.snapshot import SIZES, RouteQuery, Snapshot
 from bascule.types import LinkCost
 
 Rows = NDArray[np.intp]
@@ -21,111 +23,102 @@ GAP_MARGIN = 0.8
 SAME_MACHINE = LinkCost(0.002, 4e9)
 OTHER_MACHINE = LinkCost(0.005, 1e9)
 """Of links that have not been measured."""
-
-
-class PrefillSide(Struct, frozen=True):
-    """What prefilling the prompt on each of `rows` means; `own_s` is the work itself, streams beside it left out."""
-
-    rows: Rows
-    cached: Floats
-    queue_s: Floats
-    prefill_s: Floats
-    own_s: Floats
-    chunk: Floats
-    """Tokens of the prompt in one step."""
-    step_s: Floats
-    """How long such a step takes: the gap that it makes in the streams beside it."""
-    harm_s: Floats
-
-
-class DecodeSide(Struct, frozen=True):
-    """What decoding the output on each of `rows` means."""
-
-    rows: Rows
-    step_s: Floats
-    """A step with this stream in it and no prompt."""
-    tpot_s: Floats
-    tpot_before_s: Floats
-    """Without this stream."""
-    gap_s: Floats
-    harm_s: Floats
-
-
-def prefill_side(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> PrefillSide:
-    """Predict the way to the first token on each of `rows`."""
-    cost = snapshot.cost.take(rows)
-    cached = query.cached[rows].astype(np.float64)
-    new = np.maximum(query.prompt_tokens - cached, 1.0)
-    streams, context = snapshot.streams[rows].astype(np.float64), snapshot.context_tokens[rows]
-    base = np.where(streams > 0, np.maximum(cost.mixed(new * 0, new * 0, streams, context), 0.0), cost.step_s)
-    token = cost.token_s + cost.pair_s * (cached + new / 2)
-    chunk = _chunk(query, base, token, streams)
-    backlog = snapshot.backlog_tokens[rows]
-    total = backlog.sum(axis=1)
-    ahead = backlog[:, : size_of(int(new.max(initial=1.0))) + 1].sum(axis=1)
-    residual = np.where(total > 0, (np.minimum(total, chunk) * token + base) / 2, cost.decode(streams, context) / 2)
-    own = new * token
-    behind = snapshot.prefilling[rows] * np.divide(total - ahead, total, out=np.zeros_like(total), where=total > 0)
-    return PrefillSide(
-        rows=rows,
-        cached=cached,
-        queue_s=residual + ahead * token + ahead / chunk * base,
-        prefill_s=own + np.ceil(new / chunk) * base,
-        own_s=own,
-        chunk=np.minimum(chunk, new),
-        step_s=base + np.minimum(chunk, new) * token,
-        harm_s=(streams + behind) * own,
-    )
-
-
-def decode_side(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> DecodeSide:
-    """Predict the pace of the output on each of `rows`."""
-    cost = snapshot.cost.take(rows)
-    decoding, context = snapshot.decoding[rows].astype(np.float64), snapshot.context_tokens[rows]
-    before = cost.decode(decoding, context)
-    after = cost.decode(decoding + 1, context + query.prompt_tokens + query.output_tokens / 2)
-    free = 1.0 - snapshot.prefill_share[rows]
-    shared = (snapshot.prefill_share[rows] > _SHARED) | (snapshot.prefilling[rows] > 0)
-    return DecodeSide(
-        rows=rows,
-        step_s=after,
-        tpot_s=after / free,
-        tpot_before_s=before / free,
-        gap_s=np.where(shared, np.maximum(after, _usual_gap(query, cost, decoding + 1, context)), after),
-        harm_s=decoding * query.output_tokens * np.maximum(after - before, 0.0) / free,
-    )
-
-
 _SHARED = 0.02
 """A worker that spends less of its time on prompts than this decodes undisturbed."""
 
 
-def exposed_transfer(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, chunk: Floats) -> Floats:
-    """What is left of each handoff from `source[i]` to `target[i]` once its last chunk, of `chunk[i]` tokens, is
-    computed."""
+class PrefillSide(Struct, frozen=True):
+    """What prefilling the prompt on each worker means."""
+
+    queue_s: Floats
+    prefill_s: Floats
+    last_tokens: Floats
+    """At most so many are in the last chunk, whose handoff nothing hides."""
+    step_s: Floats
+    """A step with a chunk of the prompt: the gap that it makes in the streams beside it."""
+    harm_s: Floats
+
+
+class DecodeSide(Struct, frozen=True):
+    """What decoding the output on each worker means."""
+
+    step_s: Floats
+    """A step with this stream in it and no prompt."""
+    tpot_s: Floats
+    tpot_more_s: Floats
+    """By how much this stream slows those beside it."""
+    gap_s: Floats
+    harm_s: Floats
+
+
+def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeSide]:
+    """Predict the way to the first token, and the way on from there, on each worker."""
+    context = snapshot.context_tokens
+    own_context = query.prompt_tokens + query.output_tokens / 2
+    # On the first axis: the streams that run now, those that will with this one, and those without.
+    streams = np.array([snapshot.streams, snapshot.decoding + 1.0, snapshot.decoding])
+    contexts = np.array([context * (snapshot.streams > 0), context + own_context, context])
+    alone, beside = snapshot.cost.steps(streams, contexts)
+    new = np.maximum(query.prompt_tokens - query.cached, 1.0)
+    token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
+    chunk = _chunk(query, beside[:2], token)
+    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0])
+    return prefill, _decode(snapshot, query, alone, streams[2], beside[1] + chunk[1] * token)
+
+
+def _prefill(
+    snapshot: Snapshot, query: RouteQuery, new: Floats, token: Floats, streams: Floats, base: Floats, chunk: Floats
+) -> PrefillSide:
+    """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
+    chunk = np.where(streams > 0, chunk, query.chunk_tokens)
+    size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
+    size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
+    ahead, total = snapshot.ahead_tokens.take(size), snapshot.ahead_tokens[:, -1]
+    # The step that runs now is half over: one of streams, or one with a chunk in it of those that have to keep a gap.
+    chunk_now = np.minimum(np.minimum(total, query.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
+    running = base * ((streams > 0) | (total > 0))
+    own = new * token
+    return PrefillSide(
+        queue_s=(chunk_now + running) / 2 + ahead * (token + base / chunk),
+        prefill_s=own + np.ceil(new / chunk) * base,
+        last_tokens=np.minimum(new, query.chunk_tokens),
+        step_s=base + np.minimum(chunk, new) * token,
+        harm_s=(streams + snapshot.prompts_behind.take(size)) * own,
+    )
+
+
+def _decode(snapshot: Snapshot, query: RouteQuery, alone: Floats, decoding: Floats, shared_s: Floats) -> DecodeSide:
+    """`shared_s` is a step with this stream and a chunk of somebody's prompt in it."""
+    after, before = alone[1], alone[2]
+    share = snapshot.prefill_share
+    stretch = 1.0 / (1.0 - share)
+    more = (after - before) * stretch
+    return DecodeSide(
+        step_s=after,
+        tpot_s=after * stretch,
+        tpot_more_s=more,
+        gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared_s, after),
+        harm_s=query.output_tokens * decoding * more,
+    )
+
+
+def _chunk(query: RouteQuery, base: Floats, token: Floats) -> Floats:
+    """Tokens of a prompt that go into a step beside streams, which shorten it to keep their gap."""
+    fitting = (GAP_MARGIN * query.gap_planned_s - base) / np.maximum(token, 1e-12)
+    chunk: Floats = np.minimum(np.maximum(fitting, LEAST_CHUNK), query.chunk_tokens)
+    return chunk
+
+
+def exposed_transfer(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, tokens: Floats) -> Floats:
+    """What is left of each handoff from `source[i]` to `target[i]` once its last chunk, of `tokens[i]`, is computed."""
     same = snapshot.machine[source] == snapshot.machine[target]
     latency = np.where(same, SAME_MACHINE.latency_s, OTHER_MACHINE.latency_s)
     rate = np.where(same, SAME_MACHINE.bytes_per_s, OTHER_MACHINE.bytes_per_s)
     if snapshot.links:
-        for index, ends in enumerate(zip(source, target, strict=True)):
-            link = snapshot.links.get((snapshot.ids[ends[0]], snapshot.ids[ends[1]]))
+        ids, links = snapshot.ids, snapshot.links
+        for index, (start, end) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+            link = links.get((ids[start], ids[end]))
             if link is not None:
                 latency[index], rate[index] = link.latency_s, link.bytes_per_s
-    exposed: Floats = latency + chunk * query.kv_token_bytes / rate
+    exposed: Floats = latency + tokens * query.kv_token_bytes / rate
     return exposed
-
-
-def _chunk(query: RouteQuery, base: Floats, token: Floats, streams: Floats) -> Floats:
-    """Tokens of the prompt that go into a step, which streams shorten to keep their gap."""
-    spare = np.maximum(GAP_MARGIN * query.gap_planned_s - base, 0.0)
-    fitting = np.clip(spare / np.maximum(token, 1e-12), LEAST_CHUNK, query.chunk_tokens)
-    chunk: Floats = np.where(streams > 0, fitting, float(query.chunk_tokens))
-    return chunk
-
-
-def _usual_gap(query: RouteQuery, cost: CostColumns, streams: Floats, context: Floats) -> Floats:
-    """How long a step with a chunk of somebody's prompt takes."""
-    base = cost.mixed(streams * 0, streams * 0, streams, context)
-    chunk = _chunk(query, base, cost.token_s, streams)
-    gap: Floats = base + chunk * cost.token_s
-    return gap

@@ -13,20 +13,38 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bascule.policies.baselines import usable
 from bascule.policies.cost import Floats
-from bascule.policies.predict import DecodeSide, PrefillSide, Rows, decode_side, exposed_transfer, prefill_side
-from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
+from bascule.policies.predict import DecodeSide, PrefillSide, Rows, exposed_transfer, predict
+from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
 from bascule.types import Placement
 
 BEST = 8
-"""Workers of each side that are combined, and candidates of each kind that are recorded."""
+"""Workers of each side that are combined."""
+RECORDED = 8
+"""Candidates that a decision tells of."""
 WINDOW_S = 0.5
 """Work that a busy worker may have in its queue before prompts wait unbound at the router."""
 _WIDTH = 0.1
 """Relative error of predictions: how sharply a bound's price sets in."""
 _EQUAL = 1e-6
 """Prices that differ by less (s) are equal."""
+_LOAD_S = 1e-10
+"""Price of a request that is there, to order workers that are equal otherwise."""
+
+Mask = NDArray[np.bool_]
+
+
+class _Sides(Struct, frozen=True):
+    """What a request is told of each worker (row), and what either side of a placement there costs on its own."""
+
+    prefill: PrefillSide
+    decode: DecodeSide
+    ttft_s: Floats
+    prefill_price_s: Floats
+    decode_price_s: Floats
+    """Without what the bounds on the request's own TPOT and gap are worth, which a handoff changes."""
+    whole_price_s: Floats
+    """Both together and those bounds, of a request that is prefilled where it is decoded."""
 
 
 class _Priced(Struct, frozen=True):
@@ -34,145 +52,142 @@ class _Priced(Struct, frozen=True):
 
     prefill: Rows
     decode: Rows
-    cached: Floats
-    queue_s: Floats
-    prefill_s: Floats
     transfer_s: Floats
-    ttft_s: Floats
     tpot_s: Floats
     gap_s: Floats
-    harm_s: Floats
     price_s: Floats
-    load: NDArray[np.int64]
 
 
 def adaptive(snapshot: Snapshot, query: RouteQuery) -> Decision:
     """The cheapest placement; ties go to the least loaded, then in turn."""
-    homes = usable(snapshot, query, (DECODE, MIXED))
-    if not len(homes):
-        homes = usable(snapshot, query, (PREFILL,))
-    if not len(homes):
+    able = _able(snapshot, query)
+    homes = able & (snapshot.role != PREFILL)
+    if not homes.any():
+        homes = able
+    if not homes.any():
         return Decision(placement=None, reason="no worker is placeable")
-    homes = homes[(snapshot.decoding[homes] < snapshot.slots[homes]) & _fits(snapshot, query, homes)]
-    if not len(homes):
+    fits = snapshot.kv_tokens >= query.prompt_tokens + query.max_tokens
+    homes = homes & fits & (snapshot.decoding < snapshot.slots)
+    if not homes.any():
         return Decision(placement=None, reason="every worker that decodes is at its limit of requests")
-    feeders = usable(snapshot, query, (PREFILL, MIXED))
-    feeders = feeders[snapshot.hands_off[feeders] & _fits(snapshot, query, feeders)]
-    decode = decode_side(snapshot, query, homes)
-    options = [_local(snapshot, query, decode), _remote(snapshot, query, feeders, decode)]
-    found = [option for option in options if option is not None]
-    if not found:
+    sides = _sides(snapshot, query)
+    feeders = able & fits & ((snapshot.prefilling == 0) | (sides.prefill.queue_s <= WINDOW_S))
+    options = [_whole(sides, _least(sides.whole_price_s, homes & feeders, snapshot.turn))]
+    feeders &= snapshot.hands_off & (snapshot.role != DECODE)
+    options += _remote(snapshot, query, sides, feeders, homes & snapshot.hands_off)
+    options = [option for option in options if len(option.price_s)]
+    if not options:
         return Decision(placement=None, reason="every worker has as many prompts to compute as it should")
-    return _choose(snapshot, query, found)
+    return _choose(snapshot, query, sides, options)
 
 
 def priced(snapshot: Snapshot, query: RouteQuery, placement: Placement) -> Candidate:
     """What a placement that something else has chosen would bring; its workers must be in the snapshot."""
-    prefill = np.array([list(snapshot.ids).index(placement.prefill)], np.intp)
-    home = np.array([list(snapshot.ids).index(placement.decode)], np.intp)
-    side, decode = prefill_side(snapshot, query, prefill), decode_side(snapshot, query, home)
-    transfer = np.zeros(1)
+    sides = _sides(snapshot, query)
+    prefill, decode = (
+        np.array([snapshot.ids.index(worker)], np.intp) for worker in (placement.prefill, placement.decode)
+    )
     if placement.remote:
-        transfer = exposed_transfer(snapshot, query, prefill, home, side.chunk)
-    ttft = query.waited_s + side.queue_s + side.prefill_s
-    only = np.zeros(1, np.intp)
-    return _candidate(
-        snapshot, query, _price(snapshot, query, side, decode, only, only, transfer_s=transfer, ttft=ttft), 0
-    )
+        return _candidate(snapshot, query, sides, _handed_over(snapshot, query, sides, prefill, decode), 0)
+    return _candidate(snapshot, query, sides, _whole(sides, prefill), 0)
 
 
-def _fits(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> NDArray[np.bool_]:
-    fits: NDArray[np.bool_] = snapshot.kv_tokens[rows] >= query.prompt_tokens + query.max_tokens
-    return fits
+def _able(snapshot: Snapshot, query: RouteQuery) -> Mask:
+    """Rows that may be used; those that failed this request only when there is no other."""
+    able = snapshot.placeable
+    if not query.portable:
+        able = able & snapshot.hands_off
+    if query.excluded:
+        kept = able & np.array([worker not in query.excluded for worker in snapshot.ids])
+        able = kept if kept.any() else able
+    return able
 
 
-def _open(snapshot: Snapshot, side: PrefillSide) -> NDArray[np.bool_]:
-    """Workers that should be given one more prompt now."""
-    is_open: NDArray[np.bool_] = (snapshot.prefilling[side.rows] == 0) | (side.queue_s <= WINDOW_S)
-    return is_open
-
-
-def _local(snapshot: Snapshot, query: RouteQuery, decode: DecodeSide) -> _Priced | None:
-    """Prefill where it is decoded, on the best of the workers that decode."""
-    side = prefill_side(snapshot, query, decode.rows)
-    keep = np.flatnonzero(_open(snapshot, side))
-    if not len(keep):
-        return None
-    ttft = query.waited_s + side.queue_s + side.prefill_s
-    priced = _price(
-        snapshot,
-        query,
-        side,
-        decode,
-        np.arange(len(decode.rows)),
-        np.arange(len(decode.rows)),
-        transfer_s=np.zeros(len(decode.rows)),
-        ttft=ttft,
-    )
-    return _best(priced, keep)
-
-
-def _remote(snapshot: Snapshot, query: RouteQuery, feeders: Rows, decode: DecodeSide) -> _Priced | None:
-    """Prefill on one of the best feeders, decode on one of the best homes, and hand over in between."""
-    side = prefill_side(snapshot, query, feeders)
-    sources = np.flatnonzero(_open(snapshot, side))
-    targets = np.flatnonzero(snapshot.hands_off[decode.rows])
-    sources = sources[_least(side.queue_s[sources] + side.prefill_s[sources] + side.harm_s[sources])]
-    targets = targets[_least(query.output_tokens * decode.tpot_s[targets] + decode.harm_s[targets])]
-    left, right = (grid.ravel() for grid in np.meshgrid(sources, targets, indexing="ij"))
-    apart = side.rows[left] != decode.rows[right]
-    left, right = left[apart], right[apart]
-    if not len(left):
-        return None
-    transfer = exposed_transfer(snapshot, query, side.rows[left], decode.rows[right], side.chunk[left])
-    ttft = query.waited_s + (side.queue_s + side.prefill_s)[left]
-    return _price(snapshot, query, side, decode, left, right, transfer_s=transfer, ttft=ttft)
-
-
-def _price(
-    snapshot: Snapshot,
-    query: RouteQuery,
-    side: PrefillSide,
-    decode: DecodeSide,
-    left: Rows,
-    right: Rows,
-    *,
-    transfer_s: Floats,
-    ttft: Floats,
-) -> _Priced:
-    """Price the placements that prefill on `side.rows[left]` and decode on `decode.rows[right]`."""
-    slo, prefill, home = query.slo, side.rows[left], decode.rows[right]
-    handed = np.where(prefill == home, 0.0, transfer_s + decode.step_s[right] / 2)
-    tpot = decode.tpot_s[right] + handed / max(query.output_tokens - 1, 1)
-    gap = np.maximum(decode.gap_s[right], np.where(prefill == home, 0.0, handed + decode.step_s[right]))
-    harm = side.harm_s[left] + decode.harm_s[right]
-    broken = _chance(ttft, slo.ttft_s) + _chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s)
-    others = snapshot.decoding[home] * (
-        _chance(decode.tpot_s[right], slo.tpot_s) - _chance(decode.tpot_before_s[right], slo.tpot_s)
-    ) + snapshot.streams[prefill] * _chance(side.step_s[left], slo.gap_s)
-    worth = _worth(query)
-    return _Priced(
+def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
+    """Price each worker's two sides."""
+    prefill, decode = predict(snapshot, query)
+    slo, worth = query.slo, _worth(query)
+    ttft = query.waited_s + prefill.queue_s + prefill.prefill_s
+    lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s)
+    lost_there = snapshot.decoding * _more_chance(decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
+    own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s)
+    # Of equal workers the least loaded must be among the best, though a load of one is no price.
+    load = _LOAD_S * (snapshot.decoding + snapshot.prefilling)
+    if query.session >= 0:
+        load[query.session] -= _LOAD_S
+    prefill_price = ttft + prefill.harm_s + worth * lost_here + load
+    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + load
+    return _Sides(
         prefill=prefill,
-        decode=home,
-        cached=side.cached[left],
-        queue_s=side.queue_s[left],
-        prefill_s=side.prefill_s[left],
-        transfer_s=transfer_s,
+        decode=decode,
         ttft_s=ttft,
+        prefill_price_s=prefill_price,
+        decode_price_s=decode_price,
+        whole_price_s=prefill_price + decode_price + worth * own,
+    )
+
+
+def _whole(sides: _Sides, rows: Rows) -> _Priced:
+    return _Priced(
+        prefill=rows,
+        decode=rows,
+        transfer_s=np.zeros(len(rows)),
+        tpot_s=sides.decode.tpot_s[rows],
+        gap_s=sides.decode.gap_s[rows],
+        price_s=sides.whole_price_s[rows],
+    )
+
+
+def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask, homes: Mask) -> list[_Priced]:
+    """Prefill on one of the best feeders, decode on one of the best homes, and hand over in between."""
+    sources = _least(sides.prefill_price_s, feeders, snapshot.turn)
+    targets = _least(sides.decode_price_s, homes, snapshot.turn)
+    left, right = np.repeat(sources, len(targets)), np.tile(targets, len(sources))
+    apart = left != right
+    left, right = left[apart], right[apart]
+    return [_handed_over(snapshot, query, sides, left, right)] if len(left) else []
+
+
+def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Rows, right: Rows) -> _Priced:
+    """Price the placements that prefill on `left` and decode on `right`: both sides, and the handoff in between."""
+    slo, step = query.slo, sides.decode.step_s[right]
+    transfer = exposed_transfer(snapshot, query, left, right, sides.prefill.last_tokens[left])
+    handed = transfer + step / 2
+    late = handed / max(query.output_tokens - 1, 1)
+    tpot = sides.decode.tpot_s[right] + late
+    gap = np.maximum(sides.decode.gap_s[right], handed + step)
+    own = query.output_tokens * late + _worth(query) * (_chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s))
+    return _Priced(
+        prefill=left,
+        decode=right,
+        transfer_s=transfer,
         tpot_s=tpot,
         gap_s=gap,
-        harm_s=harm,
-        price_s=ttft + query.output_tokens * tpot + harm + worth * (broken + others),
-        load=snapshot.decoding[home] + snapshot.prefilling[prefill] - (home == query.session),
+        price_s=sides.prefill_price_s[left] + sides.decode_price_s[right] + own,
     )
 
 
 def _chance(predicted: Floats, bound: float) -> Floats:
     """How probable it is that a bound is broken, given that predictions err."""
     if math.isinf(bound):
-        return np.zeros_like(predicted)
-    chance: Floats = 1.0 / (1.0 + np.exp(np.clip((bound - predicted) / (_WIDTH * bound), -30.0, 30.0)))
+        return _NEVER
+    chance: Floats = 0.5 + 0.5 * np.tanh((predicted - bound) * (0.5 / (_WIDTH * bound)))
     return chance
+
+
+_NEVER = np.zeros(1)
+
+
+def _more_chance(predicted: Floats, more: Floats, bound: float) -> Floats:
+    """How much more probable a broken bound becomes for those that are slowed down by `more` to `predicted`.
+
+    A bound that is broken already still counts as if it could be kept: else a worker would become the better, the more
+    it had fallen behind.
+    """
+    if math.isinf(bound):
+        return _NEVER
+    predicted = np.minimum(predicted, bound + more / 2)
+    return _chance(predicted, bound) - _chance(predicted - more, bound)
 
 
 def _worth(query: RouteQuery) -> float:
@@ -182,56 +197,68 @@ def _worth(query: RouteQuery) -> float:
     return ttft + query.output_tokens * tpot
 
 
-def _least(values: Floats) -> Rows:
-    """Where the `BEST` smallest values are, in any order."""
-    if len(values) <= BEST:
-        return np.arange(len(values))
-    return np.argpartition(values, BEST - 1)[:BEST]
+def _least(values: Floats, rows: Mask, turn: int) -> Rows:
+    """The rows with the `BEST` smallest values, the smallest first; of equals those that come next in turn."""
+    start = turn % len(rows)
+    left = np.where(rows, values, np.inf)
+    left = np.concatenate((left[start:], left[:start]))
+    found: list[int] = []
+    # A few passes over all cost less than to partition them.
+    while len(found) < BEST and left[at := int(left.argmin())] < np.inf:
+        left[at] = np.inf
+        found.append((at + start) % len(rows))
+    return np.array(found, np.intp)
 
 
-def _best(priced: _Priced, keep: Rows) -> _Priced:
-    """The `BEST` cheapest of some placements."""
-    keep = keep[_least(priced.price_s[keep])]
-    return _Priced(*(getattr(priced, name)[keep] for name in priced.__struct_fields__))
-
-
-def _choose(snapshot: Snapshot, query: RouteQuery, options: list[_Priced]) -> Decision:
-    names = _Priced.__struct_fields__
-    every = _Priced(*(np.concatenate([getattr(option, name) for option in options]) for name in names))
-    cheapest = every.price_s.min()
-    equals = np.flatnonzero(every.price_s <= cheapest + _EQUAL)
-    equals = equals[every.load[equals] == every.load[equals].min()]
-    winner = int(equals[snapshot.turn % len(equals)])
-    order = [winner, *(int(index) for index in np.argsort(every.price_s, kind="stable")[: 2 * BEST] if index != winner)]
-    candidates = tuple(_candidate(snapshot, query, every, index) for index in order)
+def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides, options: list[_Priced]) -> Decision:
+    places = [(option, at) for option in options for at in range(len(option.price_s))]
+    prices = np.concatenate([option.price_s for option in options])
+    best = prices.argsort(kind="stable")[:RECORDED].tolist()
+    equals = np.flatnonzero(prices <= prices[best[0]] + _EQUAL).tolist()
+    if len(equals) > 1:
+        loads = [_load(snapshot, query, *places[index]) for index in equals]
+        equals = [index for index, load in zip(equals, loads, strict=True) if load == min(loads)]
+    winner = equals[snapshot.turn % len(equals)]
+    order = [winner, *(index for index in best if index != winner)]
+    candidates = tuple(_candidate(snapshot, query, sides, *places[index]) for index in order)
     return Decision(placement=candidates[0].placement, reason=_reason(candidates), candidates=candidates)
 
 
-def _candidate(snapshot: Snapshot, query: RouteQuery, priced: _Priced, index: int) -> Candidate:
+def _load(snapshot: Snapshot, query: RouteQuery, option: _Priced, at: int) -> int:
+    """Requests on the workers of a placement; the one that knows the conversation counts as a little emptier."""
+    home = option.decode[at]
+    return int(snapshot.decoding[home] + snapshot.prefilling[option.prefill[at]] - (home == query.session))
+
+
+def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Priced, at: int) -> Candidate:
+    prefill, decode = int(priced.prefill[at]), int(priced.decode[at])
     predicted = Prediction(
-        queue_s=float(priced.queue_s[index]),
-        prefill_s=float(priced.prefill_s[index]),
-        transfer_s=float(priced.transfer_s[index]),
-        ttft_s=float(priced.ttft_s[index]),
-        tpot_s=float(priced.tpot_s[index]),
-        gap_s=float(priced.gap_s[index]),
-        harm_s=float(priced.harm_s[index]),
+        queue_s=float(sides.prefill.queue_s[prefill]),
+        prefill_s=float(sides.prefill.prefill_s[prefill]),
+        transfer_s=float(priced.transfer_s[at]),
+        ttft_s=float(sides.ttft_s[prefill]),
+        tpot_s=float(priced.tpot_s[at]),
+        gap_s=float(priced.gap_s[at]),
+        harm_s=float(sides.prefill.harm_s[prefill] + sides.decode.harm_s[decode]),
     )
     return Candidate(
-        placement=Placement(snapshot.ids[priced.prefill[index]], snapshot.ids[priced.decode[index]]),
+        placement=Placement(snapshot.ids[prefill], snapshot.ids[decode]),
         predicted=predicted,
-        cached_tokens=int(priced.cached[index]),
-        cost_s=float(priced.price_s[index]),
+        cached_tokens=int(query.cached[prefill]),
+        cost_s=float(priced.price_s[at]),
         why_not=broken_bounds(predicted, query),
     )
 
 
 def broken_bounds(predicted: Prediction, query: RouteQuery) -> str:
     """Which bounds of the SLO a prediction breaks, in words; empty if none."""
+    slo = query.slo
+    if predicted.ttft_s <= slo.ttft_s and predicted.tpot_s <= slo.tpot_s and predicted.gap_s <= slo.gap_s:
+        return ""
     bounds = (
-        ("TTFT", predicted.ttft_s, query.slo.ttft_s),
-        ("TPOT", predicted.tpot_s, query.slo.tpot_s),
-        ("gap", predicted.gap_s, query.slo.gap_s),
+        ("TTFT", predicted.ttft_s, slo.ttft_s),
+        ("TPOT", predicted.tpot_s, slo.tpot_s),
+        ("gap", predicted.gap_s, slo.gap_s),
     )
     return ", ".join(f"{name} {value:.3g} s over {bound:g} s" for name, value, bound in bounds if value > bound)
 

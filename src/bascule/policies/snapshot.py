@@ -16,11 +16,11 @@ ROLES = tuple(Role)
 PREFILL, DECODE, MIXED = range(3)
 
 SIZES = 16
-"""Columns of `backlog_tokens`: prompts of less than 2, 4, 8 ... 65,536 uncached tokens; longer ones in the last."""
+"""Columns of `ahead_tokens`: prompts of less than 2, 4, 8 ... 65,536 uncached tokens; longer ones in the last."""
 
 
 def size_of(tokens: int) -> int:
-    """The column of `Snapshot.backlog_tokens` for a prompt with so many tokens to compute."""
+    """The column of `Snapshot.ahead_tokens` for a prompt with so many tokens to compute."""
     return min(max(tokens, 1).bit_length() - 1, SIZES - 1)
 
 
@@ -45,8 +45,11 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Requests placed here whose first token has not come."""
     streams: NDArray[np.int64]
     """Requests that decode here now, as the worker last said."""
-    backlog_tokens: Floats
-    """Tokens of those still to be computed, by size of the prompt: [rows, SIZES]."""
+    ahead_tokens: Floats
+    """Tokens of those still to be computed, summed up to each size of prompt: [rows, SIZES]. What goes before a prompt
+    of that size, where short ones go first; the last column is all of them."""
+    prompts_behind: Floats
+    """How many of `prefilling` are prompts of a larger size: [rows, SIZES]."""
     context_tokens: Floats
     """Tokens of context of the requests in `decoding`."""
     kv_tokens: NDArray[np.int64]

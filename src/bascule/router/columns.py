@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 
@@ -41,10 +42,13 @@ class Columns:
         self.machine = np.zeros(rows, np.int64)
         self.cost = CostColumns.empty(rows)
         self._placed = np.zeros((rows, SIZES))
-        """Uncached tokens of the prompts whose first token has not come, by size."""
+        """Uncached tokens of the prompts whose first token has not come, summed up to each size."""
         self._left: Floats = np.full(rows, np.inf)
         """Tokens still to be computed of those prompts that the worker has received, as it last said."""
-        self._backlog = np.zeros((rows, SIZES))
+        self._ahead = np.zeros((rows, SIZES))
+        self._behind = np.zeros((rows, SIZES))
+        self._on_the_way = np.zeros(rows)
+        """Tokens of the prompts that the worker has not confirmed."""
         self._share = np.zeros(rows)
         self._share_at = 0.0
 
@@ -79,7 +83,9 @@ class Columns:
         self.ids[row] = WorkerId("")
         for column in (self.placeable, self.slots, self.decoding, self.prefilling, self.streams, self.context_tokens):
             column[row] = 0
-        self._placed[row], self._backlog[row], self._share[row], self._left[row] = 0, 0, 0, np.inf
+        for table in (self._placed, self._ahead, self._behind):
+            table[row] = 0
+        self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
         self.cost.put(row, CostModel())
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
@@ -89,24 +95,32 @@ class Columns:
         """A prompt with so many tokens to compute, `work_s` seconds of work, is on its way to the worker."""
         self._sent[row] += 1
         self._unreceived[row].append((self._sent[row], uncached))
+        self._on_the_way[row] += uncached
         self.prefilling[row] += 1
-        self._placed[row, size_of(uncached)] += uncached
+        size = size_of(uncached)
+        self._placed[row, size:] += uncached
+        self._behind[row, :size] += 1
         self._decay(now)
         self._share[row] += work_s / SHARE_S
         self._stale.add(row)
+
+    def sent(self, row: int) -> int:
+        """How many prompts have been submitted to the row's worker since it joined."""
+        return self._sent[row]
 
     def computed(self, row: int, uncached: int) -> None:
         """That prompt is computed, or is no longer wanted."""
         size = size_of(uncached)
         self.prefilling[row] -= 1
-        self._placed[row, size] = max(self._placed[row, size] - uncached, 0.0)
+        self._placed[row, size:] -= uncached
+        self._behind[row, :size] -= 1
         self._stale.add(row)
 
     def report(self, row: int, load: StepLoad) -> None:
         """What the worker says after a step."""
         waiting = self._unreceived[row]
         while waiting and waiting[0][0] <= load.received:
-            waiting.popleft()
+            self._on_the_way[row] -= waiting.popleft()[1]
         self.streams[row] = load.streams
         self._left[row] = load.backlog_tokens
         self._stale.add(row)
@@ -126,7 +140,8 @@ class Columns:
             decoding=self.decoding,
             prefilling=self.prefilling,
             streams=self.streams,
-            backlog_tokens=self._backlog,
+            ahead_tokens=self._ahead,
+            prompts_behind=self._behind,
             context_tokens=self.context_tokens,
             kv_tokens=self.kv_tokens,
             prefill_share=np.minimum(self._share, _MOST_SHARE),
@@ -144,14 +159,13 @@ class Columns:
         rows = list(self._stale)
         self._stale.clear()
         placed = self._placed[rows]
-        total = placed.sum(axis=1)
-        on_the_way = np.array([sum(tokens for _, tokens in self._unreceived[row]) for row in rows])
-        done = np.maximum(total - on_the_way - self._left[rows], 0.0)
-        self._backlog[rows] = np.minimum(placed, np.maximum(placed.cumsum(axis=1) - done[:, None], 0.0))
+        done = np.maximum(placed[:, -1] - self._on_the_way[rows] - self._left[rows], 0.0)
+        self._ahead[rows] = np.maximum(placed - done[:, None], 0.0)
 
     def _decay(self, now: float) -> None:
-        self._share *= np.exp(-max(now - self._share_at, 0.0) / SHARE_S)
-        self._share_at = now
+        if now > self._share_at:
+            self._share *= math.exp((self._share_at - now) / SHARE_S)
+            self._share_at = now
 
 
 _MOST_SHARE = 0.9
