@@ -198,15 +198,16 @@ def _worth(query: RouteQuery) -> float:
 
 
 def _least(values: Floats, rows: Mask, turn: int) -> Rows:
-    """The rows with the `BEST` smallest values, the smallest first; of equals those that come next in turn."""
-    start = turn % len(rows)
+    """The rows with the `BEST` smallest values, the smallest first; where more are equal, the next in turn."""
     left = np.where(rows, values, np.inf)
-    left = np.concatenate((left[start:], left[:start]))
     found: list[int] = []
     # A few passes over all cost less than to partition them.
     while len(found) < BEST and left[at := int(left.argmin())] < np.inf:
         left[at] = np.inf
-        found.append((at + start) % len(rows))
+        found.append(at)
+    if len(found) == BEST and values[found[-1]] == values[found[0]]:
+        equals = np.flatnonzero(rows & (values == values[found[0]]))
+        return np.roll(equals, -(turn - turn % BEST))[:BEST]
     return np.array(found, np.intp)
 
 

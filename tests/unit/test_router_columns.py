@@ -1,0 +1,143 @@
+"""The columns count what was placed until workers have it, and rows are used again without a trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bascule.policies.snapshot import SIZES, Snapshot, size_of
+from bascule.router.columns import SHARE_S, Columns
+from bascule.types import CostModel, Role, StepLoad, WorkerId
+
+
+def join(columns: Columns, row: int, name: str = "a") -> None:
+    columns.add(row, WorkerId(name), Role.MIXED, slots=4, kv_tokens=1000, machine=1, hands_off=True)
+
+
+def snapshot(columns: Columns, now: float = 0.0) -> Snapshot:
+    return columns.snapshot(now, 0, {}, 4096)
+
+
+def one() -> Columns:
+    columns = Columns(2)
+    join(columns, 0)
+    return columns
+
+
+def backlog(columns: Columns) -> float:
+    return float(snapshot(columns).ahead_tokens[0, -1])
+
+
+def test_a_row_is_used_again_without_a_trace_of_who_had_it() -> None:
+    used, fresh = one(), one()
+    used.cost.put(0, CostModel(step_s=1.0))
+    used.submitted(0, 100, 1.0, 0.0)
+    used.decoding[0] += 1
+    used.context_tokens[0] += 10
+    used.report(0, StepLoad(0, 1, 50, 3, 30))
+    used.remove(0)
+    assert not snapshot(used).placeable[0]
+    assert snapshot(used).ids[0] == ""
+    join(used, 0)
+    for name in Snapshot.__struct_fields__:
+        mine, theirs = getattr(snapshot(used), name), getattr(snapshot(fresh), name)
+        if isinstance(mine, np.ndarray):
+            assert mine.tolist() == theirs.tolist(), name
+    assert used.cost.step_s[0] == 0.0
+    assert used.sent(0) == 0
+
+
+def test_columns_grow_and_keep_what_they_hold() -> None:
+    columns = one()
+    columns.cost.put(0, CostModel(step_s=0.5))
+    columns.submitted(0, 100, 2.0, 1.0)
+    columns.streams[0] = 3
+    join(columns, 9, "far")
+    grown = snapshot(columns, now=1.0)
+    assert (grown.ids[0], grown.ids[9]) == ("a", "far")
+    assert (grown.prefilling[0], grown.streams[0], grown.ahead_tokens[0, -1]) == (1, 3, 100)
+    assert grown.cost.step_s[0] == 0.5
+    assert grown.prefill_share[0] == pytest.approx(2.0 / SHARE_S)
+    assert [bool(placeable) for placeable in grown.placeable] == [row in (0, 9) for row in range(len(grown.ids))]
+
+
+def test_what_is_on_its_way_to_a_worker_counts_until_it_reports_it_and_then_not_twice() -> None:
+    columns = one()
+    columns.submitted(0, 100, 0.0, 0.0)
+    assert backlog(columns) == 100
+    columns.report(0, StepLoad(1, 1, 60, 0, 0))
+    assert backlog(columns) == 60
+    columns.submitted(0, 40, 0.0, 0.0)
+    assert backlog(columns) == 100
+    columns.report(0, StepLoad(1, 1, 20, 0, 0))
+    assert backlog(columns) == 60
+    columns.report(0, StepLoad(2, 2, 50, 0, 0))
+    assert backlog(columns) == 50
+    columns.computed(0, 100)
+    columns.report(0, StepLoad(2, 1, 10, 0, 0))
+    assert backlog(columns) == 10
+    columns.computed(0, 40)
+    assert backlog(columns) == 0
+    assert snapshot(columns).prefilling[0] == 0
+
+
+def test_a_worker_that_has_not_reported_is_taken_to_have_done_nothing() -> None:
+    columns = one()
+    columns.submitted(0, 100, 0.0, 0.0)
+    columns.submitted(0, 50, 0.0, 0.0)
+    columns.computed(0, 50)
+    assert backlog(columns) == 100
+
+
+def test_what_is_done_is_taken_off_short_prompts_first() -> None:
+    columns = one()
+    for tokens in (1000, 10, 100):
+        columns.submitted(0, tokens, 0.0, 0.0)
+    columns.report(0, StepLoad(3, 3, 1050, 0, 0))
+    ahead = snapshot(columns).ahead_tokens[0]
+    assert [ahead[size_of(tokens)] for tokens in (10, 100, 1000)] == [0, 50, 1050]
+
+
+def test_longer_prompts_are_counted_by_size() -> None:
+    columns = one()
+    for tokens in (1000, 1000, 10):
+        columns.submitted(0, tokens, 0.0, 0.0)
+    behind = snapshot(columns).prompts_behind[0]
+    assert [behind[size_of(tokens)] for tokens in (1, 10, 500, 1000, 10**6)] == [3, 2, 2, 0, 0]
+    columns.computed(0, 1000)
+    assert snapshot(columns).prompts_behind[0, 0] == 2
+
+
+def test_sizes_double_and_the_last_takes_the_rest() -> None:
+    assert [size_of(tokens) for tokens in (0, 1, 2, 3, 4, 65_535, 65_536, 10**9)] == [0, 0, 1, 1, 2, 15, 15, 15]
+    assert SIZES == 16
+
+
+@given(st.lists(st.integers(0, 5000), max_size=12), st.integers(0, 12), st.integers(0, 20_000))
+def test_a_backlog_is_never_negative_nor_more_than_was_placed(prompts: list[int], received: int, left: int) -> None:
+    columns = one()
+    for tokens in prompts:
+        columns.submitted(0, tokens, 0.0, 0.0)
+    received = min(received, len(prompts))
+    columns.report(0, StepLoad(received, 0, left, 0, 0))
+    ahead = snapshot(columns).ahead_tokens[0]
+    assert np.all(np.diff(ahead) >= 0)
+    assert ahead[0] >= 0
+    assert ahead[-1] == min(sum(prompts), left + sum(prompts[received:]))
+    for tokens in prompts:
+        columns.computed(0, tokens)
+    state = snapshot(columns)
+    assert not state.ahead_tokens.any()
+    assert not state.prompts_behind.any()
+
+
+def test_the_share_of_prompts_fades_when_none_come_and_is_never_all() -> None:
+    columns = one()
+    columns.submitted(0, 100, 2.0, 0.0)
+    assert snapshot(columns, 0.0).prefill_share[0] == pytest.approx(0.2)
+    assert snapshot(columns, SHARE_S).prefill_share[0] == pytest.approx(0.2 / np.e)
+    assert snapshot(columns, SHARE_S / 2).prefill_share[0] == pytest.approx(0.2 / np.e)
+    columns.submitted(0, 100, 1e6, SHARE_S)
+    assert snapshot(columns, SHARE_S).prefill_share[0] == pytest.approx(0.9)
