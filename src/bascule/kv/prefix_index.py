@@ -150,6 +150,8 @@ class PrefixIndex:
         ValueError for bytes that are no hashes.
         """
         names = _unpacked(hashes)
+        if not names:
+            return True
         holder = self._holders[row]
         room = holder.capacity.get(tier, 0)
         if len(names) > room:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import count
 
 from bascule.errors import RegistrationRefused
-from bascule.types import Epoch, ModelCard, Placement, Snapshot, WorkerId, WorkerLoad, WorkerStatus, WorkerView
+from bascule.kv.prefix_index import PrefixIndex
+from bascule.router.kv_feed import KvFeed
+from bascule.types import Epoch, ModelCard, Placement, Snapshot, Tier, WorkerId, WorkerLoad, WorkerStatus, WorkerView
 from bascule.wire import VERSION, Register
 
 
@@ -15,6 +19,9 @@ class Member:
 
     registration: Register
     last_seen: float
+    row: int
+    """Its place in the prefix index; given to another worker once it has left."""
+    kv: KvFeed
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
     prefilling: int = 0
@@ -41,6 +48,9 @@ class ClusterView:
     """What the first worker brought; all others must match it."""
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    kv_faults: Counter[str] = field(default_factory=Counter)
+    """KV events that could not be used as they came, by kind."""
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
@@ -57,7 +67,11 @@ class ClusterView:
     def add(self, offer: Register, now: float) -> Member:
         """Take in a worker that `check` let pass and whose id is free."""
         self.card = self.card or offer.card
-        member = self.members[offer.worker] = Member(offer, now)
+        taken = {member.row for member in self.members.values()}
+        row = next(row for row in count() if row not in taken)
+        self.index.join(row, {Tier.DEVICE: offer.kv_blocks})
+        feed = KvFeed(self.index, row, self.kv_faults)
+        member = self.members[offer.worker] = Member(offer, now, row, feed)
         return member
 
     def current(self, worker: WorkerId, epoch: Epoch) -> Member | None:
@@ -86,6 +100,7 @@ class ClusterView:
         member = self.members.pop(worker, None)
         if member is not None:
             self.burned.add(member.epoch)
+            self.index.leave(member.row)
 
     def place(self, placement: Placement, prompt_tokens: int) -> None:
         """Count a request on its workers before they report it."""
