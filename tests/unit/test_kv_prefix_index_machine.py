@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
-from typing import NamedTuple
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.prefix_index import PrefixIndex
@@ -24,14 +23,10 @@ PROMPTS = [HASHER.chain(tokens) for tokens in product((0, 1), repeat=3)]
 NAMES = sorted({name for prompt in PROMPTS for name in prompt})
 CAPACITY = {Tier.DEVICE: 6, Tier.HOST: 3}
 
-rows = st.sampled_from(ROWS)
-names = st.lists(st.sampled_from(NAMES), unique=True, max_size=4)
+numbers = st.integers(0, len(ROWS) - 1)
+names = st.lists(st.sampled_from(NAMES), unique=True, max_size=6)
 prompts = st.sampled_from(PROMPTS)
 Sets = dict[Tier, set[BlockHash]]
-
-
-class Beat(NamedTuple):
-    sequence: int
 
 
 def nothing() -> Sets:
@@ -46,7 +41,7 @@ class Worker:
         self.heard = nothing()
         self.expected: dict[BlockHash, float] = {}
         self.sequence = 0
-        self.channel: list[KvEvents | Beat] = []
+        self.channel: list[KvEvents] = []
 
     def send(self, *changes: TierChanges, anew: bool = False) -> None:
         self.sequence += 1
@@ -89,99 +84,94 @@ class IndexMachine(RuleBasedStateMachine):
         self.feeds: dict[int, KvFeed] = {}
         self.now = 0.0
 
+    def pick(self, number: int) -> tuple[int, Worker, KvFeed]:
+        row = sorted(self.workers)[number % len(self.workers)]
+        return row, self.workers[row], self.feeds[row]
+
     # ------------------------------------------------------------ workers
 
-    @rule(row=rows)
-    def join_or_restart(self, row: int) -> None:
-        if row in self.workers:
-            self.index.leave(row)
+    @initialize()
+    def all_join(self) -> None:
+        for _ in ROWS:
+            self.join()
+
+    @precondition(lambda self: len(self.workers) < len(ROWS))
+    @rule()
+    def join(self) -> None:
+        row = min(set(ROWS) - set(self.workers))
         self.index.join(row, CAPACITY)
         self.workers[row] = Worker()
         self.feeds[row] = KvFeed(self.index, row, Counter())
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows)
-    def leave(self, row: int) -> None:
-        if row in self.workers:
-            self.index.leave(row)
-            del self.workers[row], self.feeds[row]
+    @precondition(lambda self: len(self.workers) > 1)
+    @rule(number=numbers)
+    def leave(self, number: int) -> None:
+        row, _worker, _feed = self.pick(number)
+        self.index.leave(row)
+        del self.workers[row], self.feeds[row]
 
     # ------------------------------------------------------------ what workers do
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows, tier=st.sampled_from(TIERS), stored=names, removed=names)
-    def change(self, row: int, tier: Tier, stored: list[BlockHash], removed: list[BlockHash]) -> None:
-        if (worker := self.workers.get(row)) is not None:
-            gone = worker.truth[tier] & set(removed)
-            left = worker.truth[tier] - gone
-            room = CAPACITY[tier] - len(left)
-            come = [name for name in stored if name not in worker.truth[tier]][:room]
-            worker.truth[tier] = left | set(come)
-            worker.send(TierChanges(tier, b"".join(come), b"".join(gone)))
+    @rule(number=numbers, tier=st.sampled_from(TIERS), stored=names, removed=names, arrives=st.booleans())
+    def change(self, number: int, tier: Tier, stored: list[BlockHash], removed: list[BlockHash], arrives: bool) -> None:
+        _row, worker, _feed = self.pick(number)
+        gone = worker.truth[tier] & set(removed)
+        left = worker.truth[tier] - gone
+        room = CAPACITY[tier] - len(left)
+        come = [name for name in stored if name not in worker.truth[tier]][:room]
+        worker.truth[tier] = left | set(come)
+        worker.send(TierChanges(tier, b"".join(come), b"".join(gone)))
+        if arrives:
+            self.deliver(number)
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows, name=st.sampled_from(NAMES))
-    def move_to_host(self, row: int, name: BlockHash) -> None:
-        worker = self.workers.get(row)
-        if worker is not None and name in worker.truth[Tier.DEVICE] and len(worker.truth[Tier.HOST]) < 3:
+    @rule(number=numbers, name=st.sampled_from(NAMES))
+    def move_to_host(self, number: int, name: BlockHash) -> None:
+        _row, worker, _feed = self.pick(number)
+        if name in worker.truth[Tier.DEVICE] and len(worker.truth[Tier.HOST]) < CAPACITY[Tier.HOST]:
             worker.truth[Tier.DEVICE].remove(name)
             worker.truth[Tier.HOST].add(name)
             worker.send(TierChanges(Tier.DEVICE, b"", name), TierChanges(Tier.HOST, name, b""))
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows)
-    def beat(self, row: int) -> None:
-        if (worker := self.workers.get(row)) is not None:
-            worker.channel.append(Beat(worker.sequence))
-
     # ------------------------------------------------------------ what arrives
 
-    @precondition(lambda self: any(worker.channel for worker in self.workers.values()))
-    @rule(row=rows)
-    def lose(self, row: int) -> None:
-        if row in self.workers and self.workers[row].channel:
-            self.workers[row].channel.pop(0)
+    @rule(number=numbers)
+    def lose(self, number: int) -> None:
+        _row, worker, _feed = self.pick(number)
+        del worker.channel[:1]
 
-    @precondition(lambda self: any(worker.channel for worker in self.workers.values()))
-    @rule(row=rows, most=st.integers(1, 3))
-    def deliver(self, row: int, most: int) -> None:
-        if row in self.workers:
-            worker, feed = self.workers[row], self.feeds[row]
-            for message in worker.channel[:most]:
-                if isinstance(message, Beat):
-                    feed.told(message.sequence)
-                else:
-                    feed.apply(message)
-                    worker.hear(message)
-            del worker.channel[:most]
+    @rule(number=numbers)
+    def deliver(self, number: int) -> None:
+        _row, worker, feed = self.pick(number)
+        for message in worker.channel:
+            feed.apply(message)
+            worker.hear(message)
+        worker.channel.clear()
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows)
-    def catch_up(self, row: int) -> None:
+    @rule(number=numbers)
+    def catch_up(self, number: int) -> None:
         """Once everything sent has come or been missed, and the worker asked if need be, the index is true."""
-        if row in self.workers:
-            self.beat(row)
-            self.deliver(row, 1_000)
-            self.now += ASK_AGAIN_S
-            if self.feeds[row].should_ask(self.now):
-                self.workers[row].send_all()
-                self.deliver(row, 1_000)
-            assert self.feeds[row].in_step
-            assert self.workers[row].heard == self.workers[row].truth
+        _row, worker, feed = self.pick(number)
+        self.deliver(number)
+        feed.told(worker.sequence)
+        self.now += ASK_AGAIN_S
+        if feed.should_ask(self.now):
+            worker.send_all()
+            self.deliver(number)
+        assert feed.in_step
+        assert worker.heard == worker.truth
 
     # ------------------------------------------------------------ what the router does
 
-    @precondition(lambda self: self.workers)
-    @rule(row=rows, prompt=prompts)
-    def expect(self, row: int, prompt: list[BlockHash]) -> None:
-        if (worker := self.workers.get(row)) is not None:
-            self.index.expect(row, prompt, self.now)
-            for name in prompt:
-                if name not in worker.heard[Tier.DEVICE]:
-                    worker.expected.pop(name, None)
-                    worker.expected[name] = self.now + LIFETIME
-            for name in list(worker.expected)[: -CAPACITY[Tier.DEVICE]]:
-                del worker.expected[name]
+    @rule(number=numbers, prompt=prompts)
+    def expect(self, number: int, prompt: list[BlockHash]) -> None:
+        row, worker, _feed = self.pick(number)
+        self.index.expect(row, prompt, self.now)
+        for name in prompt:
+            if name not in worker.heard[Tier.DEVICE]:
+                worker.expected.pop(name, None)
+                worker.expected[name] = self.now + LIFETIME
+        for name in list(worker.expected)[: -CAPACITY[Tier.DEVICE]]:
+            del worker.expected[name]
 
     @rule(seconds=st.sampled_from([0.5, LIFETIME]))
     def time_passes(self, seconds: float) -> None:

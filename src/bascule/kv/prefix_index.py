@@ -319,6 +319,8 @@ class PrefixIndex:
         slots = [holder.slot for holder in self._holders.values()] + list(self._retired) + self._free
         if sorted(slots) != list(range(_NOBODY + 1, len(self._bits))):
             yield f"of {len(self._bits)} slots, these are held, retired or free: {sorted(slots)}"
+        if self._live != sum(holder.bit for holder in self._holders.values()):
+            yield f"the workers' slots are {self._live:b}, which is not what they have"
         named = 0
         for shards in self._tiers.values():
             for shard in shards:
