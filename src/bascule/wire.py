@@ -77,6 +77,9 @@ class Heartbeat(Struct, frozen=True, tag=True):
     worker: WorkerId
     epoch: Epoch
     load: WorkerLoad
+    kv_sequence: int = 0
+    """Of the last `KvEvents` sent before this, so that a lost one is noticed though none follows; 0 before the first.
+    """
 
 
 class TokenItem(Struct, frozen=True, array_like=True):
@@ -112,6 +115,27 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     retryable: bool
 
 
+class TierChanges(Struct, frozen=True, array_like=True):
+    """Blocks that came into one tier and left it. Hashes lie one after another, 16 bytes each."""
+
+    tier: str
+    """A `Tier`; an unknown one must not make the whole message unreadable."""
+    stored: bytes
+    removed: bytes
+
+
+class KvEvents(Struct, frozen=True, tag=True, kw_only=True):
+    """What has changed in a worker's cache. A block that moves leaves one tier and comes into another at once."""
+
+    worker: WorkerId
+    epoch: Epoch
+    sequence: int
+    """One more than that of the message before; a gap means that the router has to ask for everything."""
+    anew: bool
+    """Nothing told before counts any more: this message, and those that follow, say what is there."""
+    changes: tuple[TierChanges, ...]
+
+
 class Goodbye(Struct, frozen=True, tag=True):
     """A worker leaves on purpose; nothing of its epoch comes after this."""
 
@@ -119,7 +143,7 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-WorkerMessage = Starting | Register | Heartbeat | StepTokens | Failed | Goodbye
+WorkerMessage = Starting | Register | Heartbeat | StepTokens | Failed | KvEvents | Goodbye
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -164,11 +188,15 @@ class Cancel(Struct, frozen=True, tag=True):
     attempt: int
 
 
+class Resync(Struct, frozen=True, tag=True):
+    """The router has lost track of this worker's cache: tell anew what is there."""
+
+
 class Stop(Struct, frozen=True, tag=True):
     """Leave at once: say goodbye and end the process."""
 
 
-RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Stop
+RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Resync | Stop
 
 
 # ---------------------------------------------------------------- prefill worker <-> decode worker

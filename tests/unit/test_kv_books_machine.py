@@ -42,6 +42,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.out_of_use: set[int] = set()
         self.content: dict[int, BlockHash | None] = {}
         """What was last written into a block: the KV of a hash, or something else."""
+        self.told: set[BlockHash] = set()
+        """What a listener thinks is findable, who hears of changes now and then."""
 
     def unused(self) -> set[int]:
         """Blocks that nobody holds and that are not quarantined: free or cached."""
@@ -115,6 +117,20 @@ class BooksMachine(RuleBasedStateMachine):
             self.overwrite(own)
             held.lease.lift()
             self.out_of_use.difference_update(own)
+
+    @rule()
+    def tell_changes(self) -> None:
+        changes = self.books.changes()
+        assert self.told.isdisjoint(changes.stored) and self.told.issuperset(changes.removed)
+        self.told = (self.told - set(changes.removed)) | set(changes.stored)
+        assert self.told == set(self.books.findable())
+
+    @rule()
+    def tell_all(self) -> None:
+        inventory = self.books.inventory()
+        assert inventory.removed == []
+        self.told = set(inventory.stored)
+        assert self.told == set(self.books.findable())
 
     @invariant()
     def books_are_clean_and_agree(self) -> None:

@@ -99,7 +99,9 @@ def test_what_is_chosen_can_be_carried_out(wishes: list[Wish], query: Wish, turn
 @given(clusters, queries)
 def test_it_waits_only_if_every_worker_is_out_of_question(wishes: list[Wish], query: Wish) -> None:
     idle = [wish for wish in wishes if wish["placeable"] and not wish["prompts"] and wish["role"] is not Role.PREFILL]
-    able = [wish for wish in idle if wish["kv_tokens"] >= query["tokens"] + 100 and len(wish["streams"]) < wish["slots"]]
+    able = [
+        wish for wish in idle if wish["kv_tokens"] >= query["tokens"] + 100 and len(wish["streams"]) < wish["slots"]
+    ]
     if able:
         assert decide(built(wishes), **query).placement is not None
 

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Struct
 
 from bascule.errors import BasculeError
+from bascule.kv.journal import Changes, Journal
 from bascule.kv.placement import Mask, place, reach
 from bascule.types import BlockHash
 
@@ -76,6 +77,7 @@ class Books:
         self._quarantined: set[int] = set()
         self._by_hash: dict[BlockHash, _Entry] = {}
         self._by_block: dict[int, _Entry] = {}
+        self._journal = Journal()
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Cached blocks, the next to be evicted first."""
         self._leases: dict[int, Lease] = {}
@@ -87,6 +89,22 @@ class Books:
         with self._lock:
             free, cached, quarantined = self._count_free(), len(self._evictable), len(self._quarantined)
             return Counts(free, cached, self.num_blocks - free - cached - quarantined, quarantined)
+
+    def findable(self) -> list[BlockHash]:
+        """All hashes in the cache, those of held blocks included."""
+        with self._lock:
+            return list(self._by_hash)
+
+    def changes(self) -> Changes:
+        """What has become findable, or ceased to be, since the last `changes` or `inventory`."""
+        with self._lock:
+            return self._journal.drain()
+
+    def inventory(self) -> Changes:
+        """All that is findable, as if it had just been stored; the next `changes` are those made to it."""
+        with self._lock:
+            self._journal.clear()
+            return Changes(list(self._by_hash), [])
 
     def acquire(self, hashes: Sequence[BlockHash], tokens: Sequence[int], total: int, room: int = 0) -> Lease | None:
         """Lease `total` blocks: the longest cached prefix of `hashes`, then fresh ones. None if there are not enough.
@@ -164,7 +182,9 @@ class Books:
         """Free the `count` least recently held cached blocks, or all if there are fewer."""
         for _ in range(min(count, len(self._evictable))):
             block, _unused = self._evictable.popitem(last=False)
-            del self._by_hash[self._by_block.pop(block).hash]
+            name = self._by_block.pop(block).hash
+            del self._by_hash[name]
+            self._journal.removed(name)
             self._free[block] = True
             self.evictions += 1
 
@@ -279,6 +299,7 @@ class Lease:
                 if name not in books._by_hash:
                     entry = _Entry(block, name, tuple(tokens[index * size : (index + 1) * size]))
                     books._by_hash[name] = books._by_block[block] = entry
+                    books._journal.stored(name)
 
     def release(self) -> None:
         """Let go of all blocks: sealed ones stay cached. Idempotent; what is quarantined stays so until `lift`."""

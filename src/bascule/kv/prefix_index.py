@@ -15,7 +15,7 @@ a little at a time, and given to another worker only when no block names it any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from struct import iter_unpack
 
@@ -71,8 +71,8 @@ class PrefixIndex:
 
     def __init__(self, expected_s: float = _EXPECTED_S) -> None:
         """`expected_s` seconds after a placement its blocks no longer count unless the worker has them."""
-        self._tiers: dict[Tier, _Shards] = {}
-        """Those that have ever held a block, fastest first."""
+        self._tiers: dict[Tier, _Shards] = {Tier.DEVICE: _empty()}
+        """The device, and those that have ever held a block."""
         self._holders: dict[int, _Holder] = {}
         self._slots = np.zeros(0, np.int64)
         """By row."""
@@ -150,13 +150,17 @@ class PrefixIndex:
         ValueError for bytes that are no hashes.
         """
         names = _unpacked(hashes)
+        if not names:
+            return True
         holder = self._holders[row]
         room = holder.capacity.get(tier, 0)
         if len(names) > room:
             return False
         if tier is Tier.DEVICE:
             self._expected.settle(holder.bit, names)
-        shards = self._shards(tier)
+        if tier not in self._tiers:
+            self._tiers[tier] = _empty()
+        shards = self._tiers[tier]
         bit, added = holder.bit, 0
         before, after = 0, bit
         for name in names:
@@ -200,7 +204,7 @@ class PrefixIndex:
     def expect(self, row: int, hashes: Sequence[BlockHash], now: float) -> None:
         """A prompt with these blocks was placed on the row's worker at `now` (s), which will have them soon."""
         holder = self._holders[row]
-        shards = self._shards(Tier.DEVICE)
+        shards = self._tiers[Tier.DEVICE]
         absent = [name for name in hashes if not shards[name[0]].get(name, 0) & holder.bit]
         self._expected.add(holder.bit, absent, now, holder.capacity.get(Tier.DEVICE, 0))
 
@@ -212,43 +216,40 @@ class PrefixIndex:
         """The same integer, and the same object where it names one holder or none."""
         return holders if holders & (holders - 1) else self._bits[max(holders.bit_length() - 1, _NOBODY)]
 
-    def _shards(self, tier: Tier) -> _Shards:
-        if tier not in self._tiers:
-            known = self._tiers | {tier: [{} for _ in range(_SHARDS)]}
-            self._tiers = {each: known[each] for each in Tier if each in known}
-        return self._tiers[tier]
-
     # ------------------------------------------------------------ lookup
 
     def match(self, hashes: Sequence[BlockHash]) -> Match:
         """Every worker's longest prefix of a prompt, given as its chained block hashes."""
+        if len(self._tiers) == 1:
+            return Match(dict.fromkeys(Tier, self._longest(self._on_device(hashes), len(hashes))))
         found: dict[Tier, Blocks] = {}
-        faster: tuple[_Shards, ...] = ()
-        blocks = _frozen(np.zeros(len(self._slots), np.int32))
+        holders = list(self._on_device(hashes))
         for tier in Tier:
             if (shards := self._tiers.get(tier)) is not None:
-                faster = (*faster, shards)
-                blocks = self._longest(hashes, faster)
+                if tier is not Tier.DEVICE:
+                    here = [shards[name[0]].get(name, 0) for name in hashes]
+                    holders = [ours | theirs if theirs else ours for ours, theirs in zip(holders, here, strict=True)]
+                blocks = self._longest(holders, len(hashes))
             found[tier] = blocks
         return Match(found)
 
-    def _longest(self, hashes: Sequence[BlockHash], tiers: tuple[_Shards, ...]) -> Blocks:
-        """By row: how many leading blocks lie in some of `tiers`, or are expected."""
-        first, *others = tiers
-        expected = self._expected.masks
+    def _on_device(self, hashes: Sequence[BlockHash]) -> Iterator[int]:
+        """Who has each block on the device, or is expected to."""
+        shards, expected = self._tiers[Tier.DEVICE], self._expected.masks
+        if not expected:
+            return (shards[name[0]].get(name, 0) for name in hashes)
+        return (shards[name[0]].get(name, 0) | expected.get(name, 0) for name in hashes)
+
+    def _longest(self, holders: Iterable[int], count: int) -> Blocks:
+        """By row: how many of the `count` blocks, from the first on, it holds without a gap."""
         run, last = self._live, -1
         runs: list[int] = []
         ends = [0]
-        for depth, name in enumerate(hashes):
-            holders = first[name[0]].get(name, 0)
-            if expected:
-                holders |= expected.get(name, 0)
-            for shards in others:
-                holders |= shards[name[0]].get(name, 0)
-            if holders is last:
+        for depth, holding in enumerate(holders):
+            if holding is last:
                 continue
-            last = holders
-            rest = run & holders
+            last = holding
+            rest = run & holding
             if rest != run:
                 runs.append(run)
                 ends.append(depth)
@@ -257,7 +258,7 @@ class PrefixIndex:
                     break
         else:
             runs.append(run)
-            ends.append(len(hashes))
+            ends.append(count)
         return self._by_row(runs, ends)
 
     def _by_row(self, runs: list[int], ends: list[int]) -> Blocks:
@@ -318,6 +319,8 @@ class PrefixIndex:
         slots = [holder.slot for holder in self._holders.values()] + list(self._retired) + self._free
         if sorted(slots) != list(range(_NOBODY + 1, len(self._bits))):
             yield f"of {len(self._bits)} slots, these are held, retired or free: {sorted(slots)}"
+        if self._live != sum(holder.bit for holder in self._holders.values()):
+            yield f"the workers' slots are {self._live:b}, which is not what they have"
         named = 0
         for shards in self._tiers.values():
             for shard in shards:
@@ -325,6 +328,10 @@ class PrefixIndex:
                     named |= holders
         if named & ~self._live & ~sum(1 << slot for slot in self._retired):
             yield "a block names a slot that nobody has"
+
+
+def _empty() -> _Shards:
+    return [{} for _ in range(_SHARDS)]
 
 
 def _frozen(blocks: Blocks) -> Blocks:

@@ -17,10 +17,12 @@ from bascule.wire import (
     Failed,
     Goodbye,
     Heartbeat,
+    KvEvents,
     Register,
     Registered,
     RegistrationRefusal,
     Reregister,
+    Resync,
     Starting,
     StepTokens,
     WorkerMessage,
@@ -32,6 +34,8 @@ HEARTBEAT_S = 0.5
 TICK_S = 0.1
 STOOD_STILL_S = 0.5
 """A tick later than this means that this process was paused, and heartbeats wait unread."""
+_SWEPT_BLOCKS = 8000
+"""Blocks of the prefix index to clear of departed workers in each tick: a millisecond or two."""
 
 
 class Membership:
@@ -59,13 +63,12 @@ class Membership:
         elif isinstance(message, Register):
             self._register(sender, message)
         elif (member := self._view.current(message.worker, message.epoch)) is None or message.epoch != sender:
-            if isinstance(message, Heartbeat):
-                self._answer_stranger(sender, message)
+            self._answer_stranger(sender, message)
         elif isinstance(message, Heartbeat):
-            was_suspect = member.suspect
-            self._view.heartbeat(member, message.load, self._clock.now())
-            if was_suspect:
-                log.warning("worker %s is back", member.id)
+            self._beat(member, message)
+        elif isinstance(message, KvEvents):
+            member.kv.apply(message)
+            self._keep_in_step(member)
         elif isinstance(message, StepTokens):
             if message.load is not None:
                 self._view.stepped(member, message.load)
@@ -120,8 +123,26 @@ class Membership:
         self._service.joined(member, client)
         return member
 
-    def _answer_stranger(self, sender: Epoch, message: Heartbeat) -> None:
+    def _beat(self, member: Member, message: Heartbeat) -> None:
+        was_suspect = member.suspect
+        self._view.heartbeat(member, message.load, self._clock.now())
+        if was_suspect:
+            log.warning("worker %s is back", member.id)
+        member.kv.told(message.kv_sequence)
+        self._keep_in_step(member)
+
+    def _keep_in_step(self, member: Member) -> None:
+        """Have a worker tell its cache anew if what the index knows of it may be wrong."""
+        if member.kv.should_ask(self._clock.now()):
+            log.info("asking worker %s to tell anew which blocks it has", member.id)
+            self._link.send(member.epoch, Resync())
+
+    def _answer_stranger(self, sender: Epoch, message: WorkerMessage) -> None:
         """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again."""
+        if isinstance(message, KvEvents):
+            self._view.kv_faults["stranger"] += 1
+        if not isinstance(message, Heartbeat):
+            return
         if message.epoch in self._view.burned:
             self._link.send(
                 sender, RegistrationRefusal(f"epoch {message.epoch} was declared dead; start the worker anew")
@@ -147,3 +168,5 @@ class Membership:
             for member in dead:
                 self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
             self._service.tick()
+            self._view.index.expire(self._clock.now())
+            self._view.index.sweep(_SWEPT_BLOCKS)

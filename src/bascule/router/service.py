@@ -230,6 +230,7 @@ class Service:
         uncached = flight.known_tokens - chosen.cached_tokens
         context = flight.known_tokens + self._queries.output_tokens(flight) / 2
         self.view.place(placement, uncached, context, now)
+        self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context)
         decode = self.view.members[placement.decode].registration.peer
         self.clients[placement.prefill].submit(

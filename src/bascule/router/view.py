@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,9 +12,11 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
+from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, step_seconds
 from bascule.policies.snapshot import Snapshot
 from bascule.router.columns import Columns
+from bascule.router.kv_feed import KvFeed
 from bascule.types import (
     BlockHash,
     CostModel,
@@ -22,6 +25,7 @@ from bascule.types import (
     ModelCard,
     Placement,
     StepLoad,
+    Tier,
     WorkerId,
     WorkerLoad,
     WorkerStatus,
@@ -35,7 +39,9 @@ class Member:
 
     registration: Register
     row: int
+    """Its place in the columns and in the prefix index; given to another worker once it has left."""
     last_seen: float
+    kv: KvFeed
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
     attached: bool = False
@@ -70,6 +76,9 @@ class ClusterView:
     _machines: dict[str, int] = field(default_factory=dict)
     _own: ModelCard | None = None
     """What the first worker of our own brought."""
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    kv_faults: Counter[str] = field(default_factory=Counter)
+    """KV events that could not be used as they came, by kind."""
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
@@ -96,7 +105,9 @@ class ClusterView:
         """Take in a worker that `check` (or `check_server`) let pass and whose id is free."""
         taken = {member.row for member in self.members.values()}
         row = next(row for row in count() if row not in taken)
-        member = self.members[offer.worker] = Member(offer, row, now, attached=attached)
+        self.index.join(row, {Tier.DEVICE: 0 if attached else offer.kv_blocks})
+        feed = KvFeed(self.index, row, self.kv_faults)
+        member = self.members[offer.worker] = Member(offer, row, now, feed, attached=attached)
         if not attached:
             self._own = self._own or offer.card
         self._update_card()
@@ -161,6 +172,7 @@ class ClusterView:
             self.columns.remove(member.row)
             self.links = {ends: link for ends, link in self.links.items() if worker not in ends}
             self._update_card()
+            self.index.leave(member.row)
 
     def place(self, placement: Placement, uncached: int, context: float, now: float) -> None:
         """Count a request on its workers before they report it: tokens to compute, and of context while it decodes."""
@@ -192,8 +204,18 @@ class ClusterView:
         return min((_kv_tokens(member) for member in self.members.values()), default=0)
 
     def cached_tokens(self, hashes: Sequence[BlockHash]) -> NDArray[np.int64]:
-        """How many tokens of a prompt with these blocks each worker has KV of, by row."""
-        return np.zeros(len(self.columns.ids), np.int64)
+        """How many tokens of a prompt with these blocks each worker has KV of, or will have shortly, by row."""
+        cached = np.zeros(len(self.columns.ids), np.int64)
+        if hashes and self.card is not None:
+            found = self.index.match(hashes).device
+            cached[: len(found)] = found[: len(cached)]
+            cached *= self.card.layout.block_size
+        return cached
+
+    def expect(self, placement: Placement, hashes: Sequence[BlockHash], now: float) -> None:
+        """The workers of a placement will have these blocks soon: its siblings should find them there already."""
+        for worker in {placement.prefill, placement.decode}:
+            self.index.expect(self.members[worker].row, hashes, now)
 
     def snapshot(self, now: float) -> Snapshot:
         return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window)

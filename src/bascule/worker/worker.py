@@ -36,6 +36,7 @@ from bascule.wire import (
     RegistrationRefusal,
     Renew,
     Reregister,
+    Resync,
     RouterMessage,
     StepTokens,
     Stop,
@@ -44,6 +45,7 @@ from bascule.wire import (
     Written,
 )
 from bascule.worker.decode_side import DecodeSide
+from bascule.worker.kv_events import REPORT_S, KvReporter
 from bascule.worker.link import RouterSocket
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
@@ -96,6 +98,7 @@ class Worker:
         self._received = 0
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
+        self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
         self._senders = open_senders(parts.arena, config.transfer)
@@ -133,12 +136,14 @@ class Worker:
             asyncio.create_task(self._beat()),
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
+            asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
         try:
             await self._done
         finally:
+            self._reporter.pause()
             self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
             await self._prefill.close()
             for task in tasks:
@@ -165,9 +170,13 @@ class Worker:
         elif isinstance(message, Registered):
             self._heartbeat_s = message.heartbeat_s
             self._registered.set()
+            self._reporter.tell_all()
         elif isinstance(message, Reregister):
             self._registered.clear()
             self._received = 0
+            self._reporter.pause()
+        elif isinstance(message, Resync):
+            self._reporter.tell_all()
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Stop):
@@ -236,6 +245,9 @@ class Worker:
 
     def _publish(self, result: StepResult) -> None:
         """One message for all tokens of the step; then what the step means for handoffs."""
+        if any(output.finish is not None for output in result.outputs):
+            # Before the tokens: whoever answers the end of an output with its next turn finds the blocks in the index.
+            self._reporter.tell_changes()
         if result.executed:
             items = tuple(
                 TokenItem(
@@ -305,7 +317,8 @@ class Worker:
     async def _beat(self) -> None:
         while True:
             await self._registered.wait()
-            self._link.send(Heartbeat(self._identity.worker, self._identity.epoch, self._load()))
+            identity = self._identity
+            self._link.send(Heartbeat(identity.worker, identity.epoch, self._load(), self._reporter.sequence))
             await asyncio.sleep(self._heartbeat_s)
 
     def _step_load(self) -> StepLoad:

@@ -1,0 +1,75 @@
+"""Keeps one worker's part of the prefix index in step with what the worker tells, and knows when it is not."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from bascule.kv.prefix_index import PrefixIndex
+from bascule.types import Tier
+from bascule.wire import KvEvents
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 1.0
+"""Seconds between two requests to tell everything anew."""
+
+
+class KvFeed:
+    """The events of one incarnation of a worker, whose blocks are at `row` of `index`.
+
+    After a gap what comes is still applied, for most of the picture remains true; but it stays out of step until the
+    worker has begun anew.
+    """
+
+    def __init__(self, index: PrefixIndex, row: int, faults: Counter[str]) -> None:
+        """Counts what goes wrong in `faults`: `gap`, `malformed`, or `overflow` (more blocks than it has room for)."""
+        self.in_step = True
+        self._index = index
+        self._row = row
+        self._faults = faults
+        self._sequence = 0
+        self._asked: float | None = None
+
+    def apply(self, events: KvEvents) -> None:
+        """One message, in order of arrival. What cannot be right is dropped, and puts the feed out of step."""
+        if events.sequence < 1:
+            self._fault("malformed")
+            return
+        if events.anew:
+            self._index.clear(self._row)
+            self.in_step = True
+        else:
+            self.told(events.sequence - 1)
+        self._sequence = events.sequence
+        try:
+            fits = all(self._change(Tier(part.tier), part.stored, part.removed) for part in events.changes)
+        except ValueError as error:
+            log.debug("KV events of row %d are malformed: %s", self._row, error)
+            self._fault("malformed")
+            return
+        if not fits:
+            self._index.clear(self._row)
+            self._fault("overflow")
+
+    def told(self, sequence: int) -> None:
+        """The worker has sent events up to `sequence`; those that did not come are lost."""
+        if sequence != self._sequence:
+            self._sequence = sequence
+            self._fault("gap")
+
+    def should_ask(self, now: float) -> bool:
+        """Whether to ask the worker to tell everything anew; then it is asked now (s)."""
+        if self.in_step or (self._asked is not None and now - self._asked < ASK_AGAIN_S):
+            return False
+        self._asked = now
+        return True
+
+    def _change(self, tier: Tier, stored: bytes, removed: bytes) -> bool:
+        """First what went, so that a full worker that exchanges blocks never seems to have too many."""
+        self._index.remove(self._row, tier, removed)
+        return self._index.store(self._row, tier, stored)
+
+    def _fault(self, kind: str) -> None:
+        self._faults[kind] += 1
+        self.in_step = False
