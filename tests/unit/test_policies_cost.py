@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.policies.cost import CostColumns, PrefillPart, decode_seconds, step_seconds
@@ -81,6 +81,7 @@ def test_columns_take_in_several_rows_of_streams_at_once() -> None:
     assert np.all(beside >= alone)
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.001, 0.1), min_size=1, max_size=10))
 def test_in_columns_a_stream_more_never_costs_less_than_the_one_before(table: list[float]) -> None:
     model = CostModel(stream_s=tuple(table))

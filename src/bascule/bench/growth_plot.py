@@ -55,7 +55,9 @@ def _panel(cells: Sequence[dict[str, Any]], over: str, each: str, left: int, low
     for value in _ticks(low, high):
         drawn.append(_line(left, y(value), left + _PANEL_WIDTH, y(value)))
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{1000 * value:g}</text>')
-    drawn.append(_line(left, y(_TARGET_S), left + _PANEL_WIDTH, y(_TARGET_S), f'stroke="{_INK}" stroke-dasharray="2 3"'))
+    drawn.append(
+        _line(left, y(_TARGET_S), left + _PANEL_WIDTH, y(_TARGET_S), f'stroke="{_INK}" stroke-dasharray="2 3"')
+    )
     drawn.append(f'<text x="{left + 4}" y="{y(_TARGET_S) - 5:.1f}" font-size="11">target of the median</text>')
     drawn.append(f'<text x="{left + _PANEL_WIDTH / 2}" y="{bottom + 38}" text-anchor="middle">{over}</text>')
     for number, value in enumerate(sorted({cell[each] for cell in cells})):

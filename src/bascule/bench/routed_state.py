@@ -20,7 +20,9 @@ CARD = ModelCard(
     vocab=128_000,
     layout=KVLayout("bfloat16", 32, 8, 128, BLOCK_TOKENS, 64, 2048),
 )
-COST = CostModel(step_s=0.006, token_s=4e-5, pair_s=1e-9, context_s=2e-8, stream_s=(0.005, 0.0052, 0.0055, 0.006, 0.007))
+COST = CostModel(
+    step_s=0.006, token_s=4e-5, pair_s=1e-9, context_s=2e-8, stream_s=(0.005, 0.0052, 0.0055, 0.006, 0.007)
+)
 """About an 8B model on a data-centre GPU."""
 _SHARED_PROMPTS = 0.3
 """Share of prompts that begin like others."""
@@ -60,7 +62,7 @@ def _offer(number: int, role: Role) -> Register:
         card=CARD,
         device="none",
         pid=number,
-        peer=PeerAddress(name, "", ""),
+        peer=PeerAddress(name, Epoch(f"{name}-1"), ""),
         max_sequences=64,
         kv_blocks=20_000,
         machine=f"machine-{number // 8}",

@@ -54,7 +54,9 @@ def router(
     if decisions < 10:
         raise ConfigError(f"--decisions is {decisions}; fewer than 10 say nothing")
     if plot is not None and (Path(plot).suffix not in (".svg", ".html") or not grow):
-        raise ConfigError(f"--plot {plot}: the name must end in .svg or .html, and the growth is drawn, so not --no-grow")
+        raise ConfigError(
+            f"--plot {plot}: the name must end in .svg or .html, and the growth is drawn, so not --no-grow"
+        )
     settings = RouterSettings(workers=workers, blocks=blocks, prompt_blocks=prompt_blocks, decisions=decisions)
     report = measure(settings)
     report["growth"] = growth(settings) if grow else []
@@ -80,5 +82,5 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"parts, in µs: {parts}")
     console.print(
-        f"{report['events_per_s']:,.0f} block events/s, {report['bytes_per_block']:.0f} bytes for each block in the index"
+        f"{report['events_per_s']:,.0f} block events/s, {report['bytes_per_block']:.0f} bytes a block in the index"
     )
