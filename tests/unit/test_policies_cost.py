@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.policies.cost import CostColumns, PrefillPart, decode_seconds, step_seconds
@@ -75,12 +75,14 @@ def test_columns_take_in_several_rows_of_streams_at_once() -> None:
     columns = CostColumns.empty(2)
     columns.put(1, CONVEX)
     streams = np.array([[0.0, 3.0], [7.0, 9.0]])
-    alone, beside = columns.steps(streams, 10 * streams)
+    alone, beside, more = columns.steps(streams, 10 * streams)
     assert alone[1].tolist() == columns.steps(streams[1], 10 * streams[1])[0].tolist()
     assert beside[0, 1] == pytest.approx(step_seconds(CONVEX, [PrefillPart(0, 0)], 3, 30))
     assert np.all(beside >= alone)
+    assert more[0, 1] == pytest.approx(0.001)
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.001, 0.1), min_size=1, max_size=10))
 def test_in_columns_a_stream_more_never_costs_less_than_the_one_before(table: list[float]) -> None:
     model = CostModel(stream_s=tuple(table))

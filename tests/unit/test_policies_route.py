@@ -77,6 +77,7 @@ def prices(cluster: Cluster, query: Wish) -> dict[tuple[str, str], float]:
 # ------------------------------------------------------------ what never happens
 
 
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries, st.integers(0, 9))
 def test_what_is_chosen_can_be_carried_out(wishes: list[Wish], query: Wish, turn: int) -> None:
     cluster = built(wishes)
@@ -96,6 +97,7 @@ def test_what_is_chosen_can_be_carried_out(wishes: list[Wish], query: Wish, turn
         assert decision.chosen() == decision.candidates[0]
 
 
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries)
 def test_it_waits_only_if_every_worker_is_out_of_question(wishes: list[Wish], query: Wish) -> None:
     idle = [wish for wish in wishes if wish["placeable"] and not wish["prompts"] and wish["role"] is not Role.PREFILL]
@@ -106,6 +108,7 @@ def test_it_waits_only_if_every_worker_is_out_of_question(wishes: list[Wish], qu
         assert decide(built(wishes), **query).placement is not None
 
 
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries, st.integers(0, 9))
 def test_equal_inputs_give_equal_decisions_and_are_left_as_they_are(wishes: list[Wish], query: Wish, turn: int) -> None:
     cluster = built(wishes)
@@ -122,6 +125,7 @@ def test_equal_inputs_give_equal_decisions_and_are_left_as_they_are(wishes: list
     assert all(np.array_equal(array, copy) for array, copy in zip(arrays, before, strict=True))
 
 
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries)
 def test_every_prediction_is_a_time(wishes: list[Wish], query: Wish) -> None:
     for candidate in decide(built(wishes), **query).candidates:
@@ -141,7 +145,7 @@ def burden(wish: Wish, more: str, tokens: int) -> Wish:
     return wish | {"streams": (*wish["streams"], tokens)}
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries, st.data())
 def test_one_request_more_on_a_worker_lowers_no_price(wishes: list[Wish], query: Wish, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(wishes) - 1))
@@ -155,7 +159,7 @@ def test_one_request_more_on_a_worker_lowers_no_price(wishes: list[Wish], query:
             assert after[placement] == pytest.approx(price, rel=1e-9)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(clusters, queries, st.data())
 def test_one_request_more_on_a_worker_draws_nothing_there(wishes: list[Wish], query: Wish, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(wishes) - 1))

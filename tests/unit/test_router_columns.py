@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.policies.snapshot import SIZES, Snapshot, size_of
@@ -115,6 +115,7 @@ def test_sizes_double_and_the_last_takes_the_rest() -> None:
     assert SIZES == 16
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 5000), max_size=12), st.integers(0, 12), st.integers(0, 20_000))
 def test_a_backlog_is_never_negative_nor_more_than_was_placed(prompts: list[int], received: int, left: int) -> None:
     columns = one()

@@ -62,7 +62,7 @@ def _offer(number: int, role: Role) -> Register:
         card=CARD,
         device="none",
         pid=number,
-        peer=PeerAddress(name, "", ""),
+        peer=PeerAddress(name, Epoch(f"{name}-1"), ""),
         max_sequences=64,
         kv_blocks=20_000,
         machine=f"machine-{number // 8}",

@@ -1,4 +1,4 @@
-"""How long a routing decision takes, and how that grows: a full router state without sockets, decided over by itself."""
+"""How long a routing decision takes, and how that grows: a full router state without sockets."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class _Decider:
         self._now = 0.0
 
     def decide(self, prompt: Sequence[int]) -> tuple[int, list[BlockHash]]:
-        """Place one request, and end the oldest; returns the row of the worker that prefills, and the prompt's blocks."""
+        """Place one request, and end the oldest; returns the prefill worker's row (or -1), and the prompt's blocks."""
         view, index = self._view, self._index
         self._now += 0.001
         hashes = self._hasher.chain(prompt)

@@ -1,4 +1,4 @@
-"""`bascule bench`: what the engine, the handoff, the front and routing cost on this machine, beside the machine's own limits."""
+"""`bascule bench`: what engine, handoff, front and router cost on this machine, beside the machine's own limits."""
 
 from __future__ import annotations
 

@@ -82,5 +82,5 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"parts, in µs: {parts}")
     console.print(
-        f"{report['events_per_s']:,.0f} block events/s, {report['bytes_per_block']:.0f} bytes for each block in the index"
+        f"{report['events_per_s']:,.0f} block events/s, {report['bytes_per_block']:.0f} bytes a block in the index"
     )

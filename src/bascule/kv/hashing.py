@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from typing import cast
 
 from blake3 import blake3
 
@@ -36,12 +37,12 @@ class BlockHasher:
         full = len(tokens) // self.block_size
         data = _little_endian(tokens[: full * self.block_size])
         width = 4 * self.block_size
-        link = bytes(previous or b"")
-        hashes: list[BlockHash] = []
-        for start in range(0, len(data), width):
-            link = blake3(link + data[start : start + width], key=self._key).digest(HASH_BYTES)
-            hashes.append(BlockHash(link))
-        return hashes
+        link, key = bytes(previous or b""), self._key
+        hashes = [
+            link := blake3(link + data[start : start + width], key=key).digest(HASH_BYTES)
+            for start in range(0, len(data), width)
+        ]
+        return cast(list[BlockHash], hashes)
 
 
 def _little_endian(tokens: Sequence[int]) -> bytes:

@@ -96,22 +96,22 @@ class CostColumns(Struct, frozen=True):
             self.line_s[row, knot + 1] = value - slope * (1 << knot)
             value += slope * (1 << knot)
 
-    def steps(self, streams: Floats, context: Floats) -> tuple[Floats, Floats]:
-        """Seconds of a step of these streams alone, and of what they add to a step with a prompt in it, the prompt's
-        own tokens left out; row by row along the last axis. `context` must be 0 where there are no streams.
+    def steps(self, streams: Floats, context: Floats) -> tuple[Floats, Floats, Floats]:
+        """Seconds of a step of these streams alone; of a step with a prompt in it, the prompt's own tokens left out;
+        and what each stream more adds to the former. `context` must be 0 where there are no streams.
 
-        The latter is no less than the former, whatever has been fitted.
+        Row by row along the last axis. A prompt never makes a step shorter, whatever has been fitted.
         """
         reading = self.context_s * context
         line = np.minimum(np.frexp(streams)[1], KNOTS - 1)
         line += np.arange(0, self.line_s.size, KNOTS)
-        alone: Floats = self.slope_s.take(line)
-        alone *= streams
+        slope = self.slope_s.take(line)
+        alone: Floats = slope * streams
         alone += self.line_s.take(line)
         alone += reading
         reading += self.token_s * streams
         reading += self.step_s
-        return alone, np.maximum(alone, reading)
+        return alone, np.maximum(alone, reading), slope
 
 
 def _convex(values: list[float]) -> list[float]:

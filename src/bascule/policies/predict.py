@@ -55,15 +55,16 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     """Predict the way to the first token, and the way on from there, on each worker."""
     context = snapshot.context_tokens
     own_context = query.prompt_tokens + query.output_tokens / 2
-    # On the first axis: the streams that run now, those that will with this one, and those without.
-    streams = np.array([snapshot.streams, snapshot.decoding + 1.0, snapshot.decoding])
-    contexts = np.array([context * (snapshot.streams > 0), context + own_context, context])
-    alone, beside = snapshot.cost.steps(streams, contexts)
+    # On the first axis: the streams that run now, and those that will with this one.
+    streams = np.array([snapshot.streams, snapshot.decoding + 1.0])
+    contexts = np.array([context * (snapshot.streams > 0), context + own_context])
+    alone, beside, slope = snapshot.cost.steps(streams, contexts)
     new = np.maximum(query.prompt_tokens - query.cached, 1.0)
     token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
-    chunk = _chunk(query, beside[:2], token)
+    chunk = _chunk(query, beside, token)
     prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0])
-    return prefill, _decode(snapshot, query, alone, streams[2], beside[1] + chunk[1] * token)
+    more = slope[1] + snapshot.cost.context_s * own_context
+    return prefill, _decode(snapshot, query, alone[1], more, beside[1] + chunk[1] * token)
 
 
 def _prefill(
@@ -87,18 +88,17 @@ def _prefill(
     )
 
 
-def _decode(snapshot: Snapshot, query: RouteQuery, alone: Floats, decoding: Floats, shared_s: Floats) -> DecodeSide:
-    """`shared_s` is a step with this stream and a chunk of somebody's prompt in it."""
-    after, before = alone[1], alone[2]
+def _decode(snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, shared: Floats) -> DecodeSide:
+    """Steps with this stream in them: of streams alone (`more` is its part), and with a chunk of somebody's prompt."""
     share = snapshot.prefill_share
     stretch = 1.0 / (1.0 - share)
-    more = (after - before) * stretch
+    more = more * stretch
     return DecodeSide(
         step_s=after,
         tpot_s=after * stretch,
         tpot_more_s=more,
-        gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared_s, after),
-        harm_s=query.output_tokens * decoding * more,
+        gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared, after),
+        harm_s=query.output_tokens * snapshot.decoding * more,
     )
 
 

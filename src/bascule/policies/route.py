@@ -18,9 +18,9 @@ from bascule.policies.predict import DecodeSide, PrefillSide, Rows, exposed_tran
 from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
 from bascule.types import Placement
 
-BEST = 8
+BEST = 6
 """Workers of each side that are combined."""
-RECORDED = 8
+RECORDED = 6
 """Candidates that a decision tells of."""
 WINDOW_S = 0.5
 """Work that a busy worker may have in its queue before prompts wait unbound at the router."""

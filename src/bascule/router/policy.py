@@ -29,7 +29,7 @@ def policy_named(name: str, balance: str) -> Policy:
     if ":" in name:
         return PlugIn(name, _imported(name))
     near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}."
     raise ConfigError(f"policy {name!r} is not known; {hint} A policy of your own is named pkg.module:function")
 
 
