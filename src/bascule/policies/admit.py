@@ -1,4 +1,4 @@
-"""Who may come in, in what order, and who had better come back later: pure functions over predictions."""
+"""Who may come in, and who had better come back later: pure functions over predictions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from bascule.policies.predict import decode_side, prefill_side
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
 
-AGEING = 1.0
-"""Seconds of work by which a waiting request moves up for each second that it waits: one that takes two seconds is
-overtaken only by shorter ones that come within the two seconds after it."""
 _SOONEST_S = 1.0
 
 
@@ -25,14 +22,6 @@ class Verdict(Struct, frozen=True):
 
 
 ADMITTED = Verdict(True)
-
-
-def place_in_line(priority: int, work_s: float, due_s: float) -> tuple[int, float]:
-    """A key to wait by, the smallest first: by priority, then the shortest work with ageing, the sooner due the better.
-
-    `due_s` is when the first token should be there, on the same clock for all; the key does not change as time passes.
-    """
-    return priority, work_s + AGEING * due_s
 
 
 def worth_starting(query: RouteQuery, chosen: Candidate) -> Verdict:
