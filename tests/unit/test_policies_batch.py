@@ -91,22 +91,23 @@ def test_before_anything_is_known_chunks_keep_the_gap_of_a_slow_worker() -> None
 
 def test_a_prompt_may_spend_what_a_stream_has_saved_and_no_more() -> None:
     stream = Stream(tpot_s=0.06, gaps=10, elapsed_s=0.2, left=1)
-    assert allowed_seconds(stream, 0.02) == pytest.approx(TPOT_MARGIN * 0.06 * 11 - 0.2)
+    assert allowed_seconds(stream, 0.02, 0.03) == pytest.approx(TPOT_MARGIN * 0.06 * 11 - 0.2)
     spent = structs.replace(stream, elapsed_s=0.5)
-    assert allowed_seconds(spent, 0.02) == pytest.approx(TPOT_MARGIN * 0.06 * 11 - 0.5)
+    assert allowed_seconds(spent, 0.02, 0.03) == pytest.approx(TPOT_MARGIN * 0.06 * 11 - 0.5)
 
 
 def test_a_stream_that_has_just_begun_lends_what_it_will_save() -> None:
     first = Stream(tpot_s=0.06, left=5)
-    assert allowed_seconds(first, 0.02) == pytest.approx(TPOT_MARGIN * 0.06 * 5 - 4 * 0.02)
+    assert allowed_seconds(first, 0.02, 0.03) == pytest.approx(TPOT_MARGIN * 0.06 * 5 - 4 * 0.03)
     longer = structs.replace(first, left=1000)
-    assert allowed_seconds(longer, 0.02) == pytest.approx(TPOT_MARGIN * 0.06 * 17 - 16 * 0.02)
+    assert allowed_seconds(longer, 0.02, 0.03) == pytest.approx(TPOT_MARGIN * 0.06 * 17 - 16 * 0.03)
+    assert allowed_seconds(longer, 0.02, 0.07) == pytest.approx(TPOT_MARGIN * 0.06), "it could not repay"
 
 
 def test_a_stream_that_misses_its_tpot_anyway_asks_for_its_gap_alone() -> None:
     lost = Stream(gap_s=0.2, tpot_s=0.06, gaps=10, elapsed_s=2.0, left=20)
-    assert allowed_seconds(lost, 0.02) == pytest.approx(GAP_MARGIN * 0.2)
-    assert allowed_seconds(structs.replace(lost, left=200), 0.02) < 0.02, "this one can still catch up"
+    assert allowed_seconds(lost, 0.02, 0.03) == pytest.approx(GAP_MARGIN * 0.2)
+    assert allowed_seconds(structs.replace(lost, left=200), 0.02, 0.05) < 0.02, "this one can still catch up"
 
 
 costs = st.builds(
@@ -165,6 +166,13 @@ def predicted(decoding: list[Row], prompt: Row, tokens: int, cost: CostModel) ->
     return step_seconds(cost, [part], len(decoding), sum(row.computed for row in decoding))
 
 
+def allowed(decoding: list[Row], prompt: Row, cost: CostModel) -> float:
+    """How long a step of streams and prompts, `prompt` the first, may take."""
+    alone = decode_seconds(cost, len(decoding), sum(row.computed for row in decoding))
+    least = predicted(decoding, prompt, LEAST_CHUNK, cost)
+    return min(allowed_seconds(row.stream, alone, least) for row in decoding if row.stream)
+
+
 @given(some_streams, some_prompts, costs)
 def test_a_step_keeps_every_bound_unless_it_is_the_least(
     decoding: list[Row], prompts: list[Row], cost: CostModel
@@ -172,12 +180,10 @@ def test_a_step_keeps_every_bound_unless_it_is_the_least(
     rows = [*decoding, *prompts]
     grants = grant_tokens(rows, WIDE, cost)
     context = sum(row.computed for row in decoding)
-    alone = decode_seconds(cost, len(decoding), context)
-    allowed = min(allowed_seconds(row.stream, alone) for row in decoding if row.stream)
     given_out = zip(grants[len(decoding) :], prompts, strict=True)
     parts = [PrefillPart(grant, row.computed) for grant, row in given_out if grant]
     seconds = step_seconds(cost, parts, len(decoding), context)
-    assert seconds <= allowed * (1 + 1e-9) + 1e-9 or sum(part.new for part in parts) <= LEAST_CHUNK
+    assert seconds <= allowed(decoding, prompts[0], cost) + 1e-9 or sum(part.new for part in parts) <= LEAST_CHUNK
 
 
 @given(some_streams, prompt_rows, costs)
@@ -185,10 +191,8 @@ def test_a_chunk_is_the_largest_that_keeps_them(decoding: list[Row], prompt: Row
     tokens = prompt_tokens([*decoding, prompt], WIDE, cost)
     if tokens == min(prompt.behind, WIDE.step_tokens - len(decoding)):
         return
-    alone = decode_seconds(cost, len(decoding), sum(row.computed for row in decoding))
-    allowed = min(allowed_seconds(row.stream, alone) for row in decoding if row.stream)
     assert tokens % 16 == 0
-    assert predicted(decoding, prompt, tokens + 16, cost) > allowed * (1 - 1e-9) - 1e-9
+    assert predicted(decoding, prompt, tokens + 16, cost) > allowed(decoding, prompt, cost) - 1e-9
 
 
 @given(some_streams, some_prompts, some_limits, costs, st.floats(0.01, 1))

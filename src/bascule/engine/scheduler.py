@@ -121,7 +121,7 @@ class Scheduler:
             self._run(sequence)
 
     def plan(self, now: float) -> list[Grant]:
-        """A step that begins at `now`, one grant a sequence at most; empty if nothing can run before memory is freed."""
+        """A step that begins at `now`: at most one grant a sequence; empty if nothing can run before memory is free."""
         ready = [sequence for sequence in tuple(self._running) if self._make_room(sequence)]
         ready = sorted([*ready, *self._admit()], key=_by_place)
         rows = [Row(each.computed, len(each.tokens), each.stream(self._slo, now)) for each in ready]

@@ -7,15 +7,16 @@ Beside streams, prompts also get no more than lets the step, as the cost model p
 
 - its gap: `since + T <= GAP_MARGIN * gap`;
 - its TPOT, over all its gaps and not over each. With k gaps behind it that took t seconds, a step of T seconds and h
-  steps of streams alone after it (d seconds each) leave the mean of the k + 1 + h within the bound if
+  steps of f seconds after it leave the mean of the k + 1 + h within the bound if
 
-      t + T + h * d <= TPOT_MARGIN * tpot * (k + 1 + h)
+      t + T + h * f <= TPOT_MARGIN * tpot * (k + 1 + h)
 
-  So a stream that was fast has saved time that a prompt may spend, and one that has just begun lends what it will save
-  in the h steps to come. The loan is bounded (LOOKAHEAD_TOKENS, and the tokens the output has left), because outputs
-  end unforeseen; when prompts never cease, it is spent once, and steps settle at the TPOT. What TPOT_MARGIN keeps back
-  repays it within some hundred tokens. A stream that misses its TPOT even if no prompt runs beside it any more is no
-  reason to hold prompts up: its gap alone counts.
+  So a stream that was fast has saved time that a prompt may spend, and one that has just begun lends what it will save.
+  f is a step with the least that prompts may be cut to, not one of streams alone: prompts may never cease, and such a
+  loan can be repaid all the same. (Where even f is more than the TPOT, nothing is lent.) It is bounded, by
+  LOOKAHEAD_TOKENS and by what the output has left, because outputs end unforeseen; what TPOT_MARGIN keeps back covers
+  it after some hundred tokens. A stream that misses its TPOT even if no prompt runs beside it any more is no reason to
+  hold prompts up: its gap alone counts.
 
 However tight the bounds, prompts get LEAST_CHUNK tokens a step: they must not starve where streams alone are too slow.
 """
@@ -38,7 +39,7 @@ GAP_MARGIN = 0.8
 TPOT_MARGIN = 0.9
 """Share of the TPOT that steps are planned for."""
 LOOKAHEAD_TOKENS = 16
-"""Tokens still to come whose saving a stream lends in advance."""
+"""Tokens still to come whose savings a stream lends."""
 ASSUMED_COST = CostModel(step_s=0.02, token_s=0.002)
 """What a worker reckons with until it knows better: slow, so that its first steps keep gaps too."""
 _GRAIN = 16
@@ -88,11 +89,12 @@ def grant_tokens(rows: Sequence[Row], limits: BatchLimits, cost: CostModel = ASS
     for index in streams:
         grants[index] = 1
     left = limits.step_tokens - len(streams)
-    spare_s = spare_seconds([rows[index] for index in streams], cost)
+    prompts = [(index, row) for index, row in enumerate(rows) if row.behind > 1]
+    if not prompts or not left:
+        return tuple(grants)
+    spare_s = _spare_seconds([rows[index] for index in streams], prompts[0][1].computed, cost)
     due = LEAST_CHUNK
-    for index, row in enumerate(rows):
-        if row.behind < 2:
-            continue
+    for index, row in prompts:
         wanted = min(row.behind, limits.chunk_tokens, left)
         granted = max(_fitting(row.computed, wanted, spare_s, cost), min(wanted, due))
         grants[index] = granted
@@ -104,25 +106,30 @@ def grant_tokens(rows: Sequence[Row], limits: BatchLimits, cost: CostModel = ASS
     return tuple(grants)
 
 
-def spare_seconds(streams: Sequence[Row], cost: CostModel) -> float:
-    """Seconds that prompts may add to a step of `streams`; negative where these alone take too long."""
-    context = sum(row.computed for row in streams)
-    alone_s = decode_seconds(cost, len(streams), context)
-    readers = [row.stream for row in streams if row.stream is not None]
-    allowed_s = min((allowed_seconds(stream, alone_s) for stream in readers), default=math.inf)
-    return allowed_s - step_seconds(cost, [PrefillPart(0, 0)], len(streams), context)
-
-
-def allowed_seconds(stream: Stream, alone_s: float) -> float:
-    """How long the next step may take for `stream`, if those of streams alone take `alone_s`."""
+def allowed_seconds(stream: Stream, alone_s: float, least_s: float) -> float:
+    """How long the next step may take for `stream`, if steps of streams alone take `alone_s`, and `least_s` those with
+    the least that prompts get."""
     gap_s = GAP_MARGIN * stream.gap_s - stream.since_s
     if math.isinf(stream.tpot_s):
         return gap_s
     if stream.elapsed_s + stream.left * alone_s > stream.tpot_s * (stream.gaps + stream.left):
         return gap_s
-    ahead = min(stream.left - 1, LOOKAHEAD_TOKENS)
-    planned_s = TPOT_MARGIN * stream.tpot_s * (stream.gaps + 1 + ahead)
-    return min(gap_s, planned_s - stream.elapsed_s - ahead * alone_s)
+    planned_s = TPOT_MARGIN * stream.tpot_s
+    lent_s = min(stream.left - 1, LOOKAHEAD_TOKENS) * max(planned_s - least_s, 0.0)
+    return min(gap_s, planned_s * (stream.gaps + 1) - stream.elapsed_s + lent_s)
+
+
+def _spare_seconds(streams: Sequence[Row], behind: int, cost: CostModel) -> float:
+    """Seconds that prompts, the first of them with `behind` tokens computed, may add to a step of `streams`; negative
+    where these alone take too long."""
+    readers = [row.stream for row in streams if row.stream is not None]
+    if not readers:
+        return math.inf
+    context = sum(row.computed for row in streams)
+    alone_s = decode_seconds(cost, len(streams), context)
+    beside_s = step_seconds(cost, [PrefillPart(0, 0)], len(streams), context)
+    least_s = beside_s + part_seconds(cost, PrefillPart(LEAST_CHUNK, behind))
+    return min(allowed_seconds(stream, alone_s, least_s) for stream in readers) - beside_s
 
 
 def _fitting(computed: int, wanted: int, spare_s: float, cost: CostModel) -> int:
