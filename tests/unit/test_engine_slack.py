@@ -78,6 +78,18 @@ def test_a_request_may_ask_for_a_tighter_gap_than_the_engines() -> None:
     assert worst(rig)[0] <= 0.08
 
 
+def test_a_stream_that_was_handed_over_is_kept_like_one_that_began_here() -> None:
+    rig = slow_rig(SLO)
+    lease = rig.engine.reserve(tuple(prompt(0, 40)), 41)
+    assert lease is not None
+    rig.engine.adopt(work("stream", prompt(0, 40), greedy(60), generated=(5,)), lease)
+    rig.engine.submit(work("long", prompt(1, LONG), greedy(1)))
+    rig.run()
+    gap, tpot = worst(rig)
+    assert max(gap, rig.times["stream"][0]) <= SLO.gap_s
+    assert tpot <= SLO.tpot_s
+
+
 def test_before_its_cost_is_known_a_worker_of_this_speed_keeps_gaps_too() -> None:
     rig = slow_rig(SLO)
     rig.engine.cost = CostModel()
