@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from bascule.clock import VirtualClock
 from bascule.engine.core import Engine, EngineLimits, Failure, Output, Progress, StepResult, Work
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Slice
@@ -11,7 +12,7 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.types import CostModel, FinishReason, RequestId, SamplingParams
+from bascule.types import CostModel, FinishReason, ModelCard, RequestId, SamplingParams, Slo
 
 BLOCK = 4
 CARD = mock_card(context=256, vocab=1_000_000, block_size=BLOCK)
@@ -28,7 +29,13 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def work(
-    name: str, prompt: Sequence[int], sampling: SamplingParams, *, generated: Sequence[int] = (), handoff: bool = False
+    name: str,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    generated: Sequence[int] = (),
+    handoff: bool = False,
+    slo: Slo | None = None,
 ) -> Work:
     return Work(
         request=RequestId(name),
@@ -37,6 +44,7 @@ def work(
         sampling=sampling,
         generated=tuple(generated),
         handoff=handoff,
+        slo=slo,
     )
 
 
@@ -71,14 +79,25 @@ class Rig:
         prefix_cache: bool = True,
         stop_at: int | None = None,
         own_memory: bool = False,
+        card: ModelCard = CARD,
+        slo: Slo = Slo(),
+        cost: CostModel = CostModel(),
     ) -> None:
-        self.arena = Arena.create(CARD.layout, blocks)
-        self.books = Books(blocks, BLOCK)
+        """Steps take the time of `cost` on the rig's own clock, and the engine knows it."""
+        size = card.layout.block_size
+        self.arena = Arena.create(card.layout, blocks)
+        self.books = Books(blocks, size)
+        self.clock = VirtualClock()
         self.runner = MockRunner(
-            CARD, CostModel(), no_sleep, stop_tokens=frozenset({STOP}), stop_at=stop_at, own_memory=own_memory
+            card, cost, self.clock.advance, stop_tokens=frozenset({STOP}), stop_at=stop_at, own_memory=own_memory
         )
-        limits = EngineLimits(max_sequences=sequences, chunk_tokens=chunk, step_tokens=step, prefix_cache=prefix_cache)
-        self.engine = Engine(self.runner, self.arena, self.books, BlockHasher("mock", BLOCK), limits)
+        limits = EngineLimits(
+            max_sequences=sequences, chunk_tokens=chunk, step_tokens=step, prefix_cache=prefix_cache, slo=slo
+        )
+        self.engine = Engine(self.runner, self.arena, self.books, BlockHasher("mock", size), limits, self.clock.now)
+        self.engine.cost = cost
+        self.times: dict[str, list[float]] = {}
+        """When each request's tokens came."""
         self.outputs: dict[Key, list[Output]] = {}
         self.progress: list[Progress] = []
         self.failed: list[Failure] = []
@@ -90,6 +109,7 @@ class Rig:
         self.steps += 1
         for output in result.outputs:
             self.outputs.setdefault(Key(output.request, output.attempt), []).append(output)
+            self.times.setdefault(output.request, []).append(self.clock.now())
         self.progress += result.progress
         self.failed += result.failed
         assert self.engine.check_integrity() == []

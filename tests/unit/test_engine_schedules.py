@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from bascule.engine.core import Work
 from bascule.engine.sequence import Key
 from bascule.kv.books import Lease
-from bascule.types import SamplingParams
+from bascule.types import CostModel, SamplingParams, Slo
 
 BLOCKS = 14
 COMMON = tuple(range(500, 509))
@@ -52,8 +52,12 @@ class EngineMachine(RuleBasedStateMachine):
         sequences=st.sampled_from([1, 3, 8]),
         prefix_cache=st.booleans(),
         own_memory=st.booleans(),
+        slo=st.sampled_from([Slo(), Slo(gap_s=0.02), Slo(1.0, 0.015, 0.03)]),
+        cost=st.sampled_from([CostModel(), CostModel(step_s=0.01, token_s=0.001)]),
     )
-    def start(self, chunk: int, sequences: int, prefix_cache: bool, own_memory: bool) -> None:
+    def start(
+        self, chunk: int, sequences: int, prefix_cache: bool, own_memory: bool, slo: Slo, cost: CostModel
+    ) -> None:
         self.rig = Rig(
             blocks=BLOCKS,
             chunk=chunk,
@@ -61,6 +65,8 @@ class EngineMachine(RuleBasedStateMachine):
             sequences=sequences,
             prefix_cache=prefix_cache,
             own_memory=own_memory,
+            slo=slo,
+            cost=cost,
         )
 
     @rule(target=submitted, prompt=prompts, sampling=samplings, handoff=st.booleans(), sent=st.integers(0, 3))

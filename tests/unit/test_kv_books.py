@@ -116,6 +116,16 @@ def test_a_prefix_is_found_as_far_as_it_is_equal(books: Books) -> None:
     assert lease.blocks[:2] == blocks[:2]
 
 
+def test_a_cached_prefix_can_be_counted_without_holding_it(books: Books) -> None:
+    cache(books, prompt(4))
+    before = books.counts
+    names = [HASHER.chain(each) for each in (prompt(4), prompt(2) + prompt(2, seed=1), prompt(2, seed=1), [])]
+    assert [books.count_cached(each) for each in names] == [4, 2, 0, 0]
+    assert books.counts == before
+    with find(books, prompt(4), 13):
+        assert books.count_cached(names[0]) == 4
+
+
 def test_blocks_that_are_not_asked_for_are_not_pinned(books: Books) -> None:
     cache(books, prompt(4))
     assert find(books, prompt(4), 2).cached == 2

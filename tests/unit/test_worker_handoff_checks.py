@@ -12,16 +12,16 @@ from engine_rig import BLOCK, CARD, greedy, reference, work
 
 from bascule.clock import VirtualClock
 from bascule.config import HandoffConfig
-from bascule.engine.core import Engine, EngineLimits
+from bascule.engine.core import Engine, EngineLimits, Work
 from bascule.engine.mock import MockRunner
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
-from bascule.kv.books import Books
+from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.types import CostModel, Epoch, RequestId, TicketId, WorkerId
+from bascule.types import CostModel, Epoch, RequestId, Slo, TicketId, WorkerId
 from bascule.wire import Accepted, Commit, HandoffRefused, PeerAddress, PeerMessage, Reserved, Submit, Written
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.prefill_side import PrefillSide
@@ -29,6 +29,7 @@ from bascule.worker.prefill_side import PrefillSide
 CHUNK = 16
 PROMPT = tuple(range(1, 55))
 SAMPLING = greedy(4)
+OWN_SLO = Slo(1.0, 0.05, 0.15)
 SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
 TARGET = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
 KEY = Key(RequestId("r"), 1)
@@ -75,7 +76,10 @@ class Pair:
     async def run(self) -> list[int]:
         """Hand one request over and decode it to its end; all its tokens, wherever they came from."""
         self.prefill.begin(
-            Submit(request=KEY.request, attempt=KEY.attempt, prompt=PROMPT, generated=(), sampling=SAMPLING), TARGET
+            Submit(
+                request=KEY.request, attempt=KEY.attempt, prompt=PROMPT, generated=(), sampling=SAMPLING, slo=OWN_SLO
+            ),
+            TARGET,
         )
         self.source.submit(work("r", PROMPT, SAMPLING, handoff=True))
         tokens: list[int] = []
@@ -165,6 +169,20 @@ def verdicts(both: Pair) -> list[str]:
 
 
 EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
+
+
+def test_what_a_request_asks_for_itself_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Slo | None] = []
+    with pair("loopback") as both:
+        adopt = both.target.adopt
+
+        def watch(work: Work, lease: Lease) -> None:
+            asked.append(work.slo)
+            adopt(work, lease)
+
+        monkeypatch.setattr(both.target, "adopt", watch)
+        both.loop.run_until_complete(both.run())
+    assert asked == [OWN_SLO]
 
 
 @EVERY

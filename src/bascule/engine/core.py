@@ -18,7 +18,7 @@ from bascule.errors import InvalidRequest
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
-from bascule.types import RequestId
+from bascule.types import CostModel, RequestId
 
 __all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Output", "Progress", "StepResult", "Work"]
 
@@ -75,7 +75,7 @@ class Engine:
         limits: EngineLimits,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Binds `runner` to `arena`, of whose blocks `books` keeps account; `now` (s) tells how long steps take."""
+        """Binds `runner` to `arena`, of whose blocks `books` keeps account; `now` (s) tells how long streams wait."""
         self._now = now
         runner.bind(arena)
         self._runner = runner
@@ -87,6 +87,16 @@ class Engine:
         self._arrivals = count()
         self._adopted_blocks: list[int] = []
         """Written into the arena by a peer, and not yet on the device."""
+
+    @property
+    def cost(self) -> CostModel:
+        """What steps are expected to take: beside streams, prompts are cut by it."""
+        return self._scheduler.cost
+
+    @cost.setter
+    def cost(self, cost: CostModel) -> None:
+        with self._lock:
+            self._scheduler.cost = cost
 
     def submit(self, work: Work) -> None:
         """Queue a request.
@@ -179,7 +189,7 @@ class Engine:
         If the runner raises, the sequences of this step fail, and the others go on.
         """
         with self._lock:
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan(self._now())
             batch = [sequence.slice(tokens) for sequence, tokens in plan]
             handed_in = tuple(self._adopted_blocks)
             handed_out = [block for sequence, tokens in plan for block in sequence.unpublished(tokens)]
@@ -188,7 +198,6 @@ class Engine:
         if not plan:
             return StepResult()
         self._arena.prepare(self._books.high_water)
-        begin = self._now()
         try:
             sampled = self._execute(batch, handed_in, handed_out)
         except Exception as error:
@@ -196,9 +205,8 @@ class Engine:
             with self._lock:
                 return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}")
         with self._lock:
-            self._scheduler.took(plan, self._now() - begin)
             del self._adopted_blocks[: len(handed_in)]
-            return self._apply(plan, sampled)
+            return self._apply(plan, sampled, self._now())
 
     def load(self) -> EngineLoad:
         with self._lock:
@@ -226,7 +234,7 @@ class Engine:
             return [*self._books.check_integrity(), *self._scheduler.check_integrity()]
 
     def _sequence(self, work: Work) -> Sequence:
-        return Sequence(work, next(self._arrivals), self._books.block_size, self._hasher)
+        return Sequence(work, next(self._arrivals), self._now(), self._books.block_size, self._hasher)
 
     def _check_fits(self, work: Work) -> None:
         total = len(work.prompt) + work.sampling.max_tokens
@@ -281,7 +289,7 @@ class Engine:
                 failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
         return StepResult(failed=failed, executed=True)
 
-    def _apply(self, plan: list[Grant], sampled: list[Sampled | None]) -> StepResult:
+    def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float) -> StepResult:
         outputs: list[Output] = []
         progress: list[Progress] = []
         for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
@@ -290,7 +298,7 @@ class Engine:
                 self._scheduler.remove(sequence)
                 continue
             sequence.advance(tokens)
-            output = sequence.append(drawn, self._runner.stop_tokens) if drawn is not None else None
+            output = sequence.append(drawn, self._runner.stop_tokens, now) if drawn is not None else None
             if output is not None:
                 outputs.append(output)
             if output is not None and output.finish is not None:

@@ -4,12 +4,17 @@ The idea: every sequence just has known tokens, and computed ones that must catc
 the blocks for what it knows (taking them from the youngest if none are left), admits waiting ones as long as the
 running ones keep room to grow, and leaves the sharing out of tokens to `policies.batch`. Nothing here is thread-safe;
 the engine calls it under its lock.
+
+Those that wait go in the order of `policies.order`: first those that have begun, then the shortest uncached prompt,
+with ageing; and so do running prompts in the step's tokens. Nobody overtakes the first in line, even if only the first
+lacks memory: a large prompt is passed by the shorter ones of the time that it takes itself, and then memory gathers
+for it. Who gives blocks up goes by arrival alone, so that the oldest always comes to its end.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence as Tokens
 from typing import NamedTuple
 
@@ -18,8 +23,10 @@ from msgspec import Struct
 from bascule.engine.sequence import Key, Phase, Sequence
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
-from bascule.policies.batch import BatchLimits, Pace, Row, grant_tokens
-from bascule.types import BlockHash
+from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens
+from bascule.policies.cost import PrefillPart, part_seconds
+from bascule.policies.order import place_in_line
+from bascule.types import BlockHash, CostModel, Slo
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
@@ -32,8 +39,8 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     step_tokens: int
     """Most tokens in one step; at least `max_sequences`, so that prefill goes on however many streams decode."""
     prefix_cache: bool = True
-    gap_s: float = 0.0
-    """Seconds that a step should take at most while streams run, for the sake of their gaps; 0 for any."""
+    slo: Slo = Slo()
+    """Of requests that bring none: beside their streams, prompts are cut to keep gap and TPOT."""
 
     def __post_init__(self) -> None:
         if min(self.max_sequences, self.chunk_tokens) < 1:
@@ -57,13 +64,16 @@ class Scheduler:
 
     def __init__(self, books: Books, limits: EngineLimits) -> None:
         self.sequences: dict[Key, Sequence] = {}
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        """The next to be admitted first."""
+        self.cost = CostModel()
+        """What steps are expected to take; all zeros while nothing is known."""
         self.hit_tokens = 0
         """Prompt tokens found in the prefix cache, each request's counted once."""
         self._books = books
         self._max_sequences = limits.max_sequences
-        self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens, gap_s=limits.gap_s)
-        self._pace = Pace()
+        self._slo = limits.slo
+        self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens)
         self._running: list[Sequence] = []
         """In order of arrival."""
         self._stuck_at: int | None = None
@@ -81,7 +91,7 @@ class Scheduler:
 
     def enqueue(self, sequence: Sequence) -> None:
         self.sequences[sequence.key] = sequence
-        self.waiting.append(sequence)
+        self._wait(sequence)
         self._stuck_at = None
 
     def adopt(self, sequence: Sequence) -> None:
@@ -110,21 +120,15 @@ class Scheduler:
             sequence.phase = Phase.RUNNING
             self._run(sequence)
 
-    def plan(self) -> list[Grant]:
-        """The next step: at most one grant a sequence; empty if nothing can run before memory is freed."""
+    def plan(self, now: float) -> list[Grant]:
+        """A step that begins at `now`: at most one grant a sequence; empty if nothing can run before memory is free."""
         ready = [sequence for sequence in tuple(self._running) if self._make_room(sequence)]
-        ready = sorted([*ready, *self._admit()], key=_by_arrival)
-        rows = [Row(sequence.computed, len(sequence.tokens)) for sequence in ready]
-        tokens = grant_tokens(rows, self._batch, self._pace)
+        ready = sorted([*ready, *self._admit()], key=_by_place)
+        rows = [Row(each.computed, len(each.tokens), each.stream(self._slo, now)) for each in ready]
+        tokens = grant_tokens(rows, self._batch, self._reckoned)
         plan = [Grant(sequence, count) for sequence, count in zip(ready, tokens, strict=True) if count]
         self._stuck_at = None if plan else self._available()
         return plan
-
-    def took(self, plan: Tokens[Grant], seconds: float) -> None:
-        """A planned step is over; plans to come go by how long it took."""
-        streams = sum(grant.tokens == 1 for grant in plan)
-        prompt_tokens = sum(grant.tokens for grant in plan) - streams
-        self._pace = self._pace.after(prompt_tokens, streams, seconds)
 
     def acquire(self, hashes: Tokens[BlockHash], tokens: Tokens[int], blocks: int, room: int) -> Lease | None:
         """Lease `blocks` blocks, but leave one for every running sequence that may need it next; None if too few."""
@@ -147,6 +151,24 @@ class Scheduler:
         owners = Counter(block for sequence in self.sequences.values() for block in sequence.private_blocks())
         wrong += [f"block {block} is private to {count} sequences" for block, count in owners.items() if count > 1]
         return wrong
+
+    @property
+    def _reckoned(self) -> CostModel:
+        """The cost model, or one to begin with where none says what a prompt's tokens cost."""
+        return self.cost if self.cost.token_s or self.cost.pair_s else ASSUMED_COST
+
+    def _rank(self, sequence: Sequence, cached: int) -> None:
+        """Set a sequence's place in line, if `cached` blocks of what it knows need not be computed."""
+        if sequence.has_begun:
+            sequence.place = place_in_line(0, 0.0, sequence.arrived_s)
+            return
+        context = cached * self._books.block_size
+        work_s = part_seconds(self._reckoned, PrefillPart(len(sequence.tokens) - context, context))
+        sequence.place = place_in_line(1, work_s, sequence.arrived_s)
+
+    def _wait(self, sequence: Sequence) -> None:
+        self._rank(sequence, self._books.count_cached(sequence.findable))
+        insort(self.waiting, sequence, key=_by_place)
 
     def _run(self, sequence: Sequence) -> None:
         insort(self._running, sequence, key=_by_arrival)
@@ -182,22 +204,39 @@ class Scheduler:
         """Take a sequence's blocks; it is next to be admitted, and recomputes what is not found in the cache then."""
         self._running.remove(sequence)
         sequence.give_up_blocks()
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
 
     def _admit(self) -> list[Sequence]:
-        """Start waiting sequences, first come first served, while there are blocks for all they know."""
+        """Start waiting sequences in their order while there are blocks for all they know."""
         admitted: list[Sequence] = []
+        if self.waiting and not self.full:
+            self._look_again()
         while self.waiting and not self.full:
             head = self.waiting[0]
             lease = self.acquire(head.findable, head.tokens, head.blocks_known, head.blocks_foreseen)
             if lease is None:
                 break
-            self.waiting.popleft()
+            del self.waiting[0]
+            self._rank(head, lease.cached)
             self.hit_tokens += head.admit(lease)
             self._run(head)
             admitted.append(head)
         return admitted
 
+    def _look_again(self) -> None:
+        """Rank the first in line by what the cache holds now: others may have computed their prefix meanwhile."""
+        for sequence in self.waiting[:_LOOKED_AT]:
+            self._rank(sequence, self._books.count_cached(sequence.findable))
+        self.waiting.sort(key=_by_place)
+
+
+_LOOKED_AT = 8
+"""Waiting sequences whose prefix is looked up anew before each step that could admit one."""
+
 
 def _by_arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _by_place(sequence: Sequence) -> tuple[tuple[int, float], int]:
+    return sequence.place, sequence.arrival

@@ -21,7 +21,8 @@ from msgspec import Struct
 from bascule.engine.protocol import Sampled, Slice
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
-from bascule.types import BlockHash, FinishReason, RequestId, SamplingParams, TokenLogprobs
+from bascule.policies.batch import Stream
+from bascule.types import BlockHash, FinishReason, RequestId, SamplingParams, Slo, TokenLogprobs
 
 FORESEEN_TOKENS = 256
 """Output for which blocks are kept free behind a new sequence; most outputs are shorter than what was asked for."""
@@ -42,6 +43,8 @@ class Work(Struct, frozen=True, kw_only=True):
     generated: tuple[int, ...] = ()
     handoff: bool = False
     """Prefill here, decode elsewhere."""
+    slo: Slo | None = None
+    """None for the engine's own."""
 
 
 class Key(NamedTuple):
@@ -86,13 +89,17 @@ class Phase(Enum):
 class Sequence:
     """The mutable state of one request: known tokens, the prefix of them whose KV is computed, and the lease on it.
 
-    `arrival` orders the sequences of one engine. `hasher` is None where nothing is looked up in or put into the cache.
+    `arrival` orders the sequences of one engine, `arrived_s` is when it came on the engine's clock. `hasher` is None
+    where nothing is looked up in or put into the cache.
     """
 
-    def __init__(self, work: Work, arrival: int, block_size: int, hasher: BlockHasher | None) -> None:
+    def __init__(self, work: Work, arrival: int, arrived_s: float, block_size: int, hasher: BlockHasher | None) -> None:
         self.work = work
         self.key = Key(work.request, work.attempt)
         self.arrival = arrival
+        self.arrived_s = arrived_s
+        self.place = (0, arrived_s)
+        """What it waits by, for blocks and for tokens of a step: `policies.order`; the scheduler's."""
         self.tokens = [*work.prompt, *work.generated]
         self.computed = 0
         self.phase = Phase.WAITING
@@ -105,6 +112,12 @@ class Sequence:
         self.cached_tokens = 0
         """Prompt tokens found in the cache when it was first admitted."""
         self._admitted = False
+        self._first_s: float | None = None
+        """When its first token was drawn here, or it was taken over."""
+        self._last_s = arrived_s
+        """When its last token was."""
+        self._gaps = 0
+        """Tokens drawn since the first."""
         self._block_size = block_size
         self._hasher = hasher
         self._hashes: list[BlockHash] = hasher.chain(self.tokens) if hasher else []
@@ -123,6 +136,11 @@ class Sequence:
     def decodes(self) -> bool:
         """In the batch, with all computed but the token drawn last."""
         return self.phase is Phase.RUNNING and self.behind == 1
+
+    @property
+    def has_begun(self) -> bool:
+        """Somebody reads its output already, or it has given way to another."""
+        return self._admitted or self.drawn > 0
 
     @property
     def blocks_known(self) -> int:
@@ -174,6 +192,7 @@ class Sequence:
     def take_over(self, lease: Lease) -> None:
         """Go on from KV that another engine computed: of all known tokens but the last."""
         self.admit(lease)
+        self._first_s = self._last_s = self.arrived_s
         self.computed = len(self.tokens) - 1
         self._seal()
 
@@ -210,10 +229,32 @@ class Sequence:
         self._published = self.computed // self._block_size
         self._seal()
 
-    def append(self, sampled: Sampled, stop_tokens: frozenset[int]) -> Output:
-        """Take a drawn token; `stop_tokens` are the model's own end tokens."""
+    def stream(self, slo: Slo, now: float) -> Stream | None:
+        """What its reader has had at `now`; `slo` is for those that ask for nothing else. None before the first token.
+
+        Where a handoff is taken over, its reader's time counts from then on.
+        """
+        if self._first_s is None:
+            return None
+        slo = self.work.slo or slo
+        return Stream(
+            gap_s=slo.gap_s,
+            tpot_s=slo.tpot_s,
+            gaps=self._gaps,
+            elapsed_s=now - self._first_s,
+            since_s=now - self._last_s,
+            left=self.work.sampling.max_tokens - self.drawn,
+        )
+
+    def append(self, sampled: Sampled, stop_tokens: frozenset[int], now: float) -> Output:
+        """Take a token drawn at `now`; `stop_tokens` are the model's own end tokens."""
         position = self.drawn
         self.tokens.append(sampled.token)
+        self._last_s = now
+        if self._first_s is None:
+            self._first_s = now
+        else:
+            self._gaps += 1
         return Output(
             request=self.key.request,
             attempt=self.key.attempt,

@@ -129,6 +129,11 @@ class Books:
             self._grow(lease, needed)
             return lease
 
+    def count_cached(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` are in the cache now; by hash alone, so an estimate, and pins nothing."""
+        with self._lock:
+            return next((index for index, name in enumerate(hashes) if name not in self._by_hash), len(hashes))
+
     def _count_free(self) -> int:
         return int(np.count_nonzero(self._free))
 

@@ -1,4 +1,4 @@
-"""Who may come in, in what order, and who had better come back later: pure functions over predictions."""
+"""Who may come in, and who had better come back later: pure functions over predictions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
 
-AGEING = 1.0
-"""Seconds of work by which a waiting request moves up for each second that it waits: one that takes two seconds is
-overtaken only by shorter ones that come within the two seconds after it."""
 LATE_S = 10.0
 """A request that will miss its TTFT whatever is done lets others go first that may meet theirs, as if it had come so
 much later."""
@@ -30,14 +27,6 @@ class Verdict(Struct, frozen=True):
 ADMITTED = Verdict(True)
 
 
-def place_in_line(priority: int, work_s: float, due_s: float) -> tuple[int, float]:
-    """A key to wait by, the smallest first: by priority, then the shortest work with ageing, the sooner due the better.
-
-    `due_s` is when the first token should be there, on the same clock for all; the key does not change as time passes.
-    """
-    return priority, work_s + AGEING * due_s
-
-
 def is_late(query: RouteQuery, chosen: Candidate) -> bool:
     """Whether the first token will come after its bound even if the request goes at once."""
     return chosen.predicted.ttft_s > query.slo.ttft_s
@@ -53,7 +42,7 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> bool:
     if not snapshot.decoding[row] or chosen.predicted.tpot_s <= query.slo.tpot_s:
         return True
     rows = len(snapshot.ids)
-    alone, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
+    alone, _, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
     return bool(alone[row] / (1.0 - snapshot.prefill_share[row]) > query.slo.tpot_s)
 
 

@@ -43,9 +43,13 @@ def step_seconds(model: CostModel, prefill: Iterable[PrefillPart], streams: int,
     parts = tuple(prefill)
     if not parts:
         return decode_seconds(model, streams, context)
-    new = sum(part.new for part in parts)
-    pairs = sum(part.new * (part.context + part.new / 2) for part in parts)
-    return model.step_s + model.token_s * (new + streams) + model.pair_s * pairs + model.context_s * context
+    own = sum(part_seconds(model, part) for part in parts)
+    return model.step_s + model.token_s * streams + model.context_s * context + own
+
+
+def part_seconds(model: CostModel, part: PrefillPart) -> float:
+    """Predicted seconds that `part` adds to a step."""
+    return model.token_s * part.new + model.pair_s * part.new * (part.context + part.new / 2)
 
 
 def decode_seconds(model: CostModel, streams: int, context: int) -> float:

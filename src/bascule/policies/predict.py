@@ -10,16 +10,13 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK
 from bascule.policies.cost import Floats
 from bascule.policies.snapshot import SIZES, RouteQuery, Snapshot
 from bascule.types import LinkCost
 
 Rows = NDArray[np.intp]
 
-LEAST_CHUNK = 32
-"""Prompt tokens that a step takes on beside streams, however tight their gap bound is."""
-GAP_MARGIN = 0.8
-"""Share of the gap bound that chunks are planned for."""
 SAME_MACHINE = LinkCost(0.002, 4e9)
 OTHER_MACHINE = LinkCost(0.005, 1e9)
 """Of links that have not been measured."""

@@ -8,7 +8,8 @@ import logging
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, WorkerFailure
-from bascule.policies.admit import LATE_S, Verdict, has_room, is_late, place_in_line, worth_starting, worth_waiting
+from bascule.policies.admit import LATE_S, Verdict, has_room, is_late, worth_starting, worth_waiting
+from bascule.policies.order import place_in_line
 from bascule.policies.route import priced
 from bascule.policies.snapshot import Candidate, Decision
 from bascule.router.client import WorkerClient

@@ -294,6 +294,7 @@ class DecodeSide:
             prompt=prepare.prompt,
             generated=(*prepare.generated, commit.first_token),
             sampling=prepare.sampling,
+            slo=prepare.slo,
         )
         try:
             self._engine.adopt(work, lease)

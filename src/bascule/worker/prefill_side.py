@@ -268,6 +268,7 @@ class PrefillSide:
                 sampling=handoff.submission.sampling,
                 fingerprint=self._card.fingerprint,
                 layout=self._card.layout,
+                slo=handoff.submission.slo,
             ),
         )
         try:

@@ -109,9 +109,10 @@ def build(settings: WorkerSettings) -> Parts:
         chunk_tokens=config.chunk_tokens,
         step_tokens=max(config.step_tokens, config.max_sequences),
         prefix_cache=config.prefix_cache,
-        gap_s=settings.slo_config.slo_gap,
+        slo=settings.slo_config.slo,
     )
     engine = Engine(runner, arena, books, hasher, limits)
+    engine.cost = cost = _cost_model(config.cost_model)
     return Parts(
         runner=runner,
         arena=arena,
@@ -119,7 +120,7 @@ def build(settings: WorkerSettings) -> Parts:
         hasher=hasher,
         engine=engine,
         max_sequences=config.max_sequences,
-        cost=_cost_model(config.cost_model),
+        cost=cost,
     )
 
 

@@ -197,6 +197,7 @@ class Worker:
                     generated=submission.generated,
                     sampling=submission.sampling,
                     handoff=submission.decode is not None,
+                    slo=submission.slo,
                 )
             )
         except RequestError as error:
