@@ -3,11 +3,11 @@
 A step with prefill in it, over prefill parts i (n_i new tokens behind c_i tokens of context) and B decoding streams
 with S tokens of context in all, takes
 
-    step_s + token_s * (sum n_i + B) + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * S
+    step_s + token_s * (sum n_i + B) + draw_s * B + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * (S + sum c_i)
 
-A new token's matrix products cost the same wherever it stands; attention costs a prefill part its pairs of (new token,
-token it sees), and a decoding stream the KV it has to read. A step of streams alone reads the weights more than it
-multiplies, and follows a table over B where there is one:
+A new token's matrix products cost the same wherever it stands. Attention costs a prefill part its pairs of (new token,
+token it sees), and every part and stream the KV it has to read; a stream has a token drawn besides. A step of streams
+alone reads the weights more than it multiplies, and follows a table over B where there is one:
 
     stream_s(B) + context_s * S
 """
@@ -44,7 +44,9 @@ def step_seconds(model: CostModel, prefill: Iterable[PrefillPart], streams: int,
         return decode_seconds(model, streams, context)
     new = sum(part.new for part in parts)
     pairs = sum(part.new * (part.context + part.new / 2) for part in parts)
-    return model.step_s + model.token_s * (new + streams) + model.pair_s * pairs + model.context_s * context
+    read = context + sum(part.context for part in parts)
+    own = model.step_s + model.token_s * (new + streams) + model.draw_s * streams
+    return own + model.pair_s * pairs + model.context_s * read
 
 
 def decode_seconds(model: CostModel, streams: int, context: int) -> float:
@@ -67,24 +69,23 @@ class CostColumns(Struct, frozen=True):
     token_s: Floats
     pair_s: Floats
     context_s: Floats
+    draw_s: Floats
     stream_s: Floats
 
     @staticmethod
     def empty(rows: int) -> CostColumns:
         """Of workers that take no time."""
-        return CostColumns(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, KNOTS)))
+        return CostColumns(*(np.zeros(rows) for _ in _SCALARS), np.zeros((rows, KNOTS)))
 
     def put(self, row: int, model: CostModel) -> None:
         """Write a worker's model into its row."""
-        self.step_s[row], self.token_s[row] = model.step_s, model.token_s
-        self.pair_s[row], self.context_s[row] = model.pair_s, model.context_s
+        for name in _SCALARS:
+            getattr(self, name)[row] = getattr(model, name)
         self.stream_s[row] = [decode_seconds(model, 1 << knot, 0) for knot in range(KNOTS)]
 
     def take(self, rows: NDArray[np.intp] | Sequence[int]) -> CostColumns:
         """The models of some rows (copies)."""
-        return CostColumns(
-            self.step_s[rows], self.token_s[rows], self.pair_s[rows], self.context_s[rows], self.stream_s[rows]
-        )
+        return CostColumns(*(getattr(self, name)[rows] for name in self.__struct_fields__))
 
     def decode(self, streams: Floats, context: Floats) -> Floats:
         """`decode_seconds`, row by row."""
@@ -98,5 +99,8 @@ class CostColumns(Struct, frozen=True):
 
     def mixed(self, new: Floats, behind: Floats, streams: Floats, context: Floats) -> Floats:
         """Seconds of a step of one prefill part (`new` tokens behind `behind`) beside streams, row by row."""
-        pairs = new * (behind + new / 2)
-        return self.step_s + self.token_s * (new + streams) + self.pair_s * pairs + self.context_s * context
+        own = self.step_s + self.token_s * (new + streams) + self.draw_s * streams
+        return own + self.pair_s * new * (behind + new / 2) + self.context_s * (context + behind)
+
+
+_SCALARS = CostColumns.__struct_fields__[:-1]

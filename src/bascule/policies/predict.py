@@ -70,7 +70,7 @@ def prefill_side(snapshot: Snapshot, query: RouteQuery, rows: Rows) -> PrefillSi
         rows=rows,
         cached=cached,
         queue_s=residual + ahead * token + ahead / chunk * base,
-        prefill_s=own + np.ceil(new / chunk) * base,
+        prefill_s=own + np.ceil(new / chunk) * (base + cost.context_s * (cached + (new - chunk).clip(0) / 2)),
         own_s=own,
         chunk=np.minimum(chunk, new),
         step_s=base + np.minimum(chunk, new) * token,
