@@ -19,7 +19,7 @@ from bascule.engine.sequence import Key, Phase, Sequence
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
 from bascule.policies.batch import BatchLimits, Pace, Row, grant_tokens
-from bascule.types import BlockHash
+from bascule.types import BlockHash, CostModel
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
@@ -60,6 +60,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.hit_tokens = 0
         """Prompt tokens found in the prefix cache, each request's counted once."""
+        self.cost = CostModel()
+        """What a step is expected to take, as last fitted."""
         self._books = books
         self._max_sequences = limits.max_sequences
         self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens, gap_s=limits.gap_s)

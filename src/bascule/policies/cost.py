@@ -75,7 +75,7 @@ class CostColumns(Struct, frozen=True):
     @staticmethod
     def empty(rows: int) -> CostColumns:
         """Of workers that take no time."""
-        return CostColumns(*(np.zeros(rows) for _ in _SCALARS), np.zeros((rows, KNOTS)))
+        return CostColumns(**{name: np.zeros(rows) for name in _SCALARS}, stream_s=np.zeros((rows, KNOTS)))
 
     def put(self, row: int, model: CostModel) -> None:
         """Write a worker's model into its row."""

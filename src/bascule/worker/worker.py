@@ -44,6 +44,7 @@ from bascule.wire import (
     Written,
 )
 from bascule.worker.decode_side import DecodeSide
+from bascule.worker.learning import StepCosts
 from bascule.worker.link import RouterSocket
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 _REGISTER_AGAIN_S = 1.0
 _RENEW_S = 1.0
 _EXPIRE_S = 0.1
+_REFIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class Worker:
         self._received = 0
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
+        self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
         self._senders = open_senders(parts.arena, config.transfer)
@@ -133,6 +136,7 @@ class Worker:
             asyncio.create_task(self._beat()),
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
+            asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -327,6 +331,9 @@ class Worker:
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
             step=self._step_load(),
+            cost=self._costs.model,
+            cost_error=self._costs.error,
+            links=self._prefill.links.costs(),
         )
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
