@@ -98,10 +98,11 @@ def test_steps_that_do_not_fit_the_memory_the_context_or_the_batch_are_left_out(
 
 
 class Counting:
-    """A runner that counts its steps."""
+    """A runner that counts its steps, each of which takes `seconds` by its own clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.01) -> None:
         self.steps = 0
+        self.seconds = seconds
         self.stop_tokens: frozenset[int] = frozenset()
         self.card = CARD
 
@@ -111,6 +112,9 @@ class Counting:
         self.steps += 1
         return [None] * len(batch)
 
+    def now(self) -> float:
+        return self.steps * self.seconds
+
     def publish(self, blocks: Sequence[int]) -> None: ...
 
     def absorb(self, blocks: Sequence[int]) -> None: ...
@@ -119,39 +123,45 @@ class Counting:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BASCULE_CACHE", str(tmp_path))
-    monkeypatch.setattr("bascule.worker.profile.BUDGET_S", 0.01)
     return tmp_path
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_restart_skips_the_profile_and_another_device_does_not() -> None:
     runner = Counting()
-    first = profiled(runner, "cpu 1", BLOCKS, 32)
+    first = profiled(runner, "cpu 1", BLOCKS, 32, runner.now)
     measured = runner.steps
     assert measured > 0
-    assert profiled(runner, "cpu 1", BLOCKS, 32) == first
+    assert profiled(runner, "cpu 1", BLOCKS, 32, runner.now) == first
     assert runner.steps == measured
-    profiled(runner, "cpu 2", BLOCKS, 32)
+    profiled(runner, "cpu 2", BLOCKS, 32, runner.now)
     assert runner.steps > measured
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"token_s": -1}', b"{}", b'{"step_s": 1, "unknown": 2}'])
 def test_a_damaged_file_is_ignored_and_written_again(cache: Path, content: bytes) -> None:
     runner = Counting()
-    profiled(runner, "cpu 1", BLOCKS, 32)
+    profiled(runner, "cpu 1", BLOCKS, 32, runner.now)
     [path] = (cache / "costs").iterdir()
     path.write_bytes(content)
     measured = runner.steps
-    again = profiled(runner, "cpu 1", BLOCKS, 32)
+    again = profiled(runner, "cpu 1", BLOCKS, 32, runner.now)
     assert runner.steps > measured
-    assert profiled(runner, "cpu 1", BLOCKS, 32) == again
+    assert profiled(runner, "cpu 1", BLOCKS, 32, runner.now) == again
     assert list((cache / "costs").iterdir()) == [path]
+
+
+def test_a_profile_that_was_cut_short_is_not_kept(cache: Path) -> None:
+    runner = Counting(seconds=0.5)
+    assert any(profiled(runner, "cpu 1", BLOCKS, 32, runner.now).stream_s)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").touch()
     monkeypatch.setenv("BASCULE_CACHE", str(cache / "file"))
-    assert profiled(Counting(), "cpu 1", BLOCKS, 32) != CostModel()
+    runner = Counting()
+    assert profiled(runner, "cpu 1", BLOCKS, 32, runner.now) != CostModel()
 
 
 # ---------------------------------------------------------------- from steps

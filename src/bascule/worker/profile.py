@@ -73,12 +73,11 @@ def measure(
 ) -> list[StepSample]:
     """Each cell at its fastest, for whatever else runs on this machine only ever makes it slower.
 
-    Steps over the first blocks of the arena that `runner` is bound to, of which none may be in use.
-
-    Nothing of it enters the books; whoever leases the blocks later writes before reading, as ever.
+    The steps are over the first blocks of the arena that `runner` is bound to, of which none may be in use. Nothing of
+    this enters the books; whoever leases the blocks later writes before reading, as ever.
     """
     card = runner.card
-    cells = [cell for cell in (*NEEDED, *OTHERS) if _fits(cell, card, num_blocks, max_sequences)]
+    cells = _cells(card, num_blocks, max_sequences)
     begin = now()
     taken: dict[Cell, float] = {}
 
@@ -101,8 +100,10 @@ def measure(
     return [_sample(cell, seconds) for cell, seconds in taken.items()]
 
 
-def profiled(runner: Runner, how: str, num_blocks: int, max_sequences: int) -> CostModel:
-    """What steps of `runner` cost: as kept, else measured (see `measure`) and kept.
+def profiled(
+    runner: Runner, how: str, num_blocks: int, max_sequences: int, now: Callable[[], float] = time.perf_counter
+) -> CostModel:
+    """What steps of `runner` cost: as kept, else measured (see `measure`), and kept if that had the time it needs.
 
     `how` names what else decides it: the device, the threads, the form of the weights.
     """
@@ -110,10 +111,12 @@ def profiled(runner: Runner, how: str, num_blocks: int, max_sequences: int) -> C
     path = _kept_at(f"{__version__} {card.fingerprint} {card.layout} {how} {num_blocks} {max_sequences}")
     if path is not None and (kept := _read(path)) is not None:
         return kept
-    begin = time.perf_counter()
-    cost = fit(measure(runner, num_blocks, max_sequences, BUDGET_S), CostModel())
-    logger.info("measured what steps cost in %.1f s: %s", time.perf_counter() - begin, cost)
-    if path is not None:
+    begin = now()
+    samples = measure(runner, num_blocks, max_sequences, BUDGET_S, now)
+    cost = fit(samples, CostModel())
+    logger.info("measured what steps cost in %.1f s: %s", now() - begin, cost)
+    # One that was cut short comes from a slow device, or from a machine that was busy with something else.
+    if path is not None and len(samples) == len(_cells(card, num_blocks, max_sequences)):
         _write(path, cost)
     return cost
 
@@ -125,6 +128,10 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return ""
+
+
+def _cells(card: ModelCard, num_blocks: int, max_sequences: int) -> list[Cell]:
+    return [cell for cell in (*NEEDED, *OTHERS) if _fits(cell, card, num_blocks, max_sequences)]
 
 
 def _fits(cell: Cell, card: ModelCard, num_blocks: int, max_sequences: int) -> bool:
