@@ -131,7 +131,9 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pair_s: float = 0.0
     """Seconds for each (new token, token it attends to) pair of a prefill part."""
     context_s: float = 0.0
-    """Seconds for each token of context that a decoding stream reads."""
+    """Seconds for each token of context that a decoding stream or a prefill part reads."""
+    draw_s: float = 0.0
+    """Seconds for each stream beside a prefill part, over those for its token: what only drawing a token needs."""
     stream_s: tuple[float, ...] = ()
     """Seconds of a step of 1, 2, 4, 8, ... streams and no prefill, context aside; without, as `step_s` and `token_s`
     have it."""

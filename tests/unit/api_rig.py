@@ -70,6 +70,7 @@ LOAD = WorkerLoad(
     handoff_bytes={"shm": 4096},
     handoff_refused={"checksum": 3},
     hit_tokens=48,
+    cost_error=0.04,
 )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.unit.routing_rig import Cluster
 
-from bascule.policies.admit import place_in_line, worth_starting, worth_waiting
+from bascule.policies.admit import worth_starting, worth_waiting
+from bascule.policies.order import place_in_line
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Candidate
 from bascule.types import Role, Slo

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bascule.policies.cost import CostColumns, PrefillPart, decode_seconds, step_seconds
 from bascule.types import CostModel
 
-MODEL = CostModel(step_s=0.004, token_s=0.0002, pair_s=1e-8, context_s=1e-6)
+MODEL = CostModel(step_s=0.004, token_s=0.0002, pair_s=1e-8, context_s=1e-6, draw_s=0.0001)
 
 
 def test_the_default_engine_takes_no_time() -> None:
@@ -23,19 +23,30 @@ def test_a_decode_step_pays_for_its_streams_and_the_context_they_read() -> None:
 
 
 def test_a_prefill_part_pays_for_its_tokens_and_the_pairs_they_attend_to() -> None:
-    pairs = 100 * (400 + 50)
-    assert step_seconds(MODEL, [PrefillPart(100, 400)], 0, 0) == pytest.approx(0.004 + 100 * 0.0002 + pairs * 1e-8)
+    own = 100 * 0.0002 + 100 * (400 + 50) * 1e-8 + 400 * 1e-6
+    assert step_seconds(MODEL, [PrefillPart(100, 400)], 0, 0) == pytest.approx(0.004 + own)
 
 
-def test_cutting_a_prompt_into_chunks_costs_only_the_further_steps() -> None:
+def test_a_stream_beside_a_prompt_pays_for_its_token_for_drawing_it_and_for_its_context() -> None:
+    alone = step_seconds(MODEL, [PrefillPart(100, 400)], 0, 0)
+    both = step_seconds(MODEL, [PrefillPart(100, 400)], 3, 900)
+    assert both - alone == pytest.approx(3 * (0.0002 + 0.0001) + 900 * 1e-6)
+
+
+def test_cutting_a_prompt_into_chunks_costs_the_further_steps_and_reading_what_is_there() -> None:
     whole = step_seconds(MODEL, [PrefillPart(512, 0)], 0, 0)
     chunks = sum(step_seconds(MODEL, [PrefillPart(128, start)], 0, 0) for start in range(0, 512, 128))
-    assert chunks == pytest.approx(whole + 3 * MODEL.step_s)
+    assert chunks == pytest.approx(whole + 3 * MODEL.step_s + (128 + 256 + 384) * MODEL.context_s)
 
 
 def test_parts_may_come_from_a_generator() -> None:
     parts = [PrefillPart(3, 0), PrefillPart(5, 7)]
     assert step_seconds(MODEL, (part for part in parts), 2, 9) == step_seconds(MODEL, parts, 2, 9)
+
+
+def test_a_file_of_the_first_four_coefficients_is_a_cost_model() -> None:
+    text = b'{"step_s": 0.004, "token_s": 0.0002, "pair_s": 1e-8, "context_s": 1e-6}'
+    assert msgspec.json.decode(text, type=CostModel).draw_s == 0
 
 
 def test_it_survives_a_round_through_json() -> None:

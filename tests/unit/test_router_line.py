@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bascule.policies.admit import place_in_line
+from bascule.policies.order import place_in_line
 from bascule.router.flight import Flight
 from bascule.router.line import FIRST, Line
 from bascule.types import Request, RequestId, SamplingParams

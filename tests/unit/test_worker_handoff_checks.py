@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -202,6 +203,8 @@ def test_each_chunk_is_announced_and_checked_before_the_commit(transport: str) -
         assert announced == sorted(announced) and announced[-1] == held
         assert len(announced) > 1, "a prompt of several chunks is announced in several parts"
         assert 0 < checked[0] < held, "the commit leaves the last chunk only"
+        [link] = both.prefill.links.costs().values()
+        assert 0 < link.latency_s < math.inf and 0 < link.bytes_per_s < math.inf
 
 
 @EVERY

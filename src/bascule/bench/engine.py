@@ -19,6 +19,7 @@ from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.models import LoadedModel
 from bascule.types import SamplingParams
+from bascule.worker.profile import cpu_name
 
 _BLOCK = 16
 _GEMM_ROWS = 512
@@ -195,9 +196,4 @@ def in_blocks(sequences: int, tokens: int) -> int:
 
 def machine() -> str:
     """The CPU's name and how many cores this process may use."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return cpu_name() or platform.processor() or platform.machine()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from itertools import count
@@ -18,11 +19,15 @@ from bascule.errors import InvalidRequest
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
+from bascule.policies.cost_fit import StepSample, step_sample
 from bascule.types import CostModel, RequestId
 
 __all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Output", "Progress", "StepResult", "Work"]
 
 logger = logging.getLogger(__name__)
+
+_SAMPLES = 256
+"""Latest steps that are remembered for whoever fits a cost model."""
 
 
 class Failure(Struct, frozen=True, kw_only=True):
@@ -87,6 +92,7 @@ class Engine:
         self._arrivals = count()
         self._adopted_blocks: list[int] = []
         """Written into the arena by a peer, and not yet on the device."""
+        self._samples: deque[StepSample] = deque(maxlen=_SAMPLES)
 
     @property
     def cost(self) -> CostModel:
@@ -188,8 +194,9 @@ class Engine:
 
         If the runner raises, the sequences of this step fail, and the others go on.
         """
+        woken = self._now()
         with self._lock:
-            plan = self._scheduler.plan(self._now())
+            plan = self._scheduler.plan(woken)
             batch = [sequence.slice(tokens) for sequence, tokens in plan]
             handed_in = tuple(self._adopted_blocks)
             handed_out = [block for sequence, tokens in plan for block in sequence.unpublished(tokens)]
@@ -206,7 +213,18 @@ class Engine:
                 return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}")
         with self._lock:
             del self._adopted_blocks[: len(handed_in)]
-            return self._apply(plan, sampled, self._now())
+            result = self._apply(plan, sampled, self._now())
+            # A token takes planning and bookkeeping too: a tenth of a small model's step.
+            seconds = self._now() - woken
+            self._samples.append(step_sample(((part.start, len(part.tokens)) for part in batch), seconds))
+            return result
+
+    def take_samples(self) -> list[StepSample]:
+        """The latest steps since the last call, in order, with their seconds from planning to tokens."""
+        with self._lock:
+            taken = list(self._samples)
+            self._samples.clear()
+            return taken
 
     def load(self) -> EngineLoad:
         with self._lock:

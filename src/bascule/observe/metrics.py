@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter as Sums
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -143,6 +144,18 @@ class _ClusterCollector(Collector):
         hits = CounterMetricFamily("bascule_kv_hit_tokens", "Prompt tokens found and not computed", labels=["tier"])
         hits.add_metric(["device"], sum(load.hit_tokens for load in loads))
         yield hits
+        yield _prediction_errors(state)
+
+
+def _prediction_errors(state: ClusterState) -> Metric:
+    """By what was predicted; a term that nothing is known of yet has no value."""
+    family = GaugeMetricFamily(
+        "bascule_prediction_error_ratio", "Median of |predicted - measured| / measured, latest ones", labels=["term"]
+    )
+    steps = [worker.load.cost_error for worker in state.workers if worker.load.cost_error is not None]
+    if steps:
+        family.add_metric(["step"], median(steps))
+    return family
 
 
 def _blocks(state: ClusterState) -> Metric:

@@ -3,11 +3,11 @@
 A step with prefill in it, over prefill parts i (n_i new tokens behind c_i tokens of context) and B decoding streams
 with S tokens of context in all, takes
 
-    step_s + token_s * (sum n_i + B) + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * S
+    step_s + token_s * (sum n_i + B) + draw_s * B + pair_s * sum(n_i * (c_i + n_i / 2)) + context_s * (S + sum c_i)
 
-A new token's matrix products cost the same wherever it stands; attention costs a prefill part its pairs of (new token,
-token it sees), and a decoding stream the KV it has to read. A step of streams alone reads the weights more than it
-multiplies, and follows a table over B where there is one:
+A new token's matrix products cost the same wherever it stands. Attention costs a prefill part its pairs of (new token,
+token it sees), and every part and stream the KV it has to read; a stream has a token drawn besides. A step of streams
+alone reads the weights more than it multiplies, and follows a table over B where there is one:
 
     stream_s(B) + context_s * S
 """
@@ -44,12 +44,13 @@ def step_seconds(model: CostModel, prefill: Iterable[PrefillPart], streams: int,
     if not parts:
         return decode_seconds(model, streams, context)
     own = sum(part_seconds(model, part) for part in parts)
-    return model.step_s + model.token_s * streams + model.context_s * context + own
+    return model.step_s + (model.token_s + model.draw_s) * streams + model.context_s * context + own
 
 
 def part_seconds(model: CostModel, part: PrefillPart) -> float:
     """Predicted seconds that `part` adds to a step."""
-    return model.token_s * part.new + model.pair_s * part.new * (part.context + part.new / 2)
+    pairs = part.new * (part.context + part.new / 2)
+    return model.token_s * part.new + model.pair_s * pairs + model.context_s * part.context
 
 
 def decode_seconds(model: CostModel, streams: int, context: int) -> float:
@@ -77,19 +78,20 @@ class CostColumns(Struct, frozen=True):
     token_s: Floats
     pair_s: Floats
     context_s: Floats
+    draw_s: Floats
     line_s: Floats
     slope_s: Floats
 
     @staticmethod
     def empty(rows: int) -> CostColumns:
         """Of workers that take no time."""
-        shapes = [(rows,)] * 4 + [(rows, KNOTS)] * 2
+        shapes = [(rows,)] * 5 + [(rows, KNOTS)] * 2
         return CostColumns(*(np.zeros(shape) for shape in shapes))
 
     def put(self, row: int, model: CostModel) -> None:
         """Write a worker's model into its row."""
         self.step_s[row], self.token_s[row] = model.step_s, model.token_s
-        self.pair_s[row], self.context_s[row] = model.pair_s, model.context_s
+        self.pair_s[row], self.context_s[row], self.draw_s[row] = model.pair_s, model.context_s, model.draw_s
         self.line_s[row, 0] = self.slope_s[row, 0] = 0.0
         known = min(max(len(model.stream_s), 2), KNOTS)
         slopes = _convex([decode_seconds(model, 1 << knot, 0) for knot in range(known)])
@@ -113,7 +115,7 @@ class CostColumns(Struct, frozen=True):
         alone: Floats = slope * streams
         alone += self.line_s.take(line)
         alone += reading
-        reading += self.token_s * streams
+        reading += (self.token_s + self.draw_s) * streams
         reading += self.step_s
         return alone, np.maximum(alone, reading), slope
 

@@ -40,6 +40,7 @@ from bascule.wire import (
     Submit,
     Written,
 )
+from bascule.worker.learning import Links
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class Outgoing:
         """Of the computed blocks, from block 0 on, taken as soon as they are."""
         self.digesting = Lock()
         self.first_token: int | None = None
+        self.computed_at = 0.0
+        """When the first token was there, by the loop's clock."""
+        self.late_bytes = 0
+        """Pushed after that."""
         self.changed = asyncio.Event()
         self.ticket = TicketId("")
         self.reserved: asyncio.Future[Reserved] = asyncio.Future()
@@ -92,6 +97,7 @@ class Outgoing:
 
     def renew_ticket(self) -> None:
         """Start a new round; replies to the earlier ticket no longer count."""
+        self.late_bytes = 0
         self.ticket = TicketId(uuid.uuid4().hex)
         self.reserved = asyncio.Future()
         self.verdict = asyncio.Future()
@@ -115,6 +121,7 @@ class PrefillSide:
         """`on_lost` is told of requests whose verdict was lost; `wake` is called when a sequence may run again."""
         self.bytes_sent: Counter[str] = Counter()
         """By transport."""
+        self.links = Links()
         self._engine = engine
         self._arena = arena
         self._hasher = hasher
@@ -153,6 +160,7 @@ class PrefillSide:
         """The prompt is computed, and this is the first token (it has left for the router)."""
         if (handoff := self._by_key.get(key)) is not None:
             handoff.first_token = token
+            handoff.computed_at = asyncio.get_running_loop().time()
             handoff.changed.set()
 
     def cancel(self, key: Key) -> None:
@@ -243,9 +251,13 @@ class PrefillSide:
             self._engine.permit(*handoff.key)
             self._wake()
             session = await self._open(handoff, reserved, secret)
+            opened = asyncio.get_running_loop().time()
             await self._push(handoff, reserved, session)
             await self._commit(handoff, reserved)
             accepted = True
+            # Waiting for blocks over there is no matter of the link.
+            exposed = asyncio.get_running_loop().time() - max(handoff.computed_at, opened)
+            self.links.handed_over(handoff.decode.worker, handoff.late_bytes, exposed)
         finally:
             self._by_ticket.pop(ticket, None)
             if session is not None:
@@ -305,9 +317,7 @@ class PrefillSide:
                 ready = handoff.computed
                 if ready > sent:
                     moves = [Move(handoff.blocks[i], reserved.blocks[i]) for i in range(sent, ready)]
-                    self.bytes_sent[handoff.transport] += await self._in_thread(
-                        partial(self._send, handoff, session, moves)
-                    )
+                    await self._push_now(handoff, session, moves)
                     sent = ready
                     self._peers.send(handoff.decode, Written(handoff.ticket, sent))
                     continue
@@ -322,6 +332,14 @@ class PrefillSide:
             raise HandoffFailed(f"the decode worker took no data for {limit:g} s", again=False) from None
         finally:
             handoff.pushing = False
+
+    async def _push_now(self, handoff: Outgoing, session: Session, moves: list[Move]) -> None:
+        begin = asyncio.get_running_loop().time()
+        pushed = await self._in_thread(partial(self._send, handoff, session, moves))
+        self.bytes_sent[handoff.transport] += pushed
+        self.links.pushed(handoff.decode.worker, pushed, asyncio.get_running_loop().time() - begin)
+        if handoff.first_token is not None:
+            handoff.late_bytes += pushed
 
     def _send(self, handoff: Outgoing, session: Session, moves: list[Move]) -> int:
         """In a thread: checksums, then the bytes; they lie in the peer's arena when this returns (their number)."""

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -28,6 +28,7 @@ from bascule.models import load
 from bascule.types import CostModel, Epoch, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
+from bascule.worker.profile import cpu_name, profiled
 from bascule.worker.worker import Identity, Parts, Worker
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ async def _run(settings: WorkerSettings) -> None:
 
     stage("loading the model")
     parts = await asyncio.to_thread(build, settings)
+    if settings.engine_config.engine == "torch":
+        stage("measuring what steps cost")
+        parts = replace(parts, cost=await asyncio.to_thread(_measured, settings, parts))
     identity = Identity(worker=settings.worker, epoch=epoch, role=settings.role, device=settings.device_name)
     worker = Worker(identity, parts, link, settings.host, settings.handoff_config, WallClock())
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -157,6 +161,15 @@ def _mock_runner(settings: WorkerSettings) -> Runner:
     )
     card = structs.replace(card, name=settings.model_config.model_name or settings.model)
     return MockRunner(card, _cost_model(settings.engine_config.cost_model), time.sleep)
+
+
+def _measured(settings: WorkerSettings, parts: Parts) -> CostModel:
+    form = settings.model_config
+    device = f"{settings.device_kind} {cpu_name()} {len(settings.cores)}"
+    if settings.device_kind != "cpu":
+        device = settings.device_name
+    how = f"{device}, {form.dtype} {form.quantize} {form.dense_twin}"
+    return profiled(parts.runner, how, parts.books.num_blocks, parts.max_sequences)
 
 
 def _cost_model(path: Path | None) -> CostModel:

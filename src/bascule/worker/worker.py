@@ -46,6 +46,7 @@ from bascule.wire import (
 )
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.kv_events import REPORT_S, KvReporter
+from bascule.worker.learning import StepCosts
 from bascule.worker.link import RouterSocket
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 _REGISTER_AGAIN_S = 1.0
 _RENEW_S = 1.0
 _EXPIRE_S = 0.1
+_REFIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Worker:
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send)
+        self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
         self._senders = open_senders(parts.arena, config.transfer)
@@ -137,6 +140,7 @@ class Worker:
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
+            asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -341,6 +345,9 @@ class Worker:
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
             step=self._step_load(),
+            cost=self._costs.model,
+            cost_error=self._costs.error,
+            links=self._prefill.links.costs(),
         )
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:

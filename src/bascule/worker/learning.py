@@ -1,0 +1,76 @@
+"""What a worker learns of its costs as it goes: of its steps, and of its links to decode workers."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from bascule.engine.core import Engine
+from bascule.policies.cost_fit import StepSample, fit, median_error
+from bascule.policies.predict import OTHER_MACHINE
+from bascule.types import CostModel, LinkCost, WorkerId
+
+_LEAST_SAMPLES = 8
+"""Steps that a refit needs."""
+_REMEMBERED = 32
+"""Latest pushes and handoffs of a link of which the median counts."""
+_TELLING_BYTES = 1 << 16
+"""A smaller push says how long a call takes, not how fast bytes go."""
+_SHORTEST_S = 1e-6
+
+
+class StepCosts:
+    """Keeps the engine's cost model up to date with its steps."""
+
+    def __init__(self, engine: Engine, start: CostModel) -> None:
+        self.error: float | None = None
+        """Median of |predicted - measured| / measured over the latest steps, as predicted before they were learnt."""
+        self._engine = engine
+        self._waiting: list[StepSample] = []
+        engine.cost = start
+
+    @property
+    def model(self) -> CostModel | None:
+        """None while nothing is known."""
+        return self._engine.cost if self._engine.cost != CostModel() else None
+
+    def refit(self) -> None:
+        """Learn from the steps since the last call, once there are a few (takes a millisecond or two)."""
+        self._waiting += self._engine.take_samples()
+        if len(self._waiting) < _LEAST_SAMPLES:
+            return
+        samples, self._waiting = self._waiting, []
+        before = self._engine.cost
+        if before != CostModel():
+            self.error = median_error(before, samples)
+        self._engine.cost = fit(samples, before)
+
+
+class Links:
+    """What handing KV over to each decode worker takes, by the medians of the latest handoffs."""
+
+    def __init__(self) -> None:
+        self._pushes: dict[WorkerId, deque[float]] = {}
+        """Bytes per second."""
+        self._tails: dict[WorkerId, deque[tuple[int, float]]] = {}
+        """(bytes, seconds) from the first token to the verdict."""
+
+    def pushed(self, peer: WorkerId, sent: int, seconds: float) -> None:
+        """A push of `sent` bytes took `seconds`."""
+        if sent >= _TELLING_BYTES and seconds > _SHORTEST_S:
+            self._pushes.setdefault(peer, deque(maxlen=_REMEMBERED)).append(sent / seconds)
+
+    def handed_over(self, peer: WorkerId, late: int, seconds: float) -> None:
+        """A handoff was accepted `seconds` after its first token, `late` bytes having been pushed meanwhile."""
+        if seconds > 0:
+            self._tails.setdefault(peer, deque(maxlen=_REMEMBERED)).append((late, seconds))
+
+    def costs(self) -> dict[WorkerId, LinkCost]:
+        """Of the links that have been used."""
+        return {peer: self._cost(peer) for peer in self._tails}
+
+    def _cost(self, peer: WorkerId) -> LinkCost:
+        pushes = self._pushes.get(peer)
+        rate = median(pushes) if pushes else OTHER_MACHINE.bytes_per_s  # no push was long enough for it to matter
+        latency = median(max(seconds - late / rate, _SHORTEST_S) for late, seconds in self._tails[peer])
+        return LinkCost(latency, rate)
