@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Sums
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bascule.clock import Clock
-from bascule.types import ClusterState, WorkerLoad
+from bascule.types import ClusterState, RoutingFigures, WorkerLoad
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -143,6 +143,25 @@ class _ClusterCollector(Collector):
         hits = CounterMetricFamily("bascule_kv_hit_tokens", "Prompt tokens found and not computed", labels=["tier"])
         hits.add_metric(["device"], sum(load.hit_tokens for load in loads))
         yield hits
+        yield from _routing(state.routing)
+
+
+def _routing(figures: RoutingFigures) -> Iterator[Metric]:
+    """What the router has decided, and how well it predicted."""
+    errors = GaugeMetricFamily(
+        "bascule_prediction_error_ratio", "Median of |predicted - actual| / actual, lately", labels=["term"]
+    )
+    for term, error in figures.errors.items():
+        errors.add_metric([term], error)
+    yield errors
+    yield _counted("bascule_decisions", "Placements of requests", "kind", figures.decisions)
+    yield _counted("bascule_rejected", "Requests answered 429", "reason", figures.rejected)
+    yield CounterMetricFamily(
+        "bascule_policy_failures", "Decisions that a plug-in policy failed to make", figures.policy_failures
+    )
+    yield CounterMetricFamily(
+        "bascule_decision_log_lost", "Requests that could not be written to the decision log", figures.log_lost
+    )
 
 
 def _blocks(state: ClusterState) -> Metric:
@@ -173,8 +192,12 @@ def _summed(
     sums: Sums[str] = Sums()
     for load in loads:
         sums.update(part(load))
+    return _counted(name, text, label, sums)
+
+
+def _counted(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
-    for value, count in sums.items():
+    for value, count in counts.items():
         family.add_metric([value], count)
     return family
 
