@@ -34,6 +34,7 @@ from bascule.types import (
     Placement,
     Request,
     Role,
+    RoutingFigures,
     Slo,
     TokenLogprobs,
     WorkerId,
@@ -156,9 +157,12 @@ class FakeGeneration:
         self.ended = threading.Event()
         """The script is over, or `cancel` was called before that."""
         self.cancelled = False
+        self.finish: FinishReason | None = None
+        """What `cancel` was last told."""
         self._script = script
 
     def cancel(self, finish: FinishReason | None = None) -> None:
+        self.finish = self.finish or finish
         if not self.ended.is_set():
             self.cancelled = True
             self.ended.set()
@@ -193,6 +197,7 @@ class FakeBackend:
         self.script: Callable[[Request], Script] = echoes
         self.refusal: Callable[[Request], Exception | None] = lambda request: None
         self.placement = LOCAL
+        self.routing = RoutingFigures()
         self.start_blocked = False
         self.start_cancelled = threading.Event()
         self.requests: list[Request] = []
@@ -218,7 +223,7 @@ class FakeBackend:
         worker = WorkerStatus(
             id=WorkerId("mixed-0"), role=Role.MIXED, state="ready", epoch=Epoch("e1"), pid=7, device="cpu:0", load=LOAD
         )
-        return ClusterState(workers=(worker,), queued=4, active=5)
+        return ClusterState(workers=(worker,), queued=4, active=5, routing=self.routing)
 
 
 class ApiRig(AbstractContextManager["ApiRig"]):
