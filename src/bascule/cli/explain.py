@@ -99,65 +99,81 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def _show(console: Console, output: dict[str, Any]) -> None:
-    """One output as tables, with the figures in seconds."""
+    """One output: where it went and why, what was compared, and what came of it."""
     number = f", output {output['output']}" if output["output"] else ""
-    console.print(
-        f"[bold]{escape(output['id'])}[/bold]{number}: {output['outcome']}, policy {escape(output['policy'])}, "
-        f"{output['prompt_tokens']} prompt tokens, at most {output['max_tokens']} to come",
-        highlight=False,
+    _say(
+        console,
+        f"{output['id']}{number}",
+        f"{output['outcome']}, policy {output['policy']}, {output['prompt_tokens']} prompt tokens, "
+        f"at most {output['max_tokens']} to come",
     )
     for earlier in output["attempts"][:-1]:
-        console.print(f"  first {earlier['chosen']}, which failed", highlight=False)
+        _say(console, "failed", str(earlier["chosen"]))
+    _say(console, "chosen", output["chosen"] or "no placement")
+    if output["reason"]:
+        _say(console, "why", output["reason"])
+    if output["actual"]["error"] not in ("", output["reason"]):
+        _say(console, "error", output["actual"]["error"])
     if output["candidates"]:
         console.print(_candidates(output))
-    if output["reason"]:
-        console.print(f"[bold]why[/bold]  {escape(output['reason'])}", highlight=False, soft_wrap=True)
-    if output["actual"]["error"]:
-        console.print(f"[bold]error[/bold]  {escape(output['actual']['error'])}", highlight=False, soft_wrap=True)
+        for candidate in output["candidates"]:
+            if candidate["why_not"]:
+                _say(console, "against", f"{_ends(candidate)}: {candidate['why_not']}")
     if output["predicted"] is not None and output["actual"]["ttft_s"] is not None:
         console.print(_comparison(output["attempts"], output["actual"]))
+        _say(console, "output", _summary(output["actual"]))
     console.print()
 
 
+def _say(console: Console, word: str, text: str) -> None:
+    console.print(f"[bold]{escape(word)}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
+
+
 def _candidates(output: dict[str, Any]) -> Table:
-    table = Table(title="candidates, the best first (seconds)", title_justify="left")
-    table.add_column("")
-    table.add_column("placement", overflow="fold")
+    """Narrow enough for a terminal of 80 columns."""
+    table = Table(title="\ncandidates, the best first (ms)", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
     for name in (*_TERMS, "price"):
-        table.add_column(name.upper() if name in ("ttft", "tpot") else name, justify="right")
-    table.add_column("against it")
+        table.add_column(name.upper() if name in ("ttft", "tpot") else name, justify="right", no_wrap=True)
     for candidate in output["candidates"]:
         chosen = candidate["placement"] == output["chosen"]
-        against = candidate["why_not"] if candidate["feasible"] else f"not possible: {candidate['why_not']}"
+        mark = "*" if chosen else " " if candidate["feasible"] else "x"
         table.add_row(
-            "chosen" if chosen else "",
-            candidate["placement"],
-            *(_seconds(candidate["predicted"][f"{term}_s"]) for term in _TERMS),
-            _seconds(candidate["cost_s"]),
-            escape(against),
+            f"{mark} {_ends(candidate)}",
+            *(_ms(candidate["predicted"][f"{term}_s"]) for term in _TERMS),
+            _ms(candidate["cost_s"]),
             style="bold" if chosen else None,
         )
     return table
+
+
+def _ends(candidate: dict[str, Any]) -> str:
+    prefill, decode = candidate["prefill"], candidate["decode"]
+    return str(decode) if prefill == decode else f"{prefill} > {decode}"
 
 
 def _comparison(attempts: list[dict[str, Any]], actual: dict[str, Any]) -> Table:
     """The first decision's prediction, which is the one that was made for the whole request."""
     first = attempts[0]
     predicted = next(each["predicted"] for each in first["candidates"] if each["placement"] == first["chosen"])
-    table = Table(title="predicted against actual (seconds)", title_justify="left")
+    table = Table(title="\npredicted against actual (ms)", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("", "predicted", "actual", "off by"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for term in _MEASURED:
         guess, was = predicted[f"{term}_s"], actual[f"{term}_s"]
         off = f"{100 * (guess - was) / was:+.0f} %" if was and guess is not None else ""
-        table.add_row(term.upper() if term != "gap" else "longest gap", _seconds(guess), _seconds(was), off)
-    table.caption = (
-        f"{actual['output_tokens']} output tokens in {_seconds(actual['e2e_s'])} s, {actual['cached_tokens']} prompt "
-        f"tokens cached, finish: {actual['finish'] or 'none'}"
-    )
-    table.caption_justify = "left"
+        table.add_row(term.upper() if term != "gap" else "longest gap", _ms(guess), _ms(was), off)
     return table
 
 
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _summary(actual: dict[str, Any]) -> str:
+    return (
+        f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
+        f"{actual['cached_tokens']} prompt tokens cached"
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}"
