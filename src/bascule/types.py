@@ -204,6 +204,13 @@ class Placement(Struct, frozen=True):
     def remote(self) -> bool:
         return self.prefill != self.decode
 
+    @property
+    def route(self) -> str:
+        """As clients and operators read it: `local;decode=ID` or `remote;prefill=ID;decode=ID`."""
+        if self.remote:
+            return f"remote;prefill={self.prefill};decode={self.decode}"
+        return f"local;decode={self.decode}"
+
 
 class Request(Struct, frozen=True, kw_only=True):
     """One prompt to be completed, in token ids; what the api hands to the router."""
@@ -219,6 +226,10 @@ class Request(Struct, frozen=True, kw_only=True):
     """The client's own name for a conversation, if it has one."""
     priority: int = 0
     """Of those that wait, lower ones go first."""
+    public_id: str = ""
+    """The id of the call as its client knows it, which all its outputs share; empty where it is `id`."""
+    output: int = 0
+    """Its place among the outputs of that call."""
 
 
 class Delta(Struct, frozen=True, kw_only=True):
@@ -246,9 +257,25 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     load: WorkerLoad
 
 
+class RoutingFigures(Struct, frozen=True, kw_only=True):
+    """What the router has decided since it started, and how well it predicted."""
+
+    errors: dict[str, float] = {}
+    """Median of |predicted - actual| / actual over the latest completed requests, by term (`ttft`, `tpot`)."""
+    decisions: dict[str, int] = {}
+    """Placements by kind (`local`, `remote`)."""
+    rejected: dict[str, int] = {}
+    """Requests answered 429, by reason (`queue`, `slo`)."""
+    policy_failures: int = 0
+    """Decisions that a plug-in policy failed to make."""
+    log_lost: int = 0
+    """Requests that could not be written to the decision log."""
+
+
 class ClusterState(Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerStatus, ...]
     queued: int
     """Requests that wait unbound at the router."""
     active: int
     """Requests placed and not ended."""
+    routing: RoutingFigures = RoutingFigures()

@@ -22,6 +22,7 @@ from bascule.api.server import HttpServer
 from bascule.api.tokens import Message, TokenStream
 from bascule.clock import WallClock
 from bascule.errors import InvalidRequest
+from bascule.observe.decisions import DecisionRecords
 from bascule.observe.metrics import Metrics
 from bascule.types import (
     ClusterState,
@@ -33,6 +34,8 @@ from bascule.types import (
     Placement,
     Request,
     Role,
+    RoutingFigures,
+    Slo,
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
@@ -48,6 +51,8 @@ VOCAB = 300
 END = 256
 CONTEXT = 400
 KV_TOKENS = 300
+
+SLO = Slo(ttft_s=2.0, tpot_s=0.06, gap_s=0.2)
 
 LOCAL = Placement(WorkerId("mixed-0"), WorkerId("mixed-0"))
 REMOTE = Placement(WorkerId("prefill-0"), WorkerId("decode-0"))
@@ -153,9 +158,12 @@ class FakeGeneration:
         self.ended = threading.Event()
         """The script is over, or `cancel` was called before that."""
         self.cancelled = False
+        self.finish: FinishReason | None = None
+        """What `cancel` was last told."""
         self._script = script
 
-    def cancel(self) -> None:
+    def cancel(self, finish: FinishReason | None = None) -> None:
+        self.finish = self.finish or finish
         if not self.ended.is_set():
             self.cancelled = True
             self.ended.set()
@@ -190,6 +198,7 @@ class FakeBackend:
         self.script: Callable[[Request], Script] = echoes
         self.refusal: Callable[[Request], Exception | None] = lambda request: None
         self.placement = LOCAL
+        self.routing = RoutingFigures()
         self.start_blocked = False
         self.start_cancelled = threading.Event()
         self.requests: list[Request] = []
@@ -215,7 +224,7 @@ class FakeBackend:
         worker = WorkerStatus(
             id=WorkerId("mixed-0"), role=Role.MIXED, state="ready", epoch=Epoch("e1"), pid=7, device="cpu:0", load=LOAD
         )
-        return ClusterState(workers=(worker,), queued=4, active=5)
+        return ClusterState(workers=(worker,), queued=4, active=5, routing=self.routing)
 
 
 class ApiRig(AbstractContextManager["ApiRig"]):
@@ -223,8 +232,10 @@ class ApiRig(AbstractContextManager["ApiRig"]):
 
     def __init__(self, *, max_body: int = 1 << 20) -> None:
         self.backend = FakeBackend()
+        self.records = DecisionRecords()
         self.metrics = Metrics(self.backend.state, WallClock())
         self.context = Context(
+            slo=SLO,
             backend=self.backend,
             tokenizer=ByteTokenizer(),
             clock=WallClock(),
@@ -237,7 +248,7 @@ class ApiRig(AbstractContextManager["ApiRig"]):
 
     def __enter__(self) -> ApiRig:
         self._thread.start()
-        app, admin = create_app(self.context), create_admin_app(self.backend)
+        app, admin = create_app(self.context), create_admin_app(self.backend, self.records)
         self.server = self.call(HttpServer.start(app, self.context.calls, "127.0.0.1", 0))
         self.admin = self.call(HttpServer.start(admin, Calls(), "127.0.0.1", 0))
         self.http = httpx.Client(base_url=self.server.url, timeout=WAIT)

@@ -1,4 +1,4 @@
-"""The operator's HTTP application, on a port of its own: the cluster's state."""
+"""The operator's HTTP application, on a port of its own: the cluster's state, and why requests went where they did."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bascule.api.app import application, health, json_response
+from bascule.api.decisions import decision_routes
+from bascule.observe.decisions import DecisionRecords
 from bascule.router.backend import Backend
 from bascule.types import ClusterState, WorkerStatus
 
 
-def create_admin_app(backend: Backend) -> ASGIApp:
+def create_admin_app(backend: Backend, records: DecisionRecords) -> ASGIApp:
     """The application that operators and scripts talk to."""
 
     async def state(_request: Request) -> Response:
         return json_response(_state_fields(backend.state()))
 
-    return application([Route("/admin/state", state), Route("/health", health)])
+    return application([Route("/admin/state", state), *decision_routes(records), Route("/health", health)])
 
 
 def _state_fields(state: ClusterState) -> dict[str, object]:

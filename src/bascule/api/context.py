@@ -17,10 +17,13 @@ from bascule.clock import Clock
 from bascule.errors import Unavailable
 from bascule.observe.metrics import Metrics
 from bascule.router.backend import Backend
+from bascule.types import Slo
 
 REQUEST_ID = "X-Request-Id"
 ROUTE = "X-Bascule-Route"
 TIMEOUT = "X-Request-Timeout"
+SLO_TTFT, SLO_TPOT, SLO_GAP = "X-SLO-TTFT", "X-SLO-TPOT", "X-SLO-Gap"
+SESSION = "X-Session-Id"
 
 _SANE_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -38,6 +41,8 @@ class Context:
     """Seconds that a request may take unless its `X-Request-Timeout` says otherwise."""
     max_body: int
     """Bytes."""
+    slo: Slo
+    """The cluster's bounds, for what a request's own headers leave open."""
 
     def served(self) -> Served:
         """The model that answers; raises Unavailable before the first worker has registered."""
@@ -70,7 +75,36 @@ def backend_id_of(headers: Headers, request_id: str) -> str:
 
 def timeout_of(headers: Headers, default: float) -> float:
     """Seconds that a request may take; raises InvalidRequest for a header that is no positive number."""
-    given = headers.get(TIMEOUT)
+    return _seconds_of(headers, TIMEOUT, default)
+
+
+def slo_of(headers: Headers, default: Slo) -> Slo | None:
+    """The bounds that a request asks for itself, those it leaves open as in `default`; None where it names none.
+
+    Raises InvalidRequest for a header that is no positive number.
+    """
+    if not any(name in headers for name in (SLO_TTFT, SLO_TPOT, SLO_GAP)):
+        return None
+    return Slo(
+        ttft_s=_seconds_of(headers, SLO_TTFT, default.ttft_s),
+        tpot_s=_seconds_of(headers, SLO_TPOT, default.tpot_s),
+        gap_s=_seconds_of(headers, SLO_GAP, default.gap_s),
+    )
+
+
+def session_of(headers: Headers) -> str:
+    """The client's name for a conversation, empty where it gives none; raises InvalidRequest for an unusable one."""
+    given = headers.get(SESSION)
+    if given is None:
+        return ""
+    session = given.strip()
+    if not _SANE_ID.fullmatch(session):
+        raise wrong_value(SESSION, "must have from 1 to 128 printable ASCII characters.")
+    return session
+
+
+def _seconds_of(headers: Headers, name: str, default: float) -> float:
+    given = headers.get(name)
     if given is None:
         return default
     try:
@@ -78,5 +112,5 @@ def timeout_of(headers: Headers, default: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise wrong_value(TIMEOUT, f"must be a positive number of seconds, not {given[:40]!r}.")
+        raise wrong_value(name, f"must be a positive number of seconds, not {given[:40]!r}.")
     return seconds

@@ -13,17 +13,16 @@ from starlette.types import Receive, Scope, Send
 
 from bascule.api.body import read_object
 from bascule.api.calls import together
-from bascule.api.context import ROUTE, Context, backend_id_of, timeout_of
+from bascule.api.context import ROUTE, Context, backend_id_of, session_of, slo_of, timeout_of
 from bascule.api.errors import ClientGone, internal_error
 from bascule.api.events import EventStream
 from bascule.api.fields import Fields
 from bascule.api.forms import Writer, join
-from bascule.api.outputs import Output, Outputs, outputs_of
+from bascule.api.outputs import Asked, Output, Outputs, outputs_of
 from bascule.api.prompts import Call, Served
 from bascule.api.tokens import Tokenizer
 from bascule.errors import RequestError
 from bascule.observe.metrics import Outcome
-from bascule.types import Placement
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +71,13 @@ class TokenEndpoint:
         request_id: str = request.state.request_id
         if unknown := fields.unknown():
             log.debug("request %s has fields that are not known here: %s", request_id, ", ".join(unknown))
-        timeout = timeout_of(request.headers, context.timeout)
+        asked = _asked(request, context)
         context.check_ready()
         timers = [context.metrics.timer(received) for _ in range(len(call.prompts) * call.parameters.n)]
-        base = backend_id_of(request.headers, request_id)
-        outputs = outputs_of(call, base, timeout, context.tokenizer, timers)
+        outputs = outputs_of(call, asked, context.tokenizer, timers)
         writer = _writer(call, request_id, served)
         try:
-            headers = {ROUTE: _route(await outputs.start(context.backend))}
+            headers = {ROUTE: (await outputs.start(context.backend)).route}
             if call.parameters.delivery.stream:
                 await events.open(headers)
                 await _stream(call, outputs, writer, events)
@@ -91,6 +89,18 @@ class TokenEndpoint:
                 )
         finally:
             outputs.cancel()
+
+
+def _asked(request: Request, context: Context) -> Asked:
+    """What the headers say; raises InvalidRequest."""
+    headers, request_id = request.headers, request.state.request_id
+    return Asked(
+        public_id=request_id,
+        backend_id=backend_id_of(headers, request_id),
+        timeout=timeout_of(headers, context.timeout),
+        slo=slo_of(headers, context.slo),
+        session=session_of(headers),
+    )
 
 
 async def _stream(call: Call, outputs: Outputs, writer: Writer, events: EventStream) -> None:
@@ -125,12 +135,6 @@ def _writer(call: Call, request_id: str, served: Served) -> Writer:
         token_ids=delivery.token_ids,
         usage=delivery.include_usage,
     )
-
-
-def _route(placement: Placement) -> str:
-    if placement.remote:
-        return f"remote;prefill={placement.prefill};decode={placement.decode}"
-    return f"local;decode={placement.decode}"
 
 
 def _outcome(error: RequestError) -> Outcome:

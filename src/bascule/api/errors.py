@@ -12,6 +12,9 @@ from bascule.errors import NotFound, Overloaded, RequestError
 MAX_MESSAGE = 1000
 """Characters of an error message; a client's own words in it may be long."""
 
+MAX_RETRY_AFTER = 3600
+"""Seconds; a prediction far out is no reason to keep a client away for longer."""
+
 
 class SlowBody(RequestError):
     """408: the body did not arrive in time."""
@@ -42,7 +45,7 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
     """The HTTP answer for `error`; an `Overloaded` tells when to come back (whole seconds, at least one)."""
     headers = dict(headers or {})
     if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        headers["Retry-After"] = str(math.ceil(min(max(1.0, error.retry_after), MAX_RETRY_AFTER)))
     return Response(error_body(error), status_code=error.status, headers=headers, media_type="application/json")
 
 

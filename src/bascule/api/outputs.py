@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from msgspec import Struct
+
 from bascule.api.calls import together
 from bascule.api.forms import Usage
 from bascule.api.prompts import Call, Prompt
@@ -12,7 +14,7 @@ from bascule.api.tokens import Tokenizer
 from bascule.errors import WorkerFailure
 from bascule.observe.metrics import OutputTimer
 from bascule.router.backend import Backend, Generation
-from bascule.types import Delta, Placement, Request, RequestId
+from bascule.types import Delta, Placement, Request, RequestId, Slo
 
 
 class Output:
@@ -55,7 +57,8 @@ class Output:
         self._cached_tokens = delta.cached_tokens
         piece = self._text.push(delta)
         if piece.finish is not None:
-            self.cancel()
+            if self._generation is not None:
+                self._generation.cancel(piece.finish)
             self._timer.ended(self._text.tokens)
         return piece
 
@@ -94,15 +97,27 @@ class Outputs:
         )
 
 
-def outputs_of(call: Call, base: str, timeout: float, tokenizer: Tokenizer, timers: Sequence[OutputTimer]) -> Outputs:
-    """The outputs that `call` asks for, not yet started; their request ids begin with `base`."""
+class Asked(Struct, frozen=True, kw_only=True):
+    """What a call's headers say, which all its outputs share."""
+
+    public_id: str
+    backend_id: str
+    """With it the outputs' request ids begin; never the same for two calls."""
+    timeout: float
+    """Seconds."""
+    slo: Slo | None = None
+    session: str = ""
+
+
+def outputs_of(call: Call, asked: Asked, tokenizer: Tokenizer, timers: Sequence[OutputTimer]) -> Outputs:
+    """The outputs that `call` asks for, not yet started."""
     n = call.parameters.n
     several = len(call.prompts) * n > 1
     items = []
     for position, prompt in enumerate(call.prompts):
         for choice in range(n):
             index = position * n + choice
-            request = _request(call, prompt, choice, f"{base}-{index}" if several else base, timeout)
+            request = _request(call, asked, prompt, choice, index if several else None)
             text = OutputText(
                 tokenizer,
                 request.sampling,
@@ -114,10 +129,17 @@ def outputs_of(call: Call, base: str, timeout: float, tokenizer: Tokenizer, time
     return Outputs(items, n)
 
 
-def _request(call: Call, prompt: Prompt, choice: int, request_id: str, timeout: float) -> Request:
+def _request(call: Call, asked: Asked, prompt: Prompt, choice: int, index: int | None) -> Request:
+    """The request of one output; `index` is None where it is the only one."""
+    base = asked.backend_id
     return Request(
-        id=RequestId(request_id),
+        id=RequestId(base if index is None else f"{base}-{index}"),
         prompt=prompt.tokens,
         sampling=call.parameters.sampling_of(choice, prompt.max_tokens),
-        timeout=timeout,
+        timeout=asked.timeout,
+        slo=asked.slo,
+        session=asked.session,
+        priority=call.parameters.priority,
+        public_id=asked.public_id,
+        output=index or 0,
     )

@@ -16,6 +16,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 512
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_PRIORITY = 1_000_000
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy; dividing by it would overflow and change nothing."""
@@ -59,6 +60,8 @@ class Parameters(Struct, frozen=True, kw_only=True):
     include_stop: bool
     """Keep the stop string that ended the text."""
     delivery: Delivery
+    priority: int = 0
+    """Of requests that wait, lower ones go first (vLLM's field)."""
 
     def sampling_of(self, choice: int, max_tokens: int) -> SamplingParams:
         """Sampling of one choice: choice i draws with seed + i, so choices differ and each can be had again."""
@@ -102,6 +105,7 @@ def read_parameters(fields: Fields, card: ModelCard, *, max_tokens: int | None, 
         stop=_stop_strings(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
         delivery=_delivery(fields),
+        priority=fields.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY),
     )
 
 

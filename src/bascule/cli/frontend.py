@@ -17,13 +17,16 @@ from bascule.api.calls import Calls
 from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import ModelTokenizer
+from bascule.cli import servers
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, HttpConfig, RoutingConfig, SloConfig
 from bascule.errors import ConfigError
 from bascule.models import LoadedModel
+from bascule.observe.decision_log import DecisionLog
 from bascule.observe.metrics import Metrics
 from bascule.router.attached.keeper import Attachments
 from bascule.router.attached.probe import OurModel
+from bascule.router.journal import Journal
 from bascule.router.link import RouterLink
 from bascule.router.membership import Membership
 from bascule.router.service import Service
@@ -51,7 +54,9 @@ class Frontend:
     ) -> None:
         """Listens for workers at `bind`; HTTP starts with `serve_http`."""
         clock = WallClock()
-        self.service = Service(ClusterView(), routing, clock, slo.slo)
+        decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
+        self.journal = Journal(routing.policy, decision_log)
+        self.service = Service(ClusterView(), routing, clock, slo.slo, self.journal)
         self.link = RouterLink(bind)
         self.membership = Membership(self.link, self.service, routing, clock)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
@@ -65,7 +70,10 @@ class Frontend:
             metrics=Metrics(self.service.state, clock),
             timeout=routing.request_timeout,
             max_body=http.max_body_bytes,
+            slo=slo.slo,
         )
+        self._name = name
+        self._announced: Path | None = None
         self._servers: list[HttpServer] = []
 
     def run_in_background(self) -> list[asyncio.Task[None]]:
@@ -86,11 +94,12 @@ class Frontend:
 
     async def serve_http(self) -> tuple[str, str]:
         """Start listening; returns the URLs of the API and of the admin API. Raises ConfigError for a taken port."""
-        admin = create_admin_app(self.service)
+        admin = create_admin_app(self.service, self.journal.records)
         api = await HttpServer.start(create_app(self._context), self._context.calls, self._http.host, self._http.port)
         self._servers.append(api)
         operators = await HttpServer.start(admin, Calls(), "127.0.0.1", self._http.admin_port)
         self._servers.append(operators)
+        self._announced = servers.announce(api.url, operators.url, self._name)
         _spare_the_collector()
         return api.url, operators.url
 
@@ -124,6 +133,8 @@ class Frontend:
 
     def close(self) -> None:
         self.link.close()
+        self.journal.close()
+        servers.withdraw(self._announced)
         if self._http.ready_file is not None:
             with contextlib.suppress(OSError):
                 self._http.ready_file.unlink(missing_ok=True)

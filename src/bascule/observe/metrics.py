@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Sums
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from statistics import median
 
@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bascule.clock import Clock
-from bascule.types import ClusterState, WorkerLoad
+from bascule.types import ClusterState, RoutingFigures, WorkerLoad
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -145,17 +145,30 @@ class _ClusterCollector(Collector):
         hits.add_metric(["device"], sum(load.hit_tokens for load in loads))
         yield hits
         yield _prediction_errors(state)
+        yield from _routing(state.routing)
 
 
 def _prediction_errors(state: ClusterState) -> Metric:
     """By what was predicted; a term that nothing is known of yet has no value."""
     family = GaugeMetricFamily(
-        "bascule_prediction_error_ratio", "Median of |predicted - measured| / measured, latest ones", labels=["term"]
+        "bascule_prediction_error_ratio", "Median of |predicted - actual| / actual, lately", labels=["term"]
     )
     steps = [worker.load.cost_error for worker in state.workers if worker.load.cost_error is not None]
-    if steps:
-        family.add_metric(["step"], median(steps))
+    for term, error in (state.routing.errors | ({"step": median(steps)} if steps else {})).items():
+        family.add_metric([term], error)
     return family
+
+
+def _routing(figures: RoutingFigures) -> Iterator[Metric]:
+    """What the router has decided."""
+    yield _counted("bascule_decisions", "Placements of requests", "kind", figures.decisions)
+    yield _counted("bascule_rejected", "Requests answered 429", "reason", figures.rejected)
+    yield CounterMetricFamily(
+        "bascule_policy_failures", "Decisions that a plug-in policy failed to make", figures.policy_failures
+    )
+    yield CounterMetricFamily(
+        "bascule_decision_log_lost", "Requests that could not be written to the decision log", figures.log_lost
+    )
 
 
 def _blocks(state: ClusterState) -> Metric:
@@ -186,8 +199,12 @@ def _summed(
     sums: Sums[str] = Sums()
     for load in loads:
         sums.update(part(load))
+    return _counted(name, text, label, sums)
+
+
+def _counted(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
-    for value, count in sums.items():
+    for value, count in counts.items():
         family.add_metric([value], count)
     return family
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from bascule.types import ClusterState, Delta, ModelCard, Placement, Request
+from bascule.types import ClusterState, Delta, FinishReason, ModelCard, Placement, Request
 
 
 class Generation(Protocol):
@@ -18,8 +18,11 @@ class Generation(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 
-    def cancel(self) -> None:
-        """Stop it everywhere by the next step boundary. Idempotent; does nothing once it has ended."""
+    def cancel(self, finish: FinishReason | None = None) -> None:
+        """Stop it everywhere by the next step boundary. Idempotent; does nothing once it has ended.
+
+        `finish` says how it ended where its reader found the end in what it had (a stop string).
+        """
         ...
 
 

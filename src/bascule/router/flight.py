@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from bascule.errors import RequestError
-from bascule.types import BlockHash, Delta, Placement, Request, WorkerId
+from bascule.observe.decisions import Record
+from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -38,11 +40,23 @@ class Flight:
         self.handed_over = False
         """The decode worker of this attempt has sent a token: the prefill worker is no longer needed."""
         self.ended = False
+        self.finish: FinishReason | None = None
+        """How the output ended, if it did; a cancelled one may have been complete to its reader."""
+        self.first_at = math.inf
+        """When the first token came."""
+        self.latest_at = math.inf
+        self.longest_gap_s = 0.0
+        """Between two steps that brought tokens."""
+        self.record: Record | None = None
+        """The open decision record."""
+        self.prompt_blocks = 0
+        """Of `hashes`, those of the prompt."""
         self._route: Placement | None = None
         self._on_cancel = on_cancel
         self._held: dict[int, TokenItem] = {}
         self._gap_since: float | None = None
-        self._cached_tokens: int | None = None
+        self.cached_tokens: int | None = None
+        """Prompt tokens that the first prefill found."""
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -119,9 +133,9 @@ class Flight:
             self._error = error
             self._wake()
 
-    def cancel(self) -> None:
+    def cancel(self, finish: FinishReason | None = None) -> None:
         if not self.ended:
-            self.ended = True
+            self.finish, self.ended = finish, True
             self._on_cancel(self)
             self._wake()
 
@@ -146,12 +160,13 @@ class Flight:
         raise StopAsyncIteration
 
     def _append(self, item: TokenItem) -> None:
-        if self._cached_tokens is None:
+        if self.cached_tokens is None:
             # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
-            self._cached_tokens = item.cached_tokens
+            self.cached_tokens = item.cached_tokens
         self.tokens.append(item.token)
         self._fresh.append(item)
-        self.ended = item.finish is not None
+        if item.finish is not None:
+            self.finish, self.ended = item.finish, True
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -171,5 +186,5 @@ class Flight:
             tokens=tuple([item.token for item in items]),
             logprobs=logprobs,
             finish=items[-1].finish,
-            cached_tokens=self._cached_tokens or 0,
+            cached_tokens=self.cached_tokens or 0,
         )

@@ -14,8 +14,9 @@ from bascule.policies.route import priced
 from bascule.policies.snapshot import Candidate, Decision
 from bascule.router.client import WorkerClient
 from bascule.router.flight import Flight
+from bascule.router.journal import Journal
 from bascule.router.line import FIRST, Line
-from bascule.router.policy import orders_by_work, policy_named
+from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
@@ -44,10 +45,12 @@ class Service:
         config: RoutingConfig,
         clock: Clock,
         slo: Slo = Slo(),
+        journal: Journal | None = None,
     ) -> None:
         """`slo` is what requests are to meet that ask for nothing else; raises ConfigError for an unknown policy."""
         self.view = view
         self.clients: dict[WorkerId, WorkerClient] = {}
+        self.journal = journal or Journal(config.policy)
         self._config = config
         self._clock = clock
         self._policy = policy_named(config.policy, config.balance)
@@ -102,6 +105,7 @@ class Service:
             workers=self.view.statuses(),
             queued=len(self._line),
             active=len(self._flights) - len(self._line),
+            routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
         )
 
     # ------------------------------------------------------------ what members report
@@ -122,7 +126,7 @@ class Service:
 
     def tokens(self, message: StepTokens) -> None:
         """All tokens of one step of one worker."""
-        freed = False
+        freed, now = False, self._clock.now()
         for item in message.items:
             flight = self._flights.get(item.request)
             if flight is None or flight.attempt != item.attempt:
@@ -132,12 +136,17 @@ class Service:
                 continue
             if message.worker not in (flight.placed.prefill, flight.placed.decode) or not flight.take(item):
                 continue
+            if (gap := now - flight.latest_at) > flight.longest_gap_s:  # the first token's is minus infinity
+                flight.longest_gap_s = gap
+            flight.latest_at = now
             flight.handed_over |= message.worker == flight.placed.decode
             if flight.prefilling:
+                flight.first_at = min(flight.first_at, now)
                 freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._queries.ended(flight)
                 self._forget(flight)
+                self.journal.ended(flight, now)
                 freed = True
         if freed:
             self._dispatch()
@@ -183,6 +192,7 @@ class Service:
     def _wait(self, flight: Flight) -> None:
         """Put a new request in line."""
         self._queries.prepare(flight)
+        self.journal.opened(flight, self._queries.slo_of(flight))
         work_s = self._queries.work_s(flight)
         due = flight.received
         if self._by_work:
@@ -201,7 +211,9 @@ class Service:
             verdict = worth_waiting(self.view.snapshot(now), self._queries.query(flight, now), queued_s)
         if not verdict.admitted:
             self._forget(flight)
-            raise _overloaded(verdict)
+            refusal = _overloaded(verdict)
+            self.journal.ended(flight, self._clock.now(), refusal)
+            raise refusal
 
     def _dispatch(self) -> None:
         """Place waiting requests, each in its turn, while the policy finds room."""
@@ -210,16 +222,19 @@ class Service:
             snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
             decision = self._policy(snapshot, query)
             if decision.placement is None:
+                self.journal.waits(flight, decision.reason)
                 return
             chosen = decision.chosen() or priced(snapshot, query, decision.placement)
             late = self._by_work and not flight.tokens and len(self._line) > 1 and is_late(query, chosen)
             if late and self._line.demote(flight, LATE_S):
                 continue
             if self._by_work and not has_room(snapshot, query, chosen):
+                self.journal.waits(flight, "one stream more would break the TPOT of those that decode")
                 return
             if self._config.admission == "slo" and not flight.tokens:
                 verdict = worth_starting(query, chosen)
                 if not verdict.admitted:
+                    self.journal.decided(flight, decision, chosen, now, taken=False)
                     self._end_with(flight, _overloaded(verdict))
                     continue
             self._line.remove(flight)
@@ -230,6 +245,7 @@ class Service:
         log.debug("request %s attempt %d: %s", flight.request.id, flight.attempt, decision.reason)
         uncached = flight.known_tokens - chosen.cached_tokens
         context = flight.known_tokens + self._queries.output_tokens(flight) / 2
+        self.journal.decided(flight, decision, chosen, now)
         self.view.place(placement, uncached, context, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context)
@@ -259,6 +275,7 @@ class Service:
             return
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
         self._queries.prepare(flight)
+        self.journal.waits(flight, f"to be placed again: {why}")
         self._line.push(flight, FIRST, self._queries.work_s(flight))
 
     def _end_stranded(self) -> None:
@@ -272,10 +289,14 @@ class Service:
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)
         self._forget(flight)
+        if flight.finish is not None:
+            self._queries.ended(flight)
+        self.journal.ended(flight, self._clock.now())
         self._dispatch()
 
     def _end_with(self, flight: Flight, error: RequestError) -> None:
         self._forget(flight)
+        self.journal.ended(flight, self._clock.now(), error)
         flight.fail(error)
 
     def _stop_workers(self, flight: Flight) -> None:

@@ -1,0 +1,128 @@
+"""Which server `bascule explain` asks, and what it says when that cannot be asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from api_rig import ApiRig
+from test_api_decisions import add
+from test_observe_decisions import record
+
+from bascule.cli import servers
+from bascule.cli.explain import NotExplained, explain
+from bascule.errors import ConfigError
+from bascule.observe.decisions import Actual, Outcome
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("BASCULE_ADMIN", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "bascule"
+
+
+@pytest.fixture
+def rig() -> Iterator[ApiRig]:
+    with ApiRig() as rig:
+        yield rig
+
+
+def test_the_only_server_of_this_machine_is_found(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    add(rig, record("r"))
+    path = servers.announce(rig.server.url, rig.admin.url, "tiny")
+    explain("r")
+    said = capsys.readouterr().out
+    assert re.search(r"chosen.*remote;prefill=a;decode=b", said) and "because" in said
+    assert re.search(r"TTFT +1000 +2000 +-50 %", said), said
+    for row in (r"^\* a > b +1000 +100\.0 +0\.0", r"^  a +1000"):
+        assert re.search(row, said, re.MULTILINE), said
+    servers.withdraw(path)
+    assert servers.running() == []
+
+
+def test_a_rejected_request_is_explained_without_a_choice(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    one = record("r")
+    rig.records.open(one)
+    rig.records.rejected(one, "queue", "9 requests wait [already]")
+    rig.records.ended(one, Outcome.REJECTED, Actual(error="9 requests wait [already]"))
+    explain("r", admin=rig.admin.url)
+    assert "rejected" in (said := capsys.readouterr().out) and "9 requests wait [already]" in said
+
+
+def test_json_goes_to_a_file_or_alone_to_standard_output(
+    rig: ApiRig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    add(rig, record("r"))
+    explain("r", admin=rig.admin.url, json="-")
+    assert msgspec.json.decode(capsys.readouterr().out)["chosen"] == "remote;prefill=a;decode=b"
+    explain("r", admin=rig.admin.url, json=str(tmp_path / "out"))
+    assert msgspec.json.decode((tmp_path / "out").read_bytes())["id"] == "r"
+    assert "chosen" in capsys.readouterr().out
+
+
+def test_an_unknown_id_is_told_in_the_servers_words(rig: ApiRig) -> None:
+    with pytest.raises(NotExplained, match="'nothing/at all'"):
+        explain("nothing/at all", admin=rig.admin.url)
+
+
+def test_without_a_server_the_way_to_name_one_is_told() -> None:
+    with pytest.raises(NotExplained, match=r"--admin.*BASCULE_ADMIN"):
+        explain("r")
+
+
+def test_between_two_servers_the_user_is_asked(runtime: Path) -> None:
+    path = servers.announce("http://127.0.0.1:1", "http://127.0.0.1:2", "tiny")
+    assert path is not None
+    other = msgspec.structs.replace(
+        msgspec.json.decode(path.read_bytes(), type=servers.Server), admin_url="http://127.0.0.1:4"
+    )
+    (runtime / "other.json").write_bytes(msgspec.json.encode(other))
+    with pytest.raises(ConfigError, match=r"(?s)2 servers.*--admin http://127.0.0.1:"):
+        explain("r")
+
+
+def test_servers_that_were_killed_and_those_of_other_machines_do_not_count(runtime: Path) -> None:
+    path = servers.announce("http://127.0.0.1:1", "http://127.0.0.1:2", "tiny")
+    assert path is not None and path.stat().st_mode & 0o777 in (0o600, 0o644)
+    here = msgspec.json.decode(path.read_bytes(), type=servers.Server)
+    servers.withdraw(path)
+    dead = msgspec.structs.replace(here, started=here.started - 1000)  # the id was another process's
+    away = msgspec.structs.replace(here, machine="elsewhere")
+    (runtime / "dead.json").write_bytes(msgspec.json.encode(dead))
+    (runtime / "away.json").write_bytes(msgspec.json.encode(away))
+    (runtime / "junk.json").write_bytes(b"{")
+    assert servers.running() == []
+    assert not (runtime / "dead.json").exists() and (runtime / "away.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", os.devnull)
+    assert servers.announce("http://127.0.0.1:1", "http://127.0.0.1:2", "tiny") is None
+    servers.withdraw(None)
+    assert servers.running() == []
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:8001", "ftp://x", ""])
+def test_an_address_that_is_none_is_wrong_use(given: str) -> None:
+    with pytest.raises(ConfigError, match="--admin"):
+        explain("r", admin=given)
+
+
+@pytest.mark.parametrize("given", ["http://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::"])
+def test_a_server_that_does_not_answer_is_named(given: str) -> None:
+    with pytest.raises(NotExplained, match="cannot reach"):
+        explain("r", admin=given)
+
+
+def test_what_is_no_admin_api_is_told_apart(rig: ApiRig) -> None:
+    with pytest.raises(NotExplained, match="nothing at"):
+        explain("r", admin=rig.server.url)
+    rig.backend.ready = True
+    with pytest.raises(NotExplained, match="no admin API"):
+        explain("r", admin=f"{rig.server.url}/metrics?")
