@@ -18,6 +18,8 @@ from bascule.types import Slo
 
 _LIMIT = 1 << 22
 _TIMEOUT_S = 300.0
+_RAMP_S = 2.0
+"""Seconds within which the clients of a closed loop start."""
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -101,11 +103,13 @@ async def offer(url: str, model: str, asked: Sequence[Talk], concurrency: int | 
     if concurrency is not None:
         waiting = iter(asked)
 
-        async def client() -> None:
+        async def client(number: int) -> None:
+            # Not all at once: a crowd at the door says little of the room.
+            await asyncio.sleep(_RAMP_S * number / concurrency)
             for talk in waiting:
                 records.extend(await _hold(url, model, talk, begin))
 
-        await asyncio.gather(*(client() for _ in range(concurrency)))
+        await asyncio.gather(*(client(number) for number in range(concurrency)))
     else:
 
         async def later(talk: Talk) -> None:

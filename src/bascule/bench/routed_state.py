@@ -48,7 +48,7 @@ def busy_view(workers: int, seed: int) -> ClusterView:
             view.place(placement, 1, tokens, 0.0)
             view.prefilled(placement, 1)
         sent = prompts + streams
-        view.stepped(member, StepLoad(sent, prompts, int(rng.integers(1000)), streams, 2000 * streams))
+        view.stepped(member, StepLoad(sent, prompts, int(rng.integers(1000)), streams, 2000 * streams), 0.0)
     return view
 
 

@@ -126,7 +126,7 @@ class _Decider:
             member = self._members[worker]
             sent = self._view.columns.sent(member.row)
             streams = int(self._view.columns.decoding[member.row])
-            self._view.stepped(member, StepLoad(sent, 1, 512, streams, 1000 * streams))
+            self._view.stepped(member, StepLoad(sent, 1, 512, streams, 1000 * streams), self._now)
 
     def expect(self, row: int, hashes: list[BlockHash]) -> float:
         """Tell the index what was placed, which can wait until the request is on its way; returns the seconds taken."""

@@ -43,7 +43,7 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> bool:
         return True
     rows = len(snapshot.ids)
     alone, _, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
-    return bool(alone[row] / (1.0 - snapshot.prefill_share[row]) > query.slo.tpot_s)
+    return bool(alone[row] * snapshot.stretch[row] > query.slo.tpot_s)
 
 
 def worth_starting(query: RouteQuery, chosen: Candidate) -> Verdict:

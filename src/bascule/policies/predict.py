@@ -42,6 +42,8 @@ class DecodeSide(Struct, frozen=True):
     step_s: Floats
     """A step with this stream in it and no prompt."""
     tpot_s: Floats
+    ahead_s: Floats
+    """Work on prompts that are there, which this stream's steps have to carry."""
     tpot_more_s: Floats
     """By how much this stream slows those beside it."""
     gap_s: Floats
@@ -76,9 +78,10 @@ def _prefill(
     chunk_now = np.minimum(np.minimum(total, query.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
     running = base * ((streams > 0) | (total > 0))
     own = new * token
+    lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > query.chunk_tokens))
     return PrefillSide(
-        queue_s=(chunk_now + running) / 2 + ahead * (token + base / chunk),
-        prefill_s=own + np.ceil(new / chunk) * base,
+        queue_s=lag * ((chunk_now + running) / 2 + ahead * (token + base / chunk)),
+        prefill_s=lag * (own + np.ceil(new / chunk) * base),
         last_tokens=np.minimum(new, query.chunk_tokens),
         step_s=base + np.minimum(chunk, new) * token,
         harm_s=(streams + snapshot.prompts_behind.take(size)) * own,
@@ -87,12 +90,12 @@ def _prefill(
 
 def _decode(snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, shared: Floats) -> DecodeSide:
     """Steps with this stream in them: of streams alone (`more` is its part), and with a chunk of somebody's prompt."""
-    share = snapshot.prefill_share
-    stretch = 1.0 / (1.0 - share)
+    share, stretch = snapshot.prefill_share, snapshot.stretch
     more = more * stretch
     return DecodeSide(
         step_s=after,
         tpot_s=after * stretch,
+        ahead_s=snapshot.ahead_tokens[:, -1] * snapshot.cost.token_s,
         tpot_more_s=more,
         gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared, after),
         harm_s=query.output_tokens * snapshot.decoding * more,

@@ -26,6 +26,8 @@ WINDOW_S = 0.5
 """Work that a busy worker may have in its queue before prompts wait unbound at the router."""
 _WIDTH = 0.1
 """Relative error of predictions: how sharply a bound's price sets in."""
+_GAP_WIDTH = 0.04
+"""The same of the gap, for which workers cut their chunks with a margin."""
 _EQUAL = 1e-6
 """Prices that differ by less (s) are equal."""
 _LOAD_S = 1e-10
@@ -108,15 +110,15 @@ def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
     prefill, decode = predict(snapshot, query)
     slo, worth = query.slo, _worth(query)
     ttft = query.waited_s + prefill.queue_s + prefill.prefill_s
-    lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s)
+    lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s, _GAP_WIDTH)
     lost_there = snapshot.decoding * _more_chance(decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
-    own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s)
+    own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s, _GAP_WIDTH)
     # Of equal workers the least loaded must be among the best, though a load of one is no price.
     load = _LOAD_S * (snapshot.decoding + snapshot.prefilling)
     if query.session >= 0:
         load[query.session] -= _LOAD_S
     prefill_price = ttft + prefill.harm_s + worth * lost_here + load
-    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + load
+    decode_price = query.output_tokens * decode.tpot_s + decode.ahead_s + decode.harm_s + worth * lost_there + load
     return _Sides(
         prefill=prefill,
         decode=decode,
@@ -156,7 +158,14 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     late = handed / max(query.output_tokens - 1, 1)
     tpot = sides.decode.tpot_s[right] + late
     gap = np.maximum(sides.decode.gap_s[right], handed + step)
-    own = query.output_tokens * late + _worth(query) * (_chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s))
+    # Checking and copying the KV takes the workers' time too, from all that decode there.
+    busy = exposed_transfer(snapshot, query, left, right, np.full(len(left), float(query.prompt_tokens)))
+    busy = busy * (1 + snapshot.streams[left] + snapshot.decoding[right])
+    own = (
+        busy
+        + query.output_tokens * late
+        + _worth(query) * (_chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s, _GAP_WIDTH))
+    )
     return _Priced(
         prefill=left,
         decode=right,
@@ -167,11 +176,11 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     )
 
 
-def _chance(predicted: Floats, bound: float) -> Floats:
+def _chance(predicted: Floats, bound: float, width: float = _WIDTH) -> Floats:
     """How probable it is that a bound is broken, given that predictions err."""
     if math.isinf(bound):
         return _NEVER
-    chance: Floats = 0.5 + 0.5 * np.tanh((predicted - bound) * (0.5 / (_WIDTH * bound)))
+    chance: Floats = 0.5 + 0.5 * np.tanh((predicted - bound) * (0.5 / (width * bound)))
     return chance
 
 

@@ -19,6 +19,10 @@ SIZES = 16
 """Columns of `ahead_tokens`: prompts of less than 2, 4, 8 ... 65,536 uncached tokens; longer ones in the last."""
 
 
+CHUNK_TOKENS = 512
+"""Most prompt tokens of a step, unless workers are told otherwise."""
+
+
 def size_of(tokens: int) -> int:
     """The column of `Snapshot.ahead_tokens` for a prompt with so many tokens to compute."""
     return min(max(tokens, 1).bit_length() - 1, SIZES - 1)
@@ -56,6 +60,12 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Tokens that its KV memory holds."""
     prefill_share: Floats
     """Share of its time that prompts placed here have lately taken, from 0 to 1."""
+    stretch: Floats
+    """How many times longer steps of its streams have lately been than of streams alone: for the prompts in them, and
+    for all that a cost model does not know."""
+    lag: Floats
+    """How many times longer prompts have lately taken to their first token than predicted: [rows, 2], of those that fit
+    into one chunk and of longer ones."""
     cost: CostColumns
     machine: NDArray[np.int64]
     """Workers of equal number share memory."""
@@ -88,7 +98,7 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     kv_token_bytes: int = 0
     gap_planned_s: float = 0.2
     """Gap that the workers cut their chunks for."""
-    chunk_tokens: int = 512
+    chunk_tokens: int = CHUNK_TOKENS
     """Most prompt tokens in a step."""
     session: int = -1
     """The row of the worker that answered this conversation's last turn, if there is one."""

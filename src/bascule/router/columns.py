@@ -51,6 +51,11 @@ class Columns:
         """Tokens of the prompts that the worker has not confirmed."""
         self._share = np.zeros(rows)
         self._share_at = 0.0
+        self._lag = np.ones((rows, 2))
+        self._took = np.zeros((rows, 2))
+        """Seconds that the latest steps with streams took, and would have taken with streams alone; older ones fade."""
+        self._reported = np.full(rows, -np.inf)
+        self._alone = np.zeros(rows)
 
     def _grow(self) -> None:
         old, rows = self.__dict__.copy(), len(self.ids)
@@ -86,6 +91,7 @@ class Columns:
         for table in (self._placed, self._ahead, self._behind):
             table[row] = 0
         self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
+        self._lag[row], self._took[row], self._reported[row] = 1.0, 0.0, -np.inf
         self.cost.put(row, CostModel())
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
@@ -116,8 +122,18 @@ class Columns:
         self._behind[row, :size] -= 1
         self._stale.add(row)
 
+    def stepped(self, row: int, alone_s: float, now: float) -> None:
+        """A step is over; the next would take `alone_s` if it had only the streams that run now. Call `report` too."""
+        took = now - self._reported[row]
+        if took > _IDLE_S:
+            self._took[row] = 0.0
+        elif self.streams[row]:
+            self._took[row] *= _FADE
+            self._took[row] += (took, self._alone[row])
+        self._reported[row], self._alone[row] = now, alone_s
+
     def report(self, row: int, load: StepLoad) -> None:
-        """What the worker says after a step."""
+        """What the worker has before it, as it says after a step and now and then."""
         waiting = self._unreceived[row]
         while waiting and waiting[0][0] <= load.received:
             self._on_the_way[row] -= waiting.popleft()[1]
@@ -125,12 +141,20 @@ class Columns:
         self._left[row] = load.backlog_tokens
         self._stale.add(row)
 
+    def arrived(self, row: int, *, chunked: bool, predicted_s: float, actual_s: float) -> None:
+        """A first token has come from the worker, later or sooner than predicted when its prompt was placed."""
+        if predicted_s > 0:
+            ratio = min(max(actual_s / predicted_s, 1 / _MOST_LAG), _MOST_LAG)
+            lag = self._lag[row, int(chunked)] * ratio**_LEARNT
+            self._lag[row, int(chunked)] = min(max(lag, 1 / _MOST_LAG), _MOST_LAG)
+
     def snapshot(
         self, now: float, turn: int, links: Mapping[tuple[WorkerId, WorkerId], LinkCost], window_tokens: int
     ) -> Snapshot:
         """The columns as they are; valid until the next change."""
         self._refresh()
         self._decay(now)
+        share = np.minimum(self._share, _MOST_SHARE)
         return Snapshot(
             ids=self.ids,
             role=self.role,
@@ -144,7 +168,9 @@ class Columns:
             prompts_behind=self._behind,
             context_tokens=self.context_tokens,
             kv_tokens=self.kv_tokens,
-            prefill_share=np.minimum(self._share, _MOST_SHARE),
+            prefill_share=share,
+            stretch=self._stretch(share),
+            lag=self._lag,
             cost=self.cost,
             machine=self.machine,
             turn=turn,
@@ -162,12 +188,30 @@ class Columns:
         done = np.maximum(placed[:, -1] - self._on_the_way[rows] - self._left[rows], 0.0)
         self._ahead[rows] = np.maximum(placed - done[:, None], 0.0)
 
+    def _stretch(self, share: Floats) -> Floats:
+        """By the steps that have been seen of a worker; where these are few by those of all, and else by the share of
+        time that prompts take."""
+        took, alone = self._took.sum(axis=0)
+        usual = (took + _FEW_S / (1.0 - share)) / (alone + _FEW_S)
+        stretch: Floats = (self._took[:, 0] + _SOME_S * usual) / (self._took[:, 1] + _SOME_S)
+        return np.maximum(stretch, _LEAST_STRETCH)
+
     def _decay(self, now: float) -> None:
         if now > self._share_at:
             self._share *= math.exp((self._share_at - now) / SHARE_S)
             self._share_at = now
 
 
+_FADE = 1 - 1 / 200
+"""What an earlier step counts beside the next."""
+_IDLE_S = 2.0
+"""A worker that reports no step for so long had none: what it took before says nothing of what comes."""
+_FEW_S, _SOME_S = 0.05, 1.0
+"""Seconds of steps."""
+_LEAST_STRETCH = 0.8
+_LEARNT = 0.1
+"""How much of a surprise the next prediction takes over."""
+_MOST_LAG = 8.0
 _MOST_SHARE = 0.9
 """A worker that would be busy with prompts for all its time still is expected to bring its streams on."""
 

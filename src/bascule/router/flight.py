@@ -35,6 +35,9 @@ class Flight:
         """Tokens of context that it counts for where it decodes."""
         self.hashes: tuple[BlockHash, ...] = ()
         """Of the full blocks of what it has to compute; the last known token is not among them."""
+        self.placed_at = 0.0
+        self.expected_s = 0.0
+        """Seconds from then to the first token of this attempt, as predicted."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
         self.handed_over = False

@@ -71,7 +71,7 @@ class Membership:
             self._keep_in_step(member)
         elif isinstance(message, StepTokens):
             if message.load is not None:
-                self._view.stepped(member, message.load)
+                self._view.stepped(member, message.load, self._clock.now())
             self._service.tokens(message)
         elif isinstance(message, Failed):
             self._service.failed(message)

@@ -142,6 +142,7 @@ class Service:
             flight.handed_over |= message.worker == flight.placed.decode
             if flight.prefilling:
                 flight.first_at = min(flight.first_at, now)
+                self.view.arrived(flight.placed, flight.uncached, flight.expected_s, now - flight.placed_at)
                 freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._queries.ended(flight)
@@ -249,6 +250,7 @@ class Service:
         self.view.place(placement, uncached, context, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context)
+        flight.placed_at, flight.expected_s = now, chosen.predicted.queue_s + chosen.predicted.prefill_s
         decode = self.view.members[placement.decode].registration.peer
         self.clients[placement.prefill].submit(
             Submit(

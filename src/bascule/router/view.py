@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
-from bascule.policies.cost import PrefillPart, step_seconds
-from bascule.policies.snapshot import Snapshot
+from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
+from bascule.policies.snapshot import CHUNK_TOKENS, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.kv_feed import KvFeed
 from bascule.types import (
@@ -139,9 +139,17 @@ class ClusterView:
         for peer, link in load.links.items():
             self.links[member.id, peer] = link
 
-    def stepped(self, member: Member, load: StepLoad) -> None:
+    def stepped(self, member: Member, load: StepLoad, now: float) -> None:
         """What a worker has before it after a step."""
+        alone_s = decode_seconds(self.cost_of(member), load.streams, load.context_tokens)
+        self.columns.stepped(member.row, alone_s, now)
         self.columns.report(member.row, load)
+
+    def arrived(self, placement: Placement, uncached: int, predicted_s: float, actual_s: float) -> None:
+        """A first token has come, `actual_s` after its prompt was placed."""
+        if (member := self.members.get(placement.prefill)) is not None:
+            chunked = uncached > CHUNK_TOKENS
+            self.columns.arrived(member.row, chunked=chunked, predicted_s=predicted_s, actual_s=actual_s)
 
     def excuse(self, seconds: float) -> None:
         """Silence does not count while nobody listened: the router itself stood still for that long."""
