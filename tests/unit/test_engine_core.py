@@ -75,12 +75,48 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_another_seed_gives_others
 
 def test_no_more_sequences_than_the_limit_compute_at_once() -> None:
     rig = Rig(sequences=2)
-    for name in "abc":
-        rig.engine.submit(work(name, PROMPT, greedy(4)))
+    prompts = {name: (number, *PROMPT) for number, name in enumerate("abc")}
+    for name, prompt in prompts.items():
+        rig.engine.submit(work(name, prompt, greedy(4)))
     rig.step()
     assert (rig.engine.load().running, rig.engine.load().waiting) == (2, 1)
     rig.run()
-    assert all(rig.tokens(name) == reference(PROMPT, greedy(4)) for name in "abc")
+    assert all(rig.tokens(name) == reference(prompt, greedy(4)) for name, prompt in prompts.items())
+
+
+def test_of_siblings_that_come_together_one_computes_what_they_share() -> None:
+    rig = Rig(chunk=BLOCK * 3)
+    shared = tuple(range(8 * BLOCK))
+    prompts = {name: (*shared, *[100 + number] * 5) for number, name in enumerate("abc")}
+    for name, prompt in prompts.items():
+        rig.engine.submit(work(name, prompt, greedy(4)))
+    rig.run()
+    assert all(rig.tokens(name) == reference(prompt, greedy(4)) for name, prompt in prompts.items())
+    assert rig.engine.load().hit_tokens >= 2 * (8 - 3) * BLOCK
+    rig.assert_idle()
+
+
+def test_who_shares_little_with_a_sibling_does_not_wait_for_it() -> None:
+    rig = Rig(chunk=BLOCK)
+    for number, name in enumerate("ab"):
+        rig.engine.submit(work(name, (*range(2 * BLOCK), *[100 + number] * 3 * BLOCK), greedy(2)))
+    rig.step()
+    assert rig.engine.load().running == 2
+    rig.run()
+    rig.assert_idle()
+
+
+def test_a_sibling_that_is_cancelled_is_not_waited_for() -> None:
+    rig = Rig(chunk=BLOCK)
+    prompt = tuple(range(8 * BLOCK))
+    for name in ("gone", "stays"):
+        rig.engine.submit(work(name, prompt, greedy(3)))
+    rig.step()
+    assert (rig.engine.load().running, rig.engine.load().waiting) == (1, 1)
+    rig.engine.cancel(RequestId("gone"), 1)
+    rig.run()
+    assert rig.tokens("stays") == reference(prompt, greedy(3))
+    rig.assert_idle()
 
 
 def test_a_repeated_prompt_is_found_in_the_cache_but_for_its_last_token() -> None:
@@ -279,7 +315,7 @@ def test_no_call_waits_for_a_running_step_and_what_is_cancelled_in_it_says_nothi
     gate = GatedRunner(rig)
     limits = EngineLimits(max_sequences=4, chunk_tokens=64, step_tokens=64)
     rig.engine = Engine(gate, rig.arena, rig.books, BlockHasher("mock", BLOCK), limits)
-    rig.engine.submit(work("gone", PROMPT, greedy(4)))
+    rig.engine.submit(work("gone", (7, *PROMPT), greedy(4)))
     rig.engine.submit(work("stays", PROMPT, greedy(4)))
     stepper = threading.Thread(target=rig.step)
     stepper.start()

@@ -211,17 +211,33 @@ class Scheduler:
         admitted: list[Sequence] = []
         if self.waiting and not self.full:
             self._look_again()
-        while self.waiting and not self.full:
-            head = self.waiting[0]
+        for head in tuple(self.waiting):
+            if self.full:
+                break
+            if self._sibling_computes(head):
+                continue
             lease = self.acquire(head.findable, head.tokens, head.blocks_known, head.blocks_foreseen)
             if lease is None:
                 break
-            del self.waiting[0]
+            self.waiting.remove(head)
             self._rank(head, lease.cached)
             self.hit_tokens += head.admit(lease)
             self._run(head)
             admitted.append(head)
         return admitted
+
+    def _sibling_computes(self, sequence: Sequence) -> bool:
+        """Whether one in the batch is about to compute a good part of this one's prompt: it is spared by waiting.
+
+        Hashes are chained, so that equal ones at the same place mean that all before is equal too.
+        """
+        at, hashes = -1, sequence.findable
+        for sibling in self._running:
+            if sibling.behind > 1 and len(hashes) >= _WORTH_WAITING and hashes[0] == sibling.first_hash:
+                at = self._books.count_cached(hashes) + _WORTH_WAITING - 1 if at < 0 else at
+                if at < len(hashes) and hashes[at : at + 1] == sibling.findable[at : at + 1]:
+                    return True
+        return False
 
     def _look_again(self) -> None:
         """Rank the first in line by what the cache holds now: others may have computed their prefix meanwhile."""
@@ -230,6 +246,8 @@ class Scheduler:
         self.waiting.sort(key=_by_place)
 
 
+_WORTH_WAITING = 4
+"""Blocks that a sibling has to compute for another to wait for them."""
 _LOOKED_AT = 8
 """Waiting sequences whose prefix is looked up anew before each step that could admit one."""
 

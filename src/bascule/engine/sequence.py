@@ -173,6 +173,11 @@ class Sequence:
         return self._lease
 
     @property
+    def first_hash(self) -> BlockHash | None:
+        """What its prompt begins with; None where nothing is looked up."""
+        return self._hashes[0] if self._hashes else None
+
+    @property
     def findable(self) -> list[BlockHash]:
         """Hashes to look up in the cache; the last known token is left out, for it has to be computed to draw."""
         return self._hashes[: (len(self.tokens) - 1) // self._block_size]
