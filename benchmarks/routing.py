@@ -86,6 +86,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Cell]:
         systems = []
         for name in arguments.architectures.split(","):
             ready = folder / f"ready-{name}"
+            for left in (ready, folder / f"decisions-{name}.jsonl"):
+                left.unlink(missing_ok=True)
             command = [
                 sys.executable,
                 "-m",
@@ -123,7 +125,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Cell]:
                     run = run_once(system, cell.workload, cell.level, 100 * seed + number, arguments)
                     system.signal(signal.SIGSTOP)
                     cell.runs.setdefault(system.label, []).append(run)
-                    print(f"seed {seed}: {cell.workload} {cell.level} {system.label}", file=sys.stderr)
+                    wrong = [record.error for record in run.records if record.error]
+                    told = f", {len(wrong)} errors, first {wrong[0]}" if wrong else ""
+                    print(f"seed {seed}: {cell.workload} {cell.level} {system.label}{told}", file=sys.stderr)
     return cells
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -88,6 +89,10 @@ class EngineConfig:
         return parse_size(self.kv_memory, "kv-memory")
 
 
+LEAST_SLO_S, MOST_SLO_S = 1e-4, 1e6
+"""Beyond these, a bound is a slip of the pen."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SloConfig:
     """The latencies to be kept, in seconds; `inf` for none. A request may ask for its own with X-SLO-TTFT and so on."""
@@ -101,7 +106,9 @@ class SloConfig:
 
     def __post_init__(self) -> None:
         for key in ("slo_ttft", "slo_tpot", "slo_gap"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds (inf for no bound)")
+            value = getattr(self, key)
+            rule = f"from {LEAST_SLO_S:g} to {MOST_SLO_S:g} seconds, or inf for no bound"
+            _require(LEAST_SLO_S <= value <= MOST_SLO_S or value == math.inf, key, value, rule)
 
     @property
     def slo(self) -> Slo:

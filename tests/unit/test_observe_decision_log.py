@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def test_a_full_disk_is_told_once_and_counted(caplog: pytest.LogCaptureFixture) 
         log.close()
     assert log.lost == 3
     assert [entry.message.count("No space left") for entry in caplog.records] == [1]
+
+
+def test_what_cannot_be_written_down_is_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "log")
+    log.write(object(), [])  # type: ignore[arg-type]
+    time.sleep(0.2)
+    log.write(ended(), [])  # type: ignore[arg-type]
+    log.close()
+    assert log.lost == 1
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.routing_rig import Cluster
 
-from bascule.policies.admit import worth_starting, worth_waiting
+from bascule.policies.admit import has_room, worth_starting, worth_waiting
 from bascule.policies.order import place_in_line
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Candidate
@@ -41,14 +41,14 @@ def test_a_request_that_will_meet_its_bounds_is_started() -> None:
     cluster = Cluster()
     cluster.add("a")
     for slo in (Slo(), Slo(1.0, 0.05)):
-        assert worth_starting(cluster.query(slo=slo), chosen(cluster, 100, slo)).admitted
+        assert worth_starting(cluster.snapshot(), cluster.query(slo=slo), chosen(cluster, 100, slo)).admitted
 
 
 def test_one_that_will_not_is_told_which_bound_and_when_to_come_again() -> None:
     cluster = Cluster()
     cluster.add("a", prompts=(200,))
     slo = Slo(0.01, 0.05)
-    verdict = worth_starting(cluster.query(slo=slo), chosen(cluster, 100, slo))
+    verdict = worth_starting(cluster.snapshot(), cluster.query(slo=slo), chosen(cluster, 100, slo))
     assert not verdict.admitted
     assert "TTFT" in verdict.reason
     assert verdict.retry_after_s >= 1.0
@@ -58,7 +58,7 @@ def test_a_bound_on_gaps_alone_turns_nobody_away() -> None:
     cluster = Cluster()
     cluster.add("a", streams=(10,))
     slo = Slo(gap_s=1e-4)
-    assert worth_starting(cluster.query(slo=slo), chosen(cluster, 100, slo)).admitted
+    assert worth_starting(cluster.snapshot(), cluster.query(slo=slo), chosen(cluster, 100, slo)).admitted
 
 
 @pytest.mark.parametrize(("queued_s", "admitted"), [(0.0, True), (1.0, True), (8.0, False)])
@@ -93,3 +93,40 @@ def test_nobody_is_turned_away_for_a_cluster_without_workers_or_with_one_role_on
     assert worth_waiting(cluster.snapshot(), cluster.query(slo=Slo(1.0)), 0.0).admitted
     cluster.add("p", Role.PREFILL)
     assert worth_waiting(cluster.snapshot(), cluster.query(slo=Slo(1.0)), 0.0).admitted
+
+
+def test_an_idle_attached_server_is_given_what_its_guessed_cost_would_refuse() -> None:
+    cluster = Cluster()
+    row = cluster.add("attached-0", hands_off=False)
+    slo = Slo(0.01)
+    candidate = chosen(cluster, 3000, slo)
+    assert worth_starting(cluster.snapshot(), cluster.query(3000, slo=slo), candidate).admitted
+    cluster.columns.decoding[row] = 1
+    assert not worth_starting(cluster.snapshot(), cluster.query(3000, slo=slo), candidate).admitted
+
+
+def test_one_stream_more_waits_where_it_would_break_the_usual_tpot_and_only_there() -> None:
+    usual = Slo(tpot_s=0.02)
+    crowded, alone = Cluster(), Cluster()
+    crowded.add("a", streams=(500,) * 12)
+    alone.add("a")
+    for cluster, room in ((crowded, False), (alone, True)):
+        query = cluster.query(slo=usual)
+        assert has_room(cluster.snapshot(), query, chosen(cluster, 100, usual), usual) is room
+
+
+def test_who_asks_for_a_tighter_tpot_than_usual_holds_nobody_up() -> None:
+    cluster = Cluster()
+    cluster.add("a", streams=(500,))
+    tight = Slo(tpot_s=0.00655)
+    candidate = chosen(cluster, 100, tight)
+    assert candidate.predicted.tpot_s > tight.tpot_s
+    assert has_room(cluster.snapshot(), cluster.query(slo=tight), candidate, Slo(tpot_s=0.06))
+    assert not has_room(cluster.snapshot(), cluster.query(slo=tight), candidate, tight)
+
+
+def test_where_not_even_a_lone_stream_could_keep_the_bound_waiting_is_no_use() -> None:
+    cluster = Cluster()
+    cluster.add("a", streams=(500,) * 12)
+    slo = Slo(tpot_s=0.001)
+    assert has_room(cluster.snapshot(), cluster.query(slo=slo), chosen(cluster, 100, slo), slo)

@@ -142,3 +142,40 @@ def test_the_share_of_prompts_fades_when_none_come_and_is_never_all() -> None:
     assert snapshot(columns, SHARE_S / 2).prefill_share[0] == pytest.approx(0.2 / np.e)
     columns.submitted(0, 100, 1e6, SHARE_S)
     assert snapshot(columns, SHARE_S).prefill_share[0] == pytest.approx(0.9)
+
+
+def stepped(columns: Columns, at: float, took: float, steps: int, alone_s: float = 0.01) -> float:
+    """Steps of one stream, one after another from `at` on; returns when the last is over."""
+    for _ in range(steps):
+        columns.report(0, StepLoad(0, 0, 0, 1, 100))
+        columns.stepped(0, alone_s, at)
+        at += took
+    return at
+
+
+def test_steps_that_take_longer_than_their_streams_stretch_what_is_predicted_and_are_forgotten_when_idle() -> None:
+    columns = one()
+    at = stepped(columns, 0.0, 0.04, 400)
+    assert 2.0 < snapshot(columns, at).stretch[0] < 4.1
+    assert snapshot(columns, at + 3.0).stretch[0] == pytest.approx(1.0)
+
+
+def test_late_first_tokens_count_for_prompts_of_their_kind_and_fade() -> None:
+    columns = one()
+    for _ in range(50):
+        columns.arrived(0, chunked=False, predicted_s=0.1, actual_s=0.3)
+        columns.arrived(0, chunked=True, predicted_s=0.0, actual_s=9.0)
+    now = snapshot(columns, 1.0).lag[0]
+    assert 2.0 < now[0] <= 8.0
+    assert now[1] == 1.0
+    assert snapshot(columns, 400.0).lag[0, 0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_nothing_is_on_its_way_to_a_worker_that_owes_no_first_token() -> None:
+    columns = one()
+    for _ in range(100):
+        columns.submitted(0, 20, 0.0, 0.0)
+        columns.computed(0, 20)
+    columns.submitted(0, 50, 0.0, 0.0)
+    assert backlog(columns) == 50
+    assert len(columns._unreceived[0]) == 1

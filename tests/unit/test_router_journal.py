@@ -111,7 +111,7 @@ async def test_rejections_are_recorded_with_their_reason() -> None:
 @scenario
 async def test_a_request_turned_away_for_its_slo_keeps_what_was_predicted() -> None:
     bench = Bench({"a": Role.MIXED}, policy="single", admission="slo")
-    bench.service._queries._slo = Slo(ttft_s=0.02)
+    bench.service._queries.slo = Slo(ttft_s=0.02)
     bench.service.view.columns.cost.put(0, COST)
     with pytest.raises(Overloaded):
         await bench.start(tokens=40)

@@ -62,3 +62,25 @@ def test_one_that_left_may_come_back_elsewhere() -> None:
     assert drained(line) == "ba"
     assert line.head() is None
     assert "a" not in line
+
+
+def test_those_that_left_are_not_kept_though_nobody_comes_to_the_head() -> None:
+    line = Line()
+    line.push(flight("first"), (0, 0.0), 0.0)
+    for number in range(1000):
+        refused = flight(f"r{number}")
+        line.push(refused, (0, 1.0 + number), 0.0)
+        line.remove(refused)
+    assert len(line._heap) < 100
+    assert drained(line) == "first"
+
+
+def test_a_late_one_is_moved_back_once() -> None:
+    line, late = Line(), flight("a")
+    line.push(late, (0, 1.0), 0.0)
+    line.push(flight("b"), (0, 2.0), 0.0)
+    assert line.demote(late, 5.0)
+    assert not line.demote(late, 5.0)
+    assert not line.demote(flight("elsewhere"), 5.0)
+    assert len(line) == 2
+    assert drained(line) == "ba"

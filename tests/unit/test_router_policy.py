@@ -106,7 +106,8 @@ def test_where_a_plug_in_fails_the_least_loaded_worker_is_taken_and_it_is_told_o
 def test_a_plug_in_may_let_requests_wait_and_choose_two_workers() -> None:
     for decision in (Decision(placement=None, reason="later"), placed("a", "b"), placed("alone")):
         policy = PlugIn("mine:route", returning(decision))
-        assert policy(cluster().snapshot(), cluster().query()) == decision
+        answer = policy(cluster().snapshot(), cluster().query())
+        assert (answer.placement, answer.reason) == (decision.placement, decision.reason)
         assert policy.failures == 0
 
 
@@ -116,4 +117,28 @@ def test_none_of_ours_returns_what_would_be_refused_of_a_plug_in() -> None:
         mixed.add(f"w{at}", role, streams=(10,) * at, hands_off=at != 3)
     for name in NAMES:
         decision = policy_named(name, "least-loaded")(mixed.snapshot(), mixed.query(900))
-        assert nonsense(mixed.snapshot(), decision) == ""
+        assert nonsense(mixed.snapshot(), mixed.query(900), decision) == ""
+
+
+def test_what_a_plug_in_says_besides_its_placement_is_not_believed() -> None:
+    told = Decision(placement=placed("b").placement, reason=7, candidates=(("b", 1.0),))  # type: ignore[arg-type]
+    policy = PlugIn("mine:route", returning(told))
+    answer = policy(cluster().snapshot(), cluster().query())
+    assert (answer.placement, answer.reason, answer.candidates) == (placed("b").placement, "7", ())
+
+
+def test_a_plug_in_cannot_write_the_routers_columns() -> None:
+    def trying(snapshot: Snapshot, query: RouteQuery) -> Decision:
+        snapshot.decoding[0] += 1
+        return placed("b")
+
+    def dearer(snapshot: Snapshot, query: RouteQuery) -> Decision:
+        snapshot.cost.step_s[:] = 1e9
+        return placed("b")
+
+    for meddling in (trying, dearer):
+        mine, policy = cluster(), PlugIn("mine:route", meddling)
+        policy(mine.snapshot(), mine.query())
+        assert policy.failures == 1
+        assert mine.columns.decoding[0] == cluster().columns.decoding[0]
+        assert mine.columns.cost.step_s[0] == cluster().columns.cost.step_s[0]

@@ -14,6 +14,7 @@ from bascule.api.fields import wrong_value
 from bascule.api.prompts import Served
 from bascule.api.tokens import Tokenizer
 from bascule.clock import Clock
+from bascule.config import LEAST_SLO_S, MOST_SLO_S
 from bascule.errors import Unavailable
 from bascule.observe.metrics import Metrics
 from bascule.router.backend import Backend
@@ -86,9 +87,9 @@ def slo_of(headers: Headers, default: Slo) -> Slo | None:
     if not any(name in headers for name in (SLO_TTFT, SLO_TPOT, SLO_GAP)):
         return None
     return Slo(
-        ttft_s=_seconds_of(headers, SLO_TTFT, default.ttft_s),
-        tpot_s=_seconds_of(headers, SLO_TPOT, default.tpot_s),
-        gap_s=_seconds_of(headers, SLO_GAP, default.gap_s),
+        ttft_s=_bound_of(headers, SLO_TTFT, default.ttft_s),
+        tpot_s=_bound_of(headers, SLO_TPOT, default.tpot_s),
+        gap_s=_bound_of(headers, SLO_GAP, default.gap_s),
     )
 
 
@@ -101,6 +102,13 @@ def session_of(headers: Headers) -> str:
     if not _SANE_ID.fullmatch(session):
         raise wrong_value(SESSION, "must have from 1 to 128 printable ASCII characters.")
     return session
+
+
+def _bound_of(headers: Headers, name: str, default: float) -> float:
+    seconds = _seconds_of(headers, name, default)
+    if name in headers and not LEAST_SLO_S <= seconds <= MOST_SLO_S:
+        raise wrong_value(name, f"must be from {LEAST_SLO_S:g} to {MOST_SLO_S:g} seconds.")
+    return seconds
 
 
 def _seconds_of(headers: Headers, name: str, default: float) -> float:

@@ -89,6 +89,8 @@ class DecisionLog:
                 self._append(b"".join(self._line(*entry) for entry in batch))
             except OSError as error:
                 self._lose(len(batch), error.strerror or str(error))
+            except Exception as error:  # what a plug-in has put there, say; the thread must live on
+                self._lose(len(batch), f"{type(error).__name__}: {error}")
             if entries[-1] is None:
                 return
 

@@ -9,6 +9,7 @@ from bascule.policies.baselines import usable
 from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
+from bascule.types import Slo
 
 LATE_S = 10.0
 """A request that will miss its TTFT whatever is done lets others go first that may meet theirs, as if it had come so
@@ -32,23 +33,31 @@ def is_late(query: RouteQuery, chosen: Candidate) -> bool:
     return chosen.predicted.ttft_s > query.slo.ttft_s
 
 
-def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> bool:
-    """Whether the worker that is to decode can take one more stream and keep the TPOT bound.
+def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate, usual: Slo) -> bool:
+    """Whether the worker that is to decode can take one more stream and keep the TPOT bound: the `usual` one, for who
+    asks for a tighter one must not hold up all others.
 
     Prefill must not run ahead of what decode can take: beyond this, requests wait unbound, which costs their TTFT, and
     not the TPOT of all. Where the bound cannot be kept even for a stream alone, waiting would not help.
     """
     row = snapshot.row_of(chosen.placement.decode)
-    if not snapshot.decoding[row] or chosen.predicted.tpot_s <= query.slo.tpot_s:
+    bound = max(usual.tpot_s, query.slo.tpot_s)
+    if not snapshot.decoding[row] or chosen.predicted.tpot_s <= bound:
         return True
     rows = len(snapshot.ids)
     alone, _, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
-    return bool(alone[row] * snapshot.stretch[row] > query.slo.tpot_s)
+    return bool(alone[row] * snapshot.stretch[row] > bound)
 
 
-def worth_starting(query: RouteQuery, chosen: Candidate) -> Verdict:
-    """Whether a request that could be placed now should be: not if its TTFT or TPOT will break the SLO anyway."""
+def worth_starting(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> Verdict:
+    """Whether a request that could be placed now should be: not if its TTFT or TPOT will break the SLO anyway.
+
+    An idle attached server takes any: what it costs is a guess, and only trying it teaches better.
+    """
     predicted, slo = chosen.predicted, query.slo
+    row = snapshot.row_of(chosen.placement.decode)
+    if not snapshot.hands_off[row] and not snapshot.decoding[row]:
+        return ADMITTED
     if predicted.ttft_s <= slo.ttft_s and predicted.tpot_s <= slo.tpot_s:
         return ADMITTED
     broken = broken_bounds(predicted, query)

@@ -62,18 +62,18 @@ class _Priced(Struct, frozen=True):
 
 def adaptive(snapshot: Snapshot, query: RouteQuery) -> Decision:
     """The cheapest placement; ties go to the least loaded, then in turn."""
-    able = _able(snapshot, query)
+    fits = snapshot.kv_tokens >= query.prompt_tokens + query.max_tokens
+    able = _able(snapshot, query, fits)
     homes = able & (snapshot.role != PREFILL)
     if not homes.any():
         homes = able
     if not homes.any():
-        return Decision(placement=None, reason="no worker is placeable")
-    fits = snapshot.kv_tokens >= query.prompt_tokens + query.max_tokens
-    homes = homes & fits & (snapshot.decoding < snapshot.slots)
+        return Decision(placement=None, reason="no worker is placeable that could hold it")
+    homes = homes & (snapshot.decoding < snapshot.slots)
     if not homes.any():
         return Decision(placement=None, reason="every worker that decodes is at its limit of requests")
     sides = _sides(snapshot, query)
-    feeders = able & fits & ((snapshot.prefilling == 0) | (sides.prefill.queue_s <= WINDOW_S))
+    feeders = able & ((snapshot.prefilling == 0) | (sides.prefill.queue_s <= WINDOW_S))
     options = [_whole(sides, _least(sides.whole_price_s, homes & feeders, snapshot.turn))]
     feeders &= snapshot.hands_off & (snapshot.role != DECODE)
     options += _remote(snapshot, query, sides, feeders, homes & snapshot.hands_off)
@@ -94,9 +94,9 @@ def priced(snapshot: Snapshot, query: RouteQuery, placement: Placement) -> Candi
     return _candidate(snapshot, query, sides, _whole(sides, prefill), 0)
 
 
-def _able(snapshot: Snapshot, query: RouteQuery) -> Mask:
-    """Rows that may be used; those that failed this request only when there is no other."""
-    able = snapshot.placeable
+def _able(snapshot: Snapshot, query: RouteQuery, fits: Mask) -> Mask:
+    """Rows that may be used and where it fits; those that failed this request only when there is no other."""
+    able = snapshot.placeable & fits
     if not query.portable:
         able = able & snapshot.hands_off
     if query.excluded:
@@ -206,9 +206,15 @@ def _worth(query: RouteQuery) -> float:
     return ttft + query.output_tokens * tpot
 
 
+def _finite(prices: Floats) -> Floats:
+    """What cannot be reckoned is dear, not out of the question."""
+    finite: Floats = np.nan_to_num(prices, nan=1e300, posinf=1e300)
+    return finite
+
+
 def _least(values: Floats, rows: Mask, turn: int) -> Rows:
     """The rows with the `BEST` smallest values, the smallest first; where more are equal, the next in turn."""
-    left = np.where(rows, values, np.inf)
+    left = np.where(rows, _finite(values), np.inf)
     found: list[int] = []
     # A few passes over all cost less than to partition them.
     while len(found) < BEST and left[at := int(left.argmin())] < np.inf:
@@ -222,7 +228,7 @@ def _least(values: Floats, rows: Mask, turn: int) -> Rows:
 
 def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides, options: list[_Priced]) -> Decision:
     places = [(option, at) for option in options for at in range(len(option.price_s))]
-    prices = np.concatenate([option.price_s for option in options])
+    prices = _finite(np.concatenate([option.price_s for option in options]))
     best = prices.argsort(kind="stable")[:RECORDED].tolist()
     equals = np.flatnonzero(prices <= prices[best[0]] + _EQUAL).tolist()
     if len(equals) > 1:

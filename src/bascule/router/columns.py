@@ -118,6 +118,10 @@ class Columns:
         """That prompt is computed, or is no longer wanted."""
         size = size_of(uncached)
         self.prefilling[row] -= 1
+        if not self.prefilling[row]:
+            # Nothing can be on the way any more; an attached server would never say so.
+            self._unreceived[row].clear()
+            self._on_the_way[row] = 0.0
         self._placed[row, size:] -= uncached
         self._behind[row, :size] -= 1
         self._stale.add(row)
@@ -154,6 +158,7 @@ class Columns:
         """The columns as they are; valid until the next change."""
         self._refresh()
         self._decay(now)
+        self._took[now - self._reported > _IDLE_S] = 0.0
         share = np.minimum(self._share, _MOST_SHARE)
         return Snapshot(
             ids=self.ids,
@@ -199,6 +204,7 @@ class Columns:
     def _decay(self, now: float) -> None:
         if now > self._share_at:
             self._share *= math.exp((self._share_at - now) / SHARE_S)
+            self._lag **= math.exp((self._share_at - now) / _MEMORY_S)
             self._share_at = now
 
 
@@ -212,6 +218,9 @@ _LEAST_STRETCH = 0.8
 _LEARNT = 0.1
 """How much of a surprise the next prediction takes over."""
 _MOST_LAG = 8.0
+_MEMORY_S = 60.0
+"""Seconds after which a surprise counts for a third: else a worker that was slow once would be given nothing that could
+show it to be fast again."""
 _MOST_SHARE = 0.9
 """A worker that would be busy with prompts for all its time still is expected to bring its streams on."""
 

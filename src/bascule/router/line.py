@@ -14,6 +14,10 @@ FIRST: Key = (-(1 << 62), 0.0)
 """Of requests that have been placed before: they go before all others."""
 
 
+_STALE = 64
+"""Entries of requests that wait no more, and twice as many as wait: then they are cleared out, for their prompts."""
+
+
 class Line:
     """A priority queue from which requests may be taken out anywhere."""
 
@@ -68,3 +72,6 @@ class Line:
             self.work_s = max(0.0, self.work_s - work_s) if self._live else 0.0
             del self._keys[flight.request.id]
             self._demoted.discard(flight.request.id)
+            if len(self._heap) > 2 * len(self._live) + _STALE:
+                self._heap = [entry for entry in self._heap if self._live.get(entry[2].request.id) == entry[1]]
+                heapq.heapify(self._heap)

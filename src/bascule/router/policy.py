@@ -6,14 +6,23 @@ import difflib
 import importlib
 import logging
 from functools import partial
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+from msgspec import Struct
 
 from bascule.errors import ConfigError
 from bascule.policies.baselines import BASELINES, FIXED, PICKS
+from bascule.policies.cost import CostColumns
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Decision, Policy, RouteQuery, Snapshot
 from bascule.types import Placement
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Struct)
+_REASON = 300
 
 NAMES = (*BASELINES, "adaptive", *FIXED)
 
@@ -63,12 +72,13 @@ class PlugIn:
 
     def __call__(self, snapshot: Snapshot, query: RouteQuery) -> Decision:
         try:
-            decision = self._policy(snapshot, query)
-            wrong = nonsense(snapshot, decision)
+            decision = self._policy(_read_only(snapshot), _read_only(query))
+            wrong = nonsense(snapshot, query, decision)
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
         if not wrong:
-            return decision
+            # What comes with it may be anything: a placement is priced by our own predictions.
+            return Decision(placement=decision.placement, reason=str(decision.reason)[:_REASON])
         self.failures += 1
         if self.failures == 1:
             log.error(
@@ -77,7 +87,24 @@ class PlugIn:
         return self._stand_in(snapshot, query)
 
 
-def nonsense(snapshot: Snapshot, decision: object) -> str:
+def _read_only(struct: T) -> T:
+    """A view of a struct of columns that cannot be written: the columns are the router's own."""
+    return type(struct)(**{name: _shut(getattr(struct, name)) for name in struct.__struct_fields__})
+
+
+def _shut(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        value = value.view()
+        value.flags.writeable = False
+        return value
+    if isinstance(value, CostColumns):
+        return _read_only(value)
+    if isinstance(value, list):
+        return list(value)
+    return MappingProxyType(value) if isinstance(value, dict) else value
+
+
+def nonsense(snapshot: Snapshot, query: RouteQuery, decision: object) -> str:
     """What is wrong with what a policy returned; empty if it can be carried out."""
     if not isinstance(decision, Decision):
         return f"it returned a {type(decision).__name__}, not a Decision"
@@ -93,6 +120,8 @@ def nonsense(snapshot: Snapshot, decision: object) -> str:
             return f"it chose worker {worker}, which takes no requests now"
         if decision.placement.remote and not snapshot.hands_off[rows[worker]]:
             return f"it chose worker {worker} for a handoff, which cannot take part in one"
+    if not query.portable and not snapshot.hands_off[rows[decision.placement.decode]]:
+        return "it chose an attached server for an output that only our own engine can continue"
     if snapshot.decoding[rows[decision.placement.decode]] >= snapshot.slots[rows[decision.placement.decode]]:
         return f"it chose worker {decision.placement.decode}, all of whose slots are taken"
     return ""

@@ -24,7 +24,8 @@ class Queries:
 
     def __init__(self, view: ClusterView, slo: Slo) -> None:
         self._view = view
-        self._slo = slo
+        self.slo = slo
+        """What requests are to meet that ask for nothing else."""
         self._hasher = BlockHasher("", 1)
         self._hashed = ""
         """Fingerprint that the hasher is made for; that of the first attached server gives way to our own model's."""
@@ -56,7 +57,7 @@ class Queries:
             slo=self.slo_of(flight),
             waited_s=now - flight.received,
             kv_token_bytes=card.layout.block_bytes // card.layout.block_size if card else 0,
-            gap_planned_s=self._slo.gap_s,
+            gap_planned_s=self.slo.gap_s,
             session=last.row if last is not None else -1,
             portable=flight.portable,
             excluded=flight.excluded,
@@ -64,7 +65,7 @@ class Queries:
 
     def slo_of(self, flight: Flight) -> Slo:
         """The request's own bounds, or the cluster's."""
-        return flight.request.slo or self._slo
+        return flight.request.slo or self.slo
 
     def output_tokens(self, flight: Flight) -> float:
         """Tokens that are probably still to come: what outputs have lately been, and no more than was asked for."""

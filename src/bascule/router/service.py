@@ -219,27 +219,39 @@ class Service:
     def _dispatch(self) -> None:
         """Place waiting requests, each in its turn, while the policy finds room."""
         while (flight := self._line.head()) is not None:
-            now = self._clock.now()
-            snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
-            decision = self._policy(snapshot, query)
-            if decision.placement is None:
-                self.journal.waits(flight, decision.reason)
-                return
-            chosen = decision.chosen() or priced(snapshot, query, decision.placement)
-            late = self._by_work and not flight.tokens and len(self._line) > 1 and is_late(query, chosen)
-            if late and self._line.demote(flight, LATE_S):
-                continue
-            if self._by_work and not has_room(snapshot, query, chosen):
-                self.journal.waits(flight, "one stream more would break the TPOT of those that decode")
-                return
-            if self._config.admission == "slo" and not flight.tokens:
-                verdict = worth_starting(query, chosen)
-                if not verdict.admitted:
-                    self.journal.decided(flight, decision, chosen, now, taken=False)
-                    self._end_with(flight, _overloaded(verdict))
-                    continue
-            self._line.remove(flight)
-            self._place(flight, decision, chosen, now)
+            try:
+                if not self._place_next(flight):
+                    return
+            except Exception as error:
+                # One request must not stand in the way of all others, whatever is the matter with it.
+                log.exception("request %s could not be placed", flight.request.id)
+                self._stop_workers(flight)
+                self._end_with(flight, WorkerFailure(f"it could not be placed: {type(error).__name__}: {error}"))
+
+    def _place_next(self, flight: Flight) -> bool:
+        """Place or refuse the head of the line, or move it back; False if it has to wait, and all others behind it."""
+        now = self._clock.now()
+        snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
+        decision = self._policy(snapshot, query)
+        if decision.placement is None:
+            self.journal.waits(flight, decision.reason)
+            return False
+        chosen = decision.chosen() or priced(snapshot, query, decision.placement)
+        late = self._by_work and not flight.tokens and len(self._line) > 1 and is_late(query, chosen)
+        if late and self._line.demote(flight, LATE_S):
+            return True
+        if self._by_work and not has_room(snapshot, query, chosen, self._queries.slo):
+            self.journal.waits(flight, "one stream more would break the TPOT of those that decode")
+            return False
+        if self._config.admission == "slo" and not flight.tokens:
+            verdict = worth_starting(snapshot, query, chosen)
+            if not verdict.admitted:
+                self.journal.decided(flight, decision, chosen, now, taken=False)
+                self._end_with(flight, _overloaded(verdict))
+                return True
+        self._line.remove(flight)
+        self._place(flight, decision, chosen, now)
+        return True
 
     def _place(self, flight: Flight, decision: Decision, chosen: Candidate, now: float) -> None:
         placement = chosen.placement
@@ -281,12 +293,16 @@ class Service:
         self._line.push(flight, FIRST, self._queries.work_s(flight))
 
     def _end_stranded(self) -> None:
-        """End what only workers of our own can continue where none is left but attached servers: it would wait in vain
-        at the head of the queue, and all others behind it."""
+        """End what no worker that is left can take: it would wait in vain, and all others behind it."""
         members = self.view.members.values()
-        if len(self._line) and members and all(member.attached for member in members):
-            for flight in [one for one in self._flights.values() if one in self._line and not one.portable]:
+        if not len(self._line) or not members:
+            return
+        servers_only, most = all(member.attached for member in members), self.view.most_kv_tokens
+        for flight in [one for one in self._flights.values() if one in self._line]:
+            if servers_only and not flight.portable:
                 self._end_with(flight, WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}"))
+            elif len(flight.request.prompt) + flight.request.sampling.max_tokens > most:
+                self._end_with(flight, WorkerFailure("no worker that is left has enough KV memory for the request"))
 
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)

@@ -211,6 +211,11 @@ class ClusterView:
         """The smallest KV memory of any member, in tokens: what fits there fits wherever it is placed."""
         return min((_kv_tokens(member) for member in self.members.values()), default=0)
 
+    @property
+    def most_kv_tokens(self) -> int:
+        """The largest KV memory of any member, in tokens."""
+        return max((_kv_tokens(member) for member in self.members.values()), default=0)
+
     def cached_tokens(self, hashes: Sequence[BlockHash]) -> NDArray[np.int64]:
         """How many tokens of a prompt with these blocks each worker has KV of, or will have shortly, by row."""
         cached = np.zeros(len(self.columns.ids), np.int64)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from statistics import median
+
+import numpy as np
 
 from bascule.engine.core import Engine
 from bascule.policies.cost_fit import StepSample, fit, median_error
@@ -43,7 +46,9 @@ class StepCosts:
         before = self._engine.cost
         if before != CostModel():
             self.error = median_error(before, samples)
-        self._engine.cost = fit(samples, before)
+        # Steps of no time at all, which no clock has shown yet, could not be fitted: what is known stays.
+        with suppress(ValueError, np.linalg.LinAlgError):
+            self._engine.cost = fit(samples, before)
 
 
 class Links:

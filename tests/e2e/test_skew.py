@@ -1,0 +1,41 @@
+"""One system prompt for all traffic must not send all traffic to one worker, nor be computed again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+
+from bascule.bench.load import Record, offer
+from bascule.bench.workloads import Ask, Talk
+from support.cluster import Cluster, serve
+
+WORKERS, REQUESTS, CLIENTS, SHARED, OWN, OUTPUT = 4, 160, 8, 2000, 40, 16
+COST = {"step_s": 0.004, "token_s": 0.0001, "context_s": 1e-7, "stream_s": [0.004, 0.0045, 0.005, 0.006, 0.008]}
+
+
+def conversation(number: int) -> Talk:
+    own = range(20_000 + OWN * number, 20_000 + OWN * (number + 1))
+    return Talk((Ask((*range(1000, 1000 + SHARED), *own), OUTPUT),))
+
+
+def home(cluster: Cluster, record: Record) -> str:
+    decision = cluster.http.get(f"{cluster.ready['admin_url']}/admin/decisions/{record.request}").json()
+    return str(decision["chosen"]).rpartition("decode=")[2]
+
+
+def test_one_system_prompt_is_spread_over_the_workers_and_found_in_the_cache(tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps(COST))
+    flags = ("--engine", "mock", "--cost-model", str(cost), "--policy", "adaptive", "--mixed", str(WORKERS))
+    with serve("smollm2", *flags) as cluster:
+        asked = [conversation(number) for number in range(REQUESTS)]
+        run = asyncio.run(offer(cluster.url, cluster.model, asked, CLIENTS))
+        assert not [record.error for record in run.records if record.error]
+        loads = Counter(home(cluster, record) for record in run.records)
+        assert len(loads) == WORKERS
+        assert max(loads.values()) <= 1.3 * min(loads.values()), loads
+        possible = (REQUESTS - 1) * SHARED
+        assert sum(record.cached for record in run.records) >= 0.9 * possible
+        cluster.wait_idle()
