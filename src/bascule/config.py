@@ -140,8 +140,8 @@ class RoutingConfig:
     workers, with the KV handed over; adaptive: whatever is predicted to be best for each request. To compare with:
     least-loaded, round-robin, random, prefix-only, thresholds. Or your own: pkg.module:function."""
     admission: Literal["queue", "slo"] = "queue"
-    """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their SLO are answered 429
-    with Retry-After at once."""
+    """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their TTFT or
+    TPOT are answered 429 with Retry-After, when they come or when it is their turn."""
     balance: Literal["least-loaded", "round-robin"] = "least-loaded"
     """How a worker is picked within a pool."""
     queue_limit: int = 1024
@@ -226,11 +226,11 @@ class PoolConfig:
     """The workers that `serve` starts on this machine."""
 
     prefill: int | None = None
-    """Prefill workers (default: 1 for policy disaggregated, else 0)."""
+    """Prefill workers (default: 1 for policies disaggregated and thresholds, else 0)."""
     decode: int | None = None
-    """Decode workers (default: 1 for policy disaggregated, else 0)."""
+    """Decode workers (default: 1 for policies disaggregated and thresholds, else 0)."""
     mixed: int | None = None
-    """Mixed workers (default: 1 for policy single, 2 for replicated, else 0)."""
+    """Mixed workers (default: 1 for policy single, 0 for disaggregated and thresholds, else 2)."""
     devices: str | None = None
     """A device for each worker, prefill first, then decode, then mixed: for example `cpu:0,cpu:1`, `cpu:0+1` (two
     cores) or `cuda:0,cuda:0` (default: this machine's cores dealt out evenly)."""

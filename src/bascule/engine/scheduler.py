@@ -8,7 +8,8 @@ the engine calls it under its lock.
 Those that wait go in the order of `policies.order`: first those that have begun, then the shortest uncached prompt,
 with ageing; and so do running prompts in the step's tokens. Nobody overtakes the first in line, even if only the first
 lacks memory: a large prompt is passed by the shorter ones of the time that it takes itself, and then memory gathers
-for it. Who gives blocks up goes by arrival alone, so that the oldest always comes to its end.
+for it. Only who waits for a sibling to compute what they share lets others by. Who gives blocks up goes by arrival
+alone, so that the oldest always comes to its end.
 """
 
 from __future__ import annotations
