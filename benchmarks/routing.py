@@ -41,6 +41,8 @@ ARCHITECTURES = {
 }
 WARM_UP = 4
 DRAWS = 2000
+FEWEST_SEEDS = 3
+"""Fewer runs have no interval worth telling."""
 
 
 @dataclass
@@ -145,8 +147,10 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return of(pairs), draws[int(0.025 * DRAWS)], draws[int(0.975 * DRAWS)]
 
 
-def verdict(value: tuple[float, float, float]) -> str:
+def verdict(value: tuple[float, float, float], seeds: int) -> str:
     middle, low, high = value
+    if seeds < FEWEST_SEEDS:
+        return f"{middle:.2f} undecided (seeds: {seeds})"
     told = f"{middle:.2f} ({low:.2f}-{high:.2f})"
     if low > 1.0:
         return f"{told} better"
@@ -168,7 +172,7 @@ def tables(cells: list[Cell], names: list[str]) -> Iterator[str]:
             told = ""
             if compared:
                 better = max(("replicated", "disaggregated"), key=lambda name: sum(values[name]))
-                told = f" {verdict(ratio(values['adaptive'], values[better]))} |"
+                told = f" {verdict(ratio(values['adaptive'], values[better]), len(values[better]))} |"
             yield f"| {cell.workload} | {cell.level} | {row} |{told}"
     figures = ("ttft_p50", "ttft_p99", "tpot_mean", "itl_p50", "itl_p99", "output_tokens_per_s", "errors")
     yield "\n**latencies** (s), medians over the seeds\n"
