@@ -23,6 +23,7 @@ def test_bfloat16_keeps_the_distribution_and_parts_only_at_near_ties(policy: str
         scored = list(pool.map(lambda one: score(cluster, one.prompt), chosen))
     differences, parted = [], 0
     for one, (tokens, tops) in zip(chosen, scored, strict=True):
+        assert len(tokens) == OUTPUT_TOKENS
         position = one.disagreement(tokens)
         alike = OUTPUT_TOKENS if position is None else position + 1
         differences += [abs(ours - theirs) for ours, theirs in zip(tops[:alike], one.tops[:alike], strict=True)]

@@ -14,7 +14,7 @@ import pytest
 from support.cluster import Cluster, serve
 from support.oracle import Reference, long_text
 
-PROMPT_TOKENS = 1400
+PROMPT_TOKENS, OUTPUT = 1400, 24
 
 
 @pytest.mark.timeout(300)
@@ -56,7 +56,7 @@ def test_a_late_write_changes_no_other_requests_tokens(transfer: str, references
             os.kill(pid, signal.SIGCONT)
         assert sorted(outputs) == list(range(len(others)))
         for index, one in enumerate(others):
-            one.check(outputs[index], f"beside a late write over {transfer}")
+            one.check(outputs[index], f"beside a late write over {transfer}", OUTPUT)
         cluster.wait_idle(30)
         assert cluster.pid(stopped) == pid, "the worker came back as it was"
 
@@ -72,7 +72,7 @@ def _send(cluster: Cluster, body: dict[str, object]) -> socket.socket:
 
 
 def _complete(cluster: Cluster, one: Reference, outputs: dict[int, list[int]], index: int) -> None:
-    answer = cluster.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)
+    answer = cluster.complete(one.prompt, max_tokens=OUTPUT, ignore_eos=True)
     outputs[index] = answer["choices"][0]["token_ids"]
 
 

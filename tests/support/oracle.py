@@ -24,14 +24,13 @@ class Reference:
     """The best token's logprob."""
 
     def disagreement(self, output: list[int]) -> int | None:
-        """The first position at which an output differs, or None."""
-        assert len(output) == len(self.output)
-        return next(
-            (i for i, (ours, theirs) in enumerate(zip(output, self.output, strict=True)) if ours != theirs), None
-        )
+        """The first position at which an output, which may be the shorter one, differs, or None."""
+        pairs = enumerate(zip(output, self.output, strict=False))
+        return next((position for position, (ours, theirs) in pairs if ours != theirs), None)
 
-    def check(self, output: list[int], where: str) -> int:
-        """Fail unless equal up to a near tie; returns 1 for such an exception, else 0."""
+    def check(self, output: list[int], where: str, tokens: int = OUTPUT_TOKENS) -> int:
+        """Fail unless there are so many tokens, equal up to a near tie; returns 1 for such an exception, else 0."""
+        assert len(output) == tokens, where
         position = self.disagreement(output)
         if position is None:
             return 0

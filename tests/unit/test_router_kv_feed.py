@@ -9,7 +9,7 @@ from membership_rig import PROMPT, Bench, offer
 
 from bascule.kv.hashing import BlockHasher
 from bascule.router.kv_feed import ASK_AGAIN_S
-from bascule.types import Epoch, WorkerId, WorkerLoad
+from bascule.types import Epoch, Placement, WorkerId, WorkerLoad
 from bascule.wire import (
     Goodbye,
     Heartbeat,
@@ -62,6 +62,12 @@ def test_a_gap_is_noticed_once_and_healed_by_a_new_account() -> None:
     bench.hear(beat(6))
     assert bench.device() == [3]
     assert bench.resyncs() == []
+
+
+def test_what_is_placed_is_expected_where_it_is_computed_and_not_where_it_is_handed_over_to() -> None:
+    bench = Bench("a", "b")
+    bench.view.expect(Placement(WorkerId("a"), WorkerId("b")), PROMPT, bench.clock.now())
+    assert bench.device() == [len(PROMPT), 0]
 
 
 def test_a_lost_last_message_is_noticed_at_the_next_heartbeat() -> None:

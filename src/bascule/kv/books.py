@@ -210,17 +210,19 @@ class Books:
             return [*self._wrong_holds(), *self._wrong_states(), *self._wrong_cache(), *self._wrong_room()]
 
     def _wrong_holds(self) -> Iterator[str]:
-        naming: Counter[int] = Counter()
+        naming = np.zeros(self.num_blocks, np.int64)
         quarantined: Counter[int] = Counter()
         for lease in self._leases.values():
-            (naming if lease._state is _State.HELD else quarantined).update(lease._blocks)
+            if lease._state is _State.HELD:
+                np.add.at(naming, np.asarray(lease._blocks, np.intp), 1)
+            else:
+                quarantined.update(lease._blocks)
             if lease._state is _State.RELEASED:
                 yield f"{lease} is released but still in the books"
             if len(set(lease._blocks)) < len(lease._blocks):
                 yield f"{lease} names a block twice"
-        for block, holders in enumerate(self._holders):
-            if holders != naming[block]:
-                yield f"block {block} counts {holders} holders, but {naming[block]} leases name it"
+        for block in np.flatnonzero(np.asarray(self._holders) != naming):
+            yield f"block {block} counts {self._holders[block]} holders, but {naming[block]} leases name it"
         if self._quarantined != set(quarantined) or quarantined.total() != len(quarantined):
             yield f"quarantined are {sorted(self._quarantined)}, but leases quarantine {sorted(quarantined.elements())}"
 

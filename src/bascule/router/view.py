@@ -226,9 +226,11 @@ class ClusterView:
         return cached
 
     def expect(self, placement: Placement, hashes: Sequence[BlockHash], now: float) -> None:
-        """The workers of a placement will have these blocks soon: its siblings should find them there already."""
-        for worker in {placement.prefill, placement.decode}:
-            self.index.expect(self.members[worker].row, hashes, now)
+        """The worker that computes these blocks will have them soon: siblings that come there wait for them.
+
+        Where they are handed over to, they come after the last one is computed, and nothing there waits for them.
+        """
+        self.index.expect(self.members[placement.prefill].row, hashes, now)
 
     def snapshot(self, now: float) -> Snapshot:
         return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window)
