@@ -279,3 +279,5 @@ class ClusterState(Struct, frozen=True, kw_only=True):
     active: int
     """Requests placed and not ended."""
     routing: RoutingFigures = RoutingFigures()
+    kv_faults: dict[str, int] = {}
+    """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), by kind."""

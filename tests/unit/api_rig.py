@@ -224,7 +224,7 @@ class FakeBackend:
         worker = WorkerStatus(
             id=WorkerId("mixed-0"), role=Role.MIXED, state="ready", epoch=Epoch("e1"), pid=7, device="cpu:0", load=LOAD
         )
-        return ClusterState(workers=(worker,), queued=4, active=5, routing=self.routing)
+        return ClusterState(workers=(worker,), queued=4, active=5, routing=self.routing, kv_faults={"gap": 3})
 
 
 class ApiRig(AbstractContextManager["ApiRig"]):

@@ -109,5 +109,6 @@ def test_the_metrics_say_what_was_decided_and_how_far_predictions_were_off(rig: 
     assert values['bascule_rejected_total{reason="queue"}'] == 1
     assert values["bascule_policy_failures_total"] == 2
     assert values["bascule_decision_log_lost_total"] == 5
+    assert values['bascule_kv_event_faults_total{kind="gap"}'] == 3
     rig.backend.routing = RoutingFigures()
     assert samples(rig.http.get("/metrics").text)["bascule_policy_failures_total"] == 0

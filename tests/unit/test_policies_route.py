@@ -227,6 +227,20 @@ def test_a_mostly_cached_prompt_goes_ahead_of_long_ones() -> None:
     assert chosen(cluster, tokens=1000).startswith("warm>")
 
 
+def test_a_prompt_waits_only_for_what_is_left_of_the_step_that_runs() -> None:
+    cluster = Cluster()
+    cluster.add("a", prompts=(2000,), streams=(500,))
+
+    def queue_s(now: float) -> float:
+        cluster.now = now
+        return adaptive(cluster.snapshot(), cluster.query(100)).candidates[0].predicted.queue_s
+
+    waits = [queue_s(now) for now in (0.0, 0.05, 0.1, 10.0)]
+    assert waits[0] - waits[1] == pytest.approx(0.05, rel=0.01)
+    assert waits[1] - waits[2] == pytest.approx(0.05, rel=0.01)
+    assert waits[3] == 0.0
+
+
 def test_a_prefix_that_all_ask_for_is_not_computed_by_one_worker_alone() -> None:
     cluster = Cluster()
     for at in range(4):

@@ -179,3 +179,21 @@ def test_nothing_is_on_its_way_to_a_worker_that_owes_no_first_token() -> None:
     columns.submitted(0, 50, 0.0, 0.0)
     assert backlog(columns) == 50
     assert len(columns._unreceived[0]) == 1
+
+
+def test_the_step_that_runs_is_as_old_as_the_last_report_or_the_work_that_woke_the_worker() -> None:
+    columns = one()
+
+    def age(now: float) -> float:
+        return float(snapshot(columns, now).step_age_s[0])
+
+    assert age(5.0) == 0.0
+    columns.submitted(0, 100, 1.0, 6.0)
+    columns.submitted(0, 100, 1.0, 6.1)
+    assert age(6.25) == pytest.approx(0.25)
+    columns.stepped(0, 0.01, 6.5)
+    columns.report(0, StepLoad(2, 1, 100, 1, 100))
+    assert age(6.6) == pytest.approx(0.1)
+    columns.stepped(0, 0.01, 7.0)
+    columns.report(0, StepLoad(2, 0, 0, 0, 0))
+    assert age(8.0) == 0.0, "it has nothing to do any more"

@@ -146,6 +146,7 @@ class _ClusterCollector(Collector):
         yield hits
         yield _prediction_errors(state)
         yield from _routing(state.routing)
+        yield _counted("bascule_kv_event_faults", "Reports of KV that were lost or not usable", "kind", state.kv_faults)
 
 
 def _prediction_errors(state: ClusterState) -> Metric:

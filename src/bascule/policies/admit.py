@@ -6,6 +6,7 @@ import numpy as np
 from msgspec import Struct
 
 from bascule.policies.baselines import usable
+from bascule.policies.batch import LEAST_CHUNK
 from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
@@ -38,15 +39,22 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate, usual: Sl
     asks for a tighter one must not hold up all others.
 
     Prefill must not run ahead of what decode can take: beyond this, requests wait unbound, which costs their TTFT, and
-    not the TPOT of all. Where the bound cannot be kept even for a stream alone, waiting would not help.
+    not the TPOT of all. As workers cut prompts to keep TPOT, a stream is too many where even the least that prompts are
+    cut to takes too long beside it; where one stream alone cannot keep the bound beside that, they are reckoned without
+    prompts. Where the bound cannot be kept even so, waiting would not help.
     """
     row = snapshot.row_of(chosen.placement.decode)
     bound = max(usual.tpot_s, query.slo.tpot_s)
-    if not snapshot.decoding[row] or chosen.predicted.tpot_s <= bound:
+    if not snapshot.decoding[row]:
         return True
-    rows = len(snapshot.ids)
-    alone, _, _ = snapshot.cost.steps(np.ones(rows), np.full(rows, query.prompt_tokens + query.output_tokens / 2))
-    return bool(alone[row] * snapshot.stretch[row] > bound)
+    own = query.prompt_tokens + query.output_tokens / 2
+    streams = np.array([snapshot.decoding + 1.0, np.ones(len(snapshot.ids))])
+    alone, beside, _ = snapshot.cost.steps(
+        streams, np.array([snapshot.context_tokens, np.zeros(len(snapshot.ids))]) + own
+    )
+    paces = beside[:, row] + LEAST_CHUNK * snapshot.cost.token_s[row]
+    crowded, lone = paces if paces[1] <= bound else alone[:, row]
+    return bool(crowded <= bound or lone > bound)
 
 
 def worth_starting(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> Verdict:

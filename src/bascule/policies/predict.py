@@ -74,13 +74,13 @@ def _prefill(
     size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
     size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
     ahead, total = snapshot.ahead_tokens.take(size), snapshot.ahead_tokens[:, -1]
-    # The step that runs now is half over: one of streams, or one with a chunk in it of those that have to keep a gap.
+    # The step that runs now: one of streams, or one with a chunk in it of those that have to keep a gap.
     chunk_now = np.minimum(np.minimum(total, query.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
     running = base * ((streams > 0) | (total > 0))
     own = new * token
     lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > query.chunk_tokens))
     return PrefillSide(
-        queue_s=lag * ((chunk_now + running) / 2 + ahead * (token + base / chunk)),
+        queue_s=lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk)),
         prefill_s=lag * (own + np.ceil(new / chunk) * base),
         last_tokens=np.minimum(new, query.chunk_tokens),
         step_s=base + np.minimum(chunk, new) * token,

@@ -66,6 +66,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     lag: Floats
     """How many times longer prompts have lately taken to their first token than predicted: [rows, 2], of those that fit
     into one chunk and of longer ones."""
+    step_age_s: Floats
+    """Since the step that runs now has begun; 0 where none does."""
     cost: CostColumns
     machine: NDArray[np.int64]
     """Workers of equal number share memory."""

@@ -56,6 +56,8 @@ class Columns:
         """Seconds that the latest steps with streams took, and would have taken with streams alone; older ones fade."""
         self._reported = np.full(rows, -np.inf)
         self._alone = np.zeros(rows)
+        self._busy_since = np.full(rows, np.inf)
+        """When the step that runs now has begun; infinite where none does."""
 
     def _grow(self) -> None:
         old, rows = self.__dict__.copy(), len(self.ids)
@@ -92,6 +94,7 @@ class Columns:
             table[row] = 0
         self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
         self._lag[row], self._took[row], self._reported[row] = 1.0, 0.0, -np.inf
+        self._busy_since[row] = np.inf
         self.cost.put(row, CostModel())
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
@@ -108,6 +111,8 @@ class Columns:
         self._behind[row, :size] += 1
         self._decay(now)
         self._share[row] += work_s / SHARE_S
+        if self._busy_since[row] == np.inf:
+            self._busy_since[row] = now
         self._stale.add(row)
 
     def sent(self, row: int) -> int:
@@ -135,6 +140,7 @@ class Columns:
             self._took[row] *= _FADE
             self._took[row] += (took, self._alone[row])
         self._reported[row], self._alone[row] = now, alone_s
+        self._busy_since[row] = now
 
     def report(self, row: int, load: StepLoad) -> None:
         """What the worker has before it, as it says after a step and now and then."""
@@ -143,6 +149,8 @@ class Columns:
             self._on_the_way[row] -= waiting.popleft()[1]
         self.streams[row] = load.streams
         self._left[row] = load.backlog_tokens
+        if not load.streams and not load.backlog_tokens and not self._on_the_way[row]:
+            self._busy_since[row] = np.inf
         self._stale.add(row)
 
     def arrived(self, row: int, *, chunked: bool, predicted_s: float, actual_s: float) -> None:
@@ -176,6 +184,7 @@ class Columns:
             prefill_share=share,
             stretch=self._stretch(share),
             lag=self._lag,
+            step_age_s=np.maximum(now - self._busy_since, 0.0),
             cost=self.cost,
             machine=self.machine,
             turn=turn,
@@ -202,7 +211,7 @@ class Columns:
         return np.maximum(stretch, _LEAST_STRETCH)
 
     def _decay(self, now: float) -> None:
-        if now > self._share_at:
+        if now - self._share_at > _DECAY_EACH_S:
             self._share *= math.exp((self._share_at - now) / SHARE_S)
             self._lag **= math.exp((self._share_at - now) / _MEMORY_S)
             self._share_at = now
@@ -210,6 +219,8 @@ class Columns:
 
 _FADE = 1 - 1 / 200
 """What an earlier step counts beside the next."""
+_DECAY_EACH_S = 0.02
+"""What fades over many seconds need not be touched at every decision of the same moment."""
 _IDLE_S = 2.0
 """A worker that reports no step for so long had none: what it took before says nothing of what comes."""
 _FEW_S, _SOME_S = 0.05, 1.0

@@ -106,6 +106,7 @@ class Service:
             queued=len(self._line),
             active=len(self._flights) - len(self._line),
             routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
+            kv_faults=dict(self.view.kv_faults),
         )
 
     # ------------------------------------------------------------ what members report
