@@ -1,4 +1,4 @@
-"""Calls to a place that may hang: made on threads of their own, waited for while they progress, spared after a failure."""
+"""Calls to a place that may hang: made on threads, waited for while they progress, spared after a failure."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payl
     codec = payload.codec.encode()
     data = memoryview(payload.data).cast("B")
     header = _HEADER.pack(_MAGIC, _VERSION, len(codec), len(tokens), len(data), name, _digest(fingerprint))
-    pieces = [header, codec, _little_endian(tokens), data]
+    pieces: list[Blob] = [header, codec, _little_endian(tokens), data]
     checksum = xxhash.xxh3_128()
     for piece in pieces:
         checksum.update(piece)

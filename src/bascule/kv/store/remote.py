@@ -27,9 +27,9 @@ Use = Callable[[int, object], bool]
 class RemoteStore:
     """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or read.
 
-    A call is as many rounds of about 8 MiB to each server as it takes, to all servers at once, and waits `timeout_s` for
-    each round. A server that is gone or hangs costs one such wait; until a probe finds it back, its share are misses.
-    Needs Redis 6.2, or any Valkey.
+    A call is as many rounds of about 8 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
+    for each round. A server that is gone or hangs costs one such wait; until a probe finds it back, its share are
+    misses. Needs Redis 6.2, or any Valkey.
     """
 
     tier = Tier.REMOTE
@@ -155,7 +155,7 @@ class RemoteStore:
                 self._tally.failed(Fault.BROKEN)
 
     def _finish(self, server: Server, job: Job | None, sizes: Sequence[int]) -> bool:
-        """Wait for the rounds of a server, of `sizes` blocks each; whether all were done. Counts those that were not."""
+        """Wait for the rounds of a server, of `sizes` blocks each, and count those not done; whether all were."""
         if job is None:
             self._tally.failed(Fault.CLOSED if self._closed else Fault.SKIPPED, sum(sizes))
             return False

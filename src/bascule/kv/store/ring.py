@@ -21,7 +21,7 @@ class Ring:
         if not servers or len(set(servers)) != len(servers):
             raise ValueError(f"a ring needs at least one server and no two of one name, not {list(servers)}")
         points = sorted(
-            (xxhash.xxh3_64_intdigest(f"{server}#{node}"), server)
+            (xxhash.xxh3_64_intdigest(f"{server}#{node}".encode()), server)
             for server in servers
             for node in range(virtual_nodes)
         )

@@ -82,7 +82,7 @@ class Server:
         """
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
-            pipeline.execute_command(*command)
+            pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
         try:
             replies = pipeline.execute(raise_on_error=False)
         except redis.ConnectionError:
@@ -97,22 +97,25 @@ class Server:
 
     def facts(self) -> ServerFacts:
         """Raises like `pipeline`, and for answers that make no sense."""
-        keys, memory, stats = self.pipeline([("DBSIZE",), ("INFO", "memory"), ("INFO", "stats")])
-        if not (isinstance(keys, int) and isinstance(memory, dict) and isinstance(stats, dict)):
-            raise ResponseError("not an answer to INFO")
+        replies = self.pipeline([("DBSIZE",), ("INFO", "memory"), ("INFO", "stats")])
+        match replies:
+            case [int(keys), dict(memory), dict(stats)]:
+                pass
+            case _:
+                raise ResponseError("not an answer to DBSIZE and INFO")
         return ServerFacts(
             keys, int(memory["used_memory"]), int(memory.get("maxmemory", 0)), int(stats["evicted_keys"])
         )
 
     def unlink_some(self, prefix: bytes, cursor: int) -> int:
         """Delete some of the keys that begin with `prefix`; returns the next cursor, 0 when all were seen."""
-        [reply] = self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)])
-        if isinstance(reply, Exception):
-            raise reply
-        following, keys = reply  # type: ignore[misc]
-        if keys:
-            self.pipeline([("UNLINK", *keys)])
-        return int(following)
+        match self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
+            case [(int(following), list(keys))]:
+                if keys:
+                    self.pipeline([("UNLINK", *keys)])
+                return following
+            case _:
+                raise ResponseError("not an answer to SCAN")
 
     def close(self) -> None:
         """Idempotent."""
