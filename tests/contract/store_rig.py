@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -108,7 +108,11 @@ class RedisProcess:
             stderr=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
         )
-        wait_until(self._answers, "the Redis server")
+        try:
+            wait_until(self._answers, "the Redis server")
+        except BaseException:
+            self.stop()
+            raise
 
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port)
@@ -126,9 +130,12 @@ class RedisProcess:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, "the Redis server has ended"
-        with suppress(redis.ConnectionError):
+        try:
             return bool(self.client().ping())
-        return False
+        except redis.AuthenticationError:
+            return True
+        except redis.ConnectionError:
+            return False
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Fault(StrEnum):
     FULL = "full"
     """No room that could be made in time."""
     DENIED = "denied"
-    """Read-only, no permission, wrong password."""
+    """Read-only, no permission, larger than files may be, wrong password."""
     GONE = "gone"
     """The directory has vanished; the server cannot be reached or hung up."""
     SLOW = "slow"

@@ -33,8 +33,8 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 _FAULTS = {
-    Fault.FULL: (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    Fault.DENIED: (errno.EROFS, errno.EACCES, errno.EPERM),
+    Fault.FULL: (errno.ENOSPC, errno.EDQUOT),
+    Fault.DENIED: (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     Fault.GONE: (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENOTCONN),
 }
 _FAULT_OF = {number: fault for fault, numbers in _FAULTS.items() for number in numbers}
@@ -64,8 +64,9 @@ class Folder:
         self._temporaries = f"{self._top}/tmp"
 
     def prepare(self) -> None:
-        """Make the folders, for this user only, and try whether they can be written to."""
-        Path(self._temporaries).mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Make the folders in the directory, for this user only, and try whether they can be written to."""
+        for folder in (self._top, self._temporaries):
+            Path(folder).mkdir(mode=0o700, exist_ok=True)
         trial = f"{self._temporaries}/{secrets.token_hex(16)}.{secrets.token_hex(8)}"
         os.close(os.open(trial, _WRITE_FLAGS, 0o600))
         os.unlink(trial)
