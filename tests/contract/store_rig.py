@@ -16,6 +16,8 @@ from time import monotonic, sleep
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from bascule.kv.store.base import Store
 from bascule.kv.store.directory import DirectoryStore
@@ -115,7 +117,7 @@ class RedisProcess:
             raise
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port)
+        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0))
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -37,13 +37,13 @@ def test_a_malformed_disk_place_names_the_key(text: str) -> None:
 
 
 def test_a_host_budget_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--kv-host.*memory.*ask for less"):
+    with pytest.raises(ConfigError, match=r"--kv-host.*memory.*ask for less"):
         host_store(psutil.virtual_memory().total + 1, tmp_path)
 
 
 def test_a_host_budget_larger_than_its_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 20, 0, 1 << 20))  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="--kv-host.*free"):
+    with pytest.raises(ConfigError, match=r"--kv-host.*free"):
         host_store(2 << 20, tmp_path)
 
 
@@ -80,14 +80,14 @@ def test_a_disk_store_makes_its_directory(tmp_path: Path) -> None:
 
 def test_a_disk_budget_larger_than_the_file_system_is_refused(tmp_path: Path) -> None:
     total = shutil.disk_usage(tmp_path).total
-    with pytest.raises(ConfigError, match="--kv-disk.*whole file system"):
+    with pytest.raises(ConfigError, match=r"--kv-disk.*whole file system"):
         disk_store(DiskPlace(tmp_path, total + 1))
 
 
 def test_a_disk_directory_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/bascule-kv")):
-        with pytest.raises(ConfigError, match="--kv-disk.*cannot be used.*give a directory"):
+        with pytest.raises(ConfigError, match=r"--kv-disk.*cannot be used.*give a directory"):
             disk_store(DiskPlace(directory, 1 << 20))
 
 

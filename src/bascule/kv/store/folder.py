@@ -59,7 +59,9 @@ class Folder:
     Nothing but `prepare` makes the upper folders: where a mount has vanished, its mount point must not be filled.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, largest: int) -> None:
+        """No block has more than `largest` bytes."""
+        self._largest = largest
         self._top = str(directory / _FORMAT)
         self._temporaries = f"{self._top}/tmp"
 
@@ -83,8 +85,8 @@ class Folder:
             return None
         try:
             facts = os.fstat(file)
-            if not stat.S_ISREG(facts.st_mode):
-                raise OSError(errno.EINVAL, "not a file")
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > self._largest:
+                raise OSError(errno.EINVAL, "not a block")
             if time.time() - facts.st_mtime > touch_after_s:
                 with suppress(OSError):
                     os.utime(file)
@@ -106,7 +108,8 @@ class Folder:
             try:
                 os.rename(temporary, path)
             except FileNotFoundError:
-                os.mkdir(os.path.dirname(path), 0o700)
+                with suppress(FileExistsError):
+                    os.mkdir(os.path.dirname(path), 0o700)
                 os.rename(temporary, path)
         except BaseException:
             with suppress(OSError):

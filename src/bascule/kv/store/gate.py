@@ -53,8 +53,8 @@ class Gate:
         clock: Clock | None = None,
     ) -> None:
         self.closed = False
+        self.lanes = lanes
         self._place = place
-        self._lanes = lanes
         self._timeout_s = timeout_s
         self._classify = classify
         self._probe = probe
@@ -78,12 +78,12 @@ class Gate:
                     self._breaker.probed(False)
                 return None
             job = Job(steps, self._clock.now())
-            if self._lanes:
+            if self.lanes:
                 if not self._has_lane():
                     return None
                 self._outstanding += 1
                 self._queue.put(job)
-        if not self._lanes:
+        if not self.lanes:
             self._work(job)
         return job
 
@@ -117,7 +117,7 @@ class Gate:
 
     def _has_lane(self) -> bool:
         """Whether there is a thread for one more job, a new one if need and limit be."""
-        if self._threads < self._lanes and self._threads <= self._outstanding:
+        if self._threads < self.lanes and self._threads <= self._outstanding:
             self._threads += _spawn(self._run_lane, self._place)
         return self._threads > 0
 

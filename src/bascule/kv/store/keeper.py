@@ -91,8 +91,8 @@ class Keeper:
             self._bytes -= replaced or 0
             self._blocks += replaced is None
 
-    def failed(self, name: str, size: int, fault: Fault) -> None:
-        """What was reserved is not there."""
+    def failed(self, name: str, size: int, fault: Fault | None = None) -> None:
+        """What was reserved is not there, because of `fault` or because nobody has tried."""
         with self._changed:
             self._flying.pop(name, None)
             self._recent.pop(name, None)

@@ -101,7 +101,7 @@ def _check_private(directory: Path) -> None:
 def _held(directory: Path) -> int:
     """Bytes of blocks that are there from before."""
     try:
-        return sum(entry.size for entry in Folder(directory).scan())
+        return sum(entry.size for entry in Folder(directory, 0).scan())
     except FileNotFoundError:
         return 0
 

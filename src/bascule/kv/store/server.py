@@ -63,7 +63,6 @@ class Server:
                 socket_read_size=_READ_BYTES,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
-                client_name="bascule",
             )
         )
         self.gate = Gate(
