@@ -53,8 +53,6 @@ class Place:
     kind: str
     make: Callable[[int], Store]
     stack: ExitStack
-    lasting: bool = True
-    """Whether another store on the same place finds what this one keeps."""
     bounded: bool = True
 
     def open(self, capacity: int = ROOM) -> Store:
@@ -65,7 +63,7 @@ class Place:
 
 def make_place(kind: str, stack: ExitStack, server: Callable[[], RedisProcess]) -> Place:
     if kind == "memory":
-        return Place(kind, MemoryStore, stack, lasting=False)
+        return Place(kind, MemoryStore, stack)
     if kind == "remote":
         one = server()
         one.client().flushall()

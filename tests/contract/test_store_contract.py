@@ -16,6 +16,11 @@ from bascule.types import Tier
 A, B, C, D, E, F = (name_of(number) for number in range(1, 7))
 LARGE = 400_000
 
+bounded = pytest.mark.parametrize("place", ["memory", "host", "disk"], indirect=True)
+"""A server's bound, and what it evicts, are its own."""
+lasting = pytest.mark.parametrize("place", ["host", "disk", "remote"], indirect=True)
+"""A dict has no second user and ends with its process."""
+
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[ExitStack]:
@@ -120,9 +125,8 @@ def test_hits_and_misses_are_counted_and_contents_are_told(place: Place) -> None
         assert stats.capacity_bytes is not None
 
 
+@bounded
 def test_a_full_store_lets_the_least_recently_used_go(place: Place) -> None:
-    if not place.bounded:
-        pytest.skip("a server's bound and what it evicts are the server's own")
     store = place.open(capacity=4500)
     for name in (A, B, C, D):
         assert store.put({name: value_of(1)}) == 1
@@ -138,9 +142,8 @@ def test_a_full_store_lets_the_least_recently_used_go(place: Place) -> None:
     assert stats.bytes == 4000
 
 
+@bounded
 def test_the_bound_is_kept_whatever_is_put(place: Place) -> None:
-    if not place.bounded:
-        pytest.skip("a server's bound is the server's own")
     store = place.open(capacity=100_000)
     for first in range(0, 300, 10):
         values = {name_of(number): value_of(number, number * 37 % 9000) for number in range(first, first + 10)}
@@ -151,9 +154,8 @@ def test_the_bound_is_kept_whatever_is_put(place: Place) -> None:
     assert 50_000 < sum(map(len, answers)) <= 100_000
 
 
+@bounded
 def test_a_block_larger_than_the_bound_is_not_taken_and_evicts_nothing(place: Place) -> None:
-    if not place.bounded:
-        pytest.skip("a server's bound is the server's own")
     store = place.open(capacity=2000)
     store.put({A: value_of(1)})
     assert store.put({B: value_of(2, 2001)}) == 0
@@ -190,9 +192,8 @@ def test_eight_threads_at_once_see_whole_blocks_only(place: Place) -> None:
     assert store.stats().errors == {}
 
 
+@lasting
 def test_two_stores_on_one_place_see_each_others_blocks(place: Place) -> None:
-    if not place.lasting:
-        pytest.skip("a dict has no second user")
     one, other = place.open(), place.open()
     one.put({A: b"a"})
     other.put({B: b"b"})
@@ -203,9 +204,8 @@ def test_two_stores_on_one_place_see_each_others_blocks(place: Place) -> None:
     assert other.get([B]) == [None]
 
 
+@lasting
 def test_a_restart_finds_the_blocks(place: Place) -> None:
-    if not place.lasting:
-        pytest.skip("a dict ends with its process")
     first = place.open()
     first.put({A: value_of(1, LARGE), B: b""})
     first.close()

@@ -306,8 +306,8 @@ def test_two_processes_on_one_directory_keep_the_bound_together(tmp_path: Path) 
     assert sum(file.stat().st_size for file in files_in(tmp_path)) <= capacity * (1 + 1 / 32) + size
 
 
-def test_a_file_system_that_hangs_costs_one_timeout(disk: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = DirectoryStore(Path(disk._folder._top).parent, ROOM, timeout_s=0.3)
+def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path, ROOM, timeout_s=0.3)
     store.put({A: b"a"})
     with monkeypatch.context() as hung:
         hung.setattr(store._folder, "read", lambda *_: sleep(2))
