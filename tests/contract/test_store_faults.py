@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from bascule.types import Tier
 
 A, B, C = (name_of(number) for number in range(1, 4))
 ROOM = 64 << 20
+TIMEOUT = 1.0
 TOKENS = tuple(range(16))
 
 
@@ -306,6 +308,26 @@ def test_two_processes_on_one_directory_keep_the_bound_together(tmp_path: Path) 
     assert sum(file.stat().st_size for file in files_in(tmp_path)) <= capacity * (1 + 1 / 32) + size
 
 
+def test_a_directory_that_somebody_keeps_locked_takes_no_more_than_its_bound(tmp_path: Path, stack: ExitStack) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 4500, timeout_s=0.5)))
+    names = [name_of(number) for number in range(20)]
+    with (tmp_path / "v1" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert sum(store.put({name: value_of(1)}) for name in names) == 4
+        assert store.stats().errors == {Fault.FULL: 16}
+        assert store.get(names[:4]) == [value_of(1)] * 4
+    wait_until(lambda: store.put({C: value_of(3)}), "the lock to be found free")
+    assert len(files_in(tmp_path)) <= 4
+
+
+def test_a_smaller_bound_than_before_is_come_down_to(tmp_path: Path, stack: ExitStack) -> None:
+    large = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)))
+    large.put({name_of(number): value_of(number) for number in range(50)})
+    small = stack.enter_context(closing(DirectoryStore(tmp_path, 10_000, timeout_s=PATIENT)))
+    wait_until(lambda: len(files_in(tmp_path)) <= 10, "the small store to evict")
+    wait_until(lambda: small.stats().bytes <= 10_000, "the small store to have counted")
+
+
 def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DirectoryStore(tmp_path, ROOM, timeout_s=0.3)
     store.put({A: b"a"})
@@ -317,7 +339,7 @@ def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch:
             began = monotonic()
             assert store.get([A, B]) == [None, None]
             took.append(monotonic() - began)
-        assert max(took[1:]) < 0.3
+        assert sum(took[1:]) < 3 * 0.3
     assert store.stats().errors == {Fault.SLOW: 2, Fault.SKIPPED: 6}
     wait_until(lambda: store.get([A]) == [b"a"], "the file system")
     store.close()
@@ -332,7 +354,7 @@ def server() -> Iterator[RedisProcess]:
         yield process
 
 
-def open_remote(stack: ExitStack, *urls: str, timeout_s: float = 1.0) -> RemoteStore:
+def open_remote(stack: ExitStack, *urls: str, timeout_s: float = PATIENT) -> RemoteStore:
     return stack.enter_context(closing(RemoteStore(parse_remote(",".join(urls)), timeout_s=timeout_s)))
 
 
@@ -374,7 +396,7 @@ def test_a_killed_server_is_missed_and_found_again(stack: ExitStack) -> None:
 
 def test_a_hung_server_costs_one_timeout_and_is_found_again(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process())
-    store = open_remote(stack, process.url)
+    store = open_remote(stack, process.url, timeout_s=TIMEOUT)
     store.put({C: b"c"})
     process.pause()
     try:
@@ -382,8 +404,8 @@ def test_a_hung_server_costs_one_timeout_and_is_found_again(stack: ExitStack) ->
         rest = [latency(store) for _ in range(20)]
     finally:
         process.resume()
-    assert 0.5 < first < 3.0
-    assert max(rest) < 0.5
+    assert TIMEOUT / 2 < first < PATIENT
+    assert sum(rest) < len(rest) * TIMEOUT / 4
     assert store.stats().errors[Fault.SLOW] == 2
     assert store.stats().errors[Fault.SKIPPED] >= 40
     wait_until(lambda: store.get([C]) == [b"c"], "the server to be found")
@@ -391,12 +413,13 @@ def test_a_hung_server_costs_one_timeout_and_is_found_again(stack: ExitStack) ->
 
 def test_probes_of_a_hung_server_are_not_waited_for(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process())
-    store = open_remote(stack, process.url)
+    store = open_remote(stack, process.url, timeout_s=TIMEOUT)
     process.pause()
     try:
         latency(store)
-        sleep(1.2)
-        assert max(latency(store) for _ in range(20)) < 0.5
+        for _ in range(3):
+            sleep(1.1)
+            assert sum(latency(store) for _ in range(20)) < TIMEOUT
     finally:
         process.resume()
 
@@ -417,7 +440,7 @@ def test_losing_one_of_three_servers_loses_only_its_share(stack: ExitStack) -> N
 
 def test_a_full_server_refuses_and_goes_on_answering(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process("--maxmemory", "4mb", "--maxmemory-policy", "noeviction"))
-    store = open_remote(stack, process.url, timeout_s=PATIENT)
+    store = open_remote(stack, process.url)
     names = [name_of(number) for number in range(40)]
     taken = sum(store.put({name: value_of(1, 400_000)}) for name in names)
     assert 0 < taken < 20
@@ -431,7 +454,7 @@ def test_a_full_server_refuses_and_goes_on_answering(stack: ExitStack) -> None:
 
 def test_a_full_server_that_evicts_takes_everything(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-lru"))
-    store = open_remote(stack, process.url, timeout_s=PATIENT)
+    store = open_remote(stack, process.url)
     names = [name_of(number) for number in range(40)]
     assert sum(store.put({name: value_of(1, 400_000)}) for name in names) == 40
     assert store.get([names[-1]]) == [value_of(1, 400_000)]
@@ -463,7 +486,7 @@ def test_blocks_expire_and_a_read_renews_them(server: RedisProcess, stack: ExitS
 
 
 def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisProcess, stack: ExitStack) -> None:
-    store = open_remote(stack, server.url, timeout_s=PATIENT)
+    store = open_remote(stack, server.url)
     client = server.client()
     client.flushall()
     client.set("mine", "x")
@@ -537,9 +560,9 @@ def test_a_server_that_answers_garbage_is_a_counted_miss(stack: ExitStack, answe
 
 def test_a_server_that_drips_its_answer_costs_one_timeout(stack: ExitStack) -> None:
     mad = stack.enter_context(closing(MadServer(b"+OK\r\n$1000\r\n" + bytes(1000), drip_s=0.05)))
-    store = open_remote(stack, mad.url)
-    assert latency(store) < 3.0
-    assert max(latency(store) for _ in range(10)) < 0.5
+    store = open_remote(stack, mad.url, timeout_s=TIMEOUT)
+    assert latency(store) < PATIENT
+    assert sum(latency(store) for _ in range(20)) < 20 * TIMEOUT / 4
     assert store.stats().errors[Fault.SLOW] == 2
 
 
