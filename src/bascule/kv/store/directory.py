@@ -1,0 +1,156 @@
+"""The `host` and `disk` tiers: blocks as files of a bounded directory, which other processes and hosts may share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.kv.store.folder import Folder, fault_of
+from bascule.kv.store.gate import Gate, Step
+from bascule.kv.store.keeper import Keeper
+from bascule.types import BlockHash, Tier
+
+TIMEOUT_S = 0.5
+TOUCH_AFTER_S = 60.0
+_READ_LANES, _WRITE_LANES = 4, 2
+_STEPS_PER_LANE = 8
+"""Fewer are not worth another thread."""
+
+
+class DirectoryStore:
+    """At most `capacity` bytes of blocks in `directory`, those least recently used going first.
+
+    Several stores on one directory exceed the bound by at most 1/32 each. A hit counts as use once in `touch_after_s`.
+    Reads and writes of the disk tier go through threads, apart from each other, so that a file system that hangs is
+    waited for `timeout_s` at most and slow writes hold up no reads; those of the host tier, which is RAM, do not.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        capacity: int,
+        tier: Tier = Tier.DISK,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        touch_after_s: float = TOUCH_AFTER_S,
+    ) -> None:
+        """`places.host_store` and `places.disk_store` check what they are given; this raises OSError as it comes."""
+        self.tier = tier
+        self._patience_s = timeout_s / 2
+        self._touch_after_s = touch_after_s
+        self._folder = Folder(directory, capacity)
+        self._folder.prepare()
+        self._tally = Tally()
+        self._keeper = Keeper(self._folder, capacity, self._tally)
+        self._reads, self._writes = (
+            Gate(
+                f"the {tier} tier ({use})",
+                lanes=0 if tier is Tier.HOST else lanes,
+                timeout_s=timeout_s,
+                classify=fault_of,
+                probe=self._folder.check,
+            )
+            for use, lanes in (("reading", _READ_LANES), ("writing", _WRITE_LANES))
+        )
+
+    def put(self, items: Mapping[BlockHash, Blob]) -> int:
+        deadline = time.monotonic() + self._patience_s
+        reserved: dict[BlockHash, Blob] = {}
+        for name, data in items.items():
+            if self._keeper.reserve(name.hex(), len(data), deadline):
+                reserved[name] = data
+            else:
+                self._tally.failed(Fault.FULL)
+        taken: list[BlockHash] = []
+        self._run(self._writes, [partial(self._write, name, reserved, taken) for name in reserved])
+        for name in list(reserved):
+            if (data_left := reserved.pop(name, None)) is not None:
+                self._keeper.failed(name.hex(), len(data_left))
+        return len(taken)
+
+    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * len(names)
+        self._run(self._reads, [partial(self._read, name, index, found) for index, name in enumerate(names)])
+        answers = list(found)  # a step that was given up may still write to the other
+        self._tally.answered(answers)
+        return answers
+
+    def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        answers = [False] * len(names)
+        self._run(self._reads, [partial(self._look, name, index, answers) for index, name in enumerate(names)])
+        return list(answers)
+
+    def drop(self, names: Sequence[BlockHash]) -> None:
+        self._run(self._writes, [partial(self._remove, name.hex()) for name in names])
+
+    def stats(self) -> StoreStats:
+        contents = self._keeper.contents()
+        return self._tally.stats(blocks=contents.blocks, size=contents.bytes, capacity=self._keeper.capacity)
+
+    def clear(self) -> None:
+        names: list[str] = []
+        self._run(self._reads, [partial(self._list, names)])
+        self._run(self._writes, [partial(self._remove, name) for name in names])
+
+    def close(self) -> None:
+        self._reads.close()
+        self._writes.close()
+        self._keeper.close()
+
+    def _run(self, gate: Gate, steps: Sequence[Step]) -> None:
+        """Run steps, spread over the lanes, and count those that were not."""
+        share = max(1, min(gate.lanes, len(steps) // _STEPS_PER_LANE))
+        parts = [steps[first::share] for first in range(share)]
+        for part, job in [(part, gate.start(part)) for part in parts if part]:
+            if job is None:
+                self._tally.failed(Fault.CLOSED if gate.closed else Fault.SKIPPED, len(part))
+            elif fault := gate.finish(job):
+                self._tally.failed(fault, len(part) - job.completed)
+
+    def _write(self, name: BlockHash, reserved: dict[BlockHash, Blob], taken: list[BlockHash]) -> None:
+        """Write a block, unless `put` has taken its reservation back."""
+        data = reserved.pop(name, None)
+        if data is None:
+            return
+        key, size = name.hex(), len(data)
+        try:
+            replaced = self._folder.write(name, data)
+        except OSError as error:
+            fault = fault_of(error)
+            self._keeper.failed(key, size, fault)
+            self._tally.failed(fault)
+        else:
+            self._keeper.written(key, replaced)
+            taken.append(name)
+
+    def _read(self, name: BlockHash, index: int, answers: list[bytes | None]) -> None:
+        try:
+            answers[index] = self._folder.read(name, self._touch_after_s)
+            if answers[index] is None:
+                self._folder.check()
+        except OSError as error:
+            self._tally.failed(fault_of(error))
+
+    def _look(self, name: BlockHash, index: int, answers: list[bool]) -> None:
+        try:
+            answers[index] = self._folder.holds(name)
+        except OSError as error:
+            self._tally.failed(fault_of(error))
+
+    def _remove(self, key: str) -> None:
+        try:
+            size = self._folder.remove(key)
+        except OSError as error:
+            self._tally.failed(fault_of(error))
+        else:
+            if size is not None:
+                self._keeper.removed(key, size)
+
+    def _list(self, names: list[str]) -> None:
+        try:
+            names += [entry.name for entry in self._folder.scan()]
+        except OSError as error:
+            self._tally.failed(fault_of(error))

@@ -1,0 +1,211 @@
+"""Blocks as files: one each under 256 subfolders, whole or not there, safe among processes and hosts that share them.
+
+DIR/v1/ab/ab54...      a block, named by its hash in hex
+DIR/v1/tmp/ab54....x   one being written, renamed when it is complete
+DIR/v1/lock            held by whoever measures and evicts
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from msgspec import Struct
+
+from bascule.kv.store.base import Blob, Fault
+from bascule.types import BlockHash
+
+_FORMAT = "v1"
+_BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
+_TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}")
+_SUBFOLDER_NAME = re.compile(r"[0-9a-f]{2}")
+_ABANDONED_AFTER_S = 900.0
+_LOCK_POLL_S = 0.01
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+_FAULTS = {
+    Fault.FULL: (errno.ENOSPC, errno.EDQUOT),
+    Fault.DENIED: (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    Fault.GONE: (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENOTCONN),
+}
+_FAULT_OF = {number: fault for fault, numbers in _FAULTS.items() for number in numbers}
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an operation on files has failed of."""
+    return _FAULT_OF.get(getattr(error, "errno", None) or 0, Fault.BROKEN)
+
+
+class Entry(Struct, frozen=True):
+    """A block's file: when it was written or last used, by the file system's clock, and its bytes."""
+
+    name: str
+    used_ns: int
+    size: int
+
+
+class Folder:
+    """The files of one directory. Every method but `prepare` and `locked` raises OSError as the system does.
+
+    Nothing but `prepare` makes the upper folders: where a mount has vanished, its mount point must not be filled.
+    """
+
+    def __init__(self, directory: Path, largest: int) -> None:
+        """No block has more than `largest` bytes."""
+        self._largest = largest
+        self._top = str(directory / _FORMAT)
+        self._temporaries = f"{self._top}/tmp"
+
+    def prepare(self) -> None:
+        """Make the folders in the directory, for this user only, and try whether they can be written to."""
+        for folder in (self._top, self._temporaries):
+            Path(folder).mkdir(mode=0o700, exist_ok=True)
+        trial = f"{self._temporaries}/{secrets.token_hex(16)}.{secrets.token_hex(8)}"
+        os.close(os.open(trial, _WRITE_FLAGS, 0o600))
+        os.unlink(trial)
+
+    def check(self) -> None:
+        """Raises OSError if the folders cannot be reached."""
+        os.stat(self._temporaries)
+
+    def read(self, name: BlockHash, touch_after_s: float) -> bytes | None:
+        """The block, None if it is not there; marked as used now if it last was longer than `touch_after_s` ago."""
+        try:
+            file = os.open(self._path(name.hex()), _READ_FLAGS)
+        except FileNotFoundError:
+            return None
+        try:
+            facts = os.fstat(file)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > self._largest:
+                raise OSError(errno.EINVAL, "not a block")
+            if time.time() - facts.st_mtime > touch_after_s:
+                with suppress(OSError):
+                    os.utime(file)
+            return _read_all(file, facts.st_size)
+        finally:
+            os.close(file)
+
+    def write(self, name: BlockHash, data: Blob) -> int | None:
+        """Keep a block; returns the size of the one that it replaces."""
+        path = self._path(name.hex())
+        temporary = f"{self._temporaries}/{name.hex()}.{secrets.token_hex(8)}"
+        try:
+            file = os.open(temporary, _WRITE_FLAGS, 0o600)
+            try:
+                _write_all(file, data)
+            finally:
+                os.close(file)
+            replaced = _size(path)
+            try:
+                os.rename(temporary, path)
+            except FileNotFoundError:
+                with suppress(FileExistsError):
+                    os.mkdir(os.path.dirname(path), 0o700)
+                os.rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        return replaced
+
+    def holds(self, name: BlockHash) -> bool:
+        return _size(self._path(name.hex())) is not None
+
+    def remove(self, name: str) -> int | None:
+        """Delete a block by the name of its file; returns its size, None if it was not there."""
+        path = self._path(name)
+        size = _size(path)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return size
+
+    def scan(self) -> list[Entry]:
+        """All blocks, in no order. What comes and goes meanwhile may be in it or not."""
+        found: list[Entry] = []
+        with os.scandir(self._top) as subfolders:
+            names = [each.name for each in subfolders if _SUBFOLDER_NAME.fullmatch(each.name)]
+        for subfolder in names:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(f"{self._top}/{subfolder}") as files:
+                for file in files:
+                    if _BLOCK_NAME.fullmatch(file.name) and file.name.startswith(subfolder):
+                        with suppress(FileNotFoundError):
+                            facts = file.stat(follow_symlinks=False)
+                            if stat.S_ISREG(facts.st_mode):
+                                found.append(Entry(file.name, facts.st_mtime_ns, facts.st_size))
+        return found
+
+    def remove_abandoned(self) -> None:
+        """Delete what was being written by processes that must be dead by now."""
+        before = time.time() - _ABANDONED_AFTER_S
+        with os.scandir(self._temporaries) as files:
+            for file in files:
+                with suppress(FileNotFoundError):
+                    if _TEMPORARY_NAME.fullmatch(file.name) and file.stat(follow_symlinks=False).st_mtime < before:
+                        os.unlink(file.path)
+
+    @contextmanager
+    def locked(self, patience_s: float) -> Iterator[bool]:
+        """Hold the directory's lock; False if another holds it for longer than `patience_s`.
+
+        Where the file system has no locks, it is as good as held: two that evict at once remove the same files.
+        """
+        try:
+            file = os.open(f"{self._top}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            yield True
+            return
+        try:
+            yield _lock(file, patience_s)
+        finally:
+            os.close(file)
+
+    def _path(self, name: str) -> str:
+        return f"{self._top}/{name[:2]}/{name}"
+
+
+def _lock(file: int, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL_S)
+        except OSError:
+            return True
+        else:
+            return True
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _read_all(file: int, size: int) -> bytes:
+    """`size` bytes, or as many as there are."""
+    data = os.read(file, size)
+    while len(data) < size:
+        more = os.read(file, size - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _write_all(file: int, data: Blob) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

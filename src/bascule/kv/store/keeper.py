@@ -1,0 +1,185 @@
+"""Keeps a folder of blocks within its bound: measures it now and then, counts own writes in between, evicts the oldest.
+
+Several processes may do so on one folder. Each measures it again after writing 1/32 of the bound, so together they
+exceed it by no more than that for each process but one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from operator import attrgetter
+from threading import Condition, Event, Thread
+
+from msgspec import Struct
+
+from bascule.kv.store.base import Fault, Tally
+from bascule.kv.store.folder import Entry, Folder
+
+log = logging.getLogger(__name__)
+
+_SLACK_PARTS = 32
+_REST_S = 30.0
+"""Between measurements of a folder that is in use but not written to much."""
+_LOCK_PATIENCE_S = 1.0
+_FIRST_MEASUREMENT_S = 2.0
+"""What a start waits for it at most; it then ends in the background."""
+
+
+class Contents(Struct, frozen=True):
+    """What the folder holds, as far as this process knows."""
+
+    blocks: int
+    bytes: int
+
+
+class Keeper:
+    """The accounts of a folder with at most `capacity` bytes of blocks, and the thread that measures and evicts."""
+
+    def __init__(self, folder: Folder, capacity: int, tally: Tally) -> None:
+        self.capacity = capacity
+        self._folder = folder
+        self._tally = tally
+        self._slack = capacity // _SLACK_PARTS
+        self._changed = Condition()
+        self._blocks = 0
+        self._bytes = 0
+        self._waiting = 0
+        """Bytes that writers wait to have room for."""
+        self._pressed = False
+        self._fresh = 0
+        """Bytes written since the last measurement began."""
+        self._flying: dict[str, int] = {}
+        self._recent: dict[str, int | None] = {}
+        """Own changes that a measurement under way may or may not see: sizes, None for what was removed."""
+        self._due = True
+        self._closed = False
+        self._measured = Event()
+        Thread(target=self._run, name="kv-store keeper", daemon=True).start()
+        self._measured.wait(_FIRST_MEASUREMENT_S)
+
+    def contents(self) -> Contents:
+        with self._changed:
+            return Contents(max(0, self._blocks), max(0, self._bytes))
+
+    def reserve(self, name: str, size: int, deadline: float) -> bool:
+        """Room for a block, to be told to `written` or `failed`; waits for it until `deadline` (monotonic seconds)."""
+        if size > self.capacity:
+            return False
+        with self._changed:
+            self._waiting += size
+            try:
+                while self._bytes + size > self.capacity:
+                    self._ask()
+                    remaining = deadline - time.monotonic()
+                    if self._closed or remaining <= 0 or not self._changed.wait(remaining):
+                        return False
+            finally:
+                self._waiting -= size
+            self._bytes += size
+            self._fresh += size
+            self._flying[name] = self._recent[name] = size
+            if self._fresh > self._slack:
+                self._ask()
+            return True
+
+    def written(self, name: str, replaced: int | None) -> None:
+        """What was reserved is there, in place of a block of `replaced` bytes, if any."""
+        with self._changed:
+            self._flying.pop(name, None)
+            self._bytes -= replaced or 0
+            self._blocks += replaced is None
+
+    def failed(self, name: str, size: int, fault: Fault | None = None) -> None:
+        """What was reserved is not there, because of `fault` or because nobody has tried."""
+        with self._changed:
+            self._flying.pop(name, None)
+            self._recent.pop(name, None)
+            self._bytes -= size
+            if fault is Fault.FULL:  # the file system's own bound comes before ours: make room within it
+                self._pressed = True
+                self._ask()
+
+    def removed(self, name: str, size: int) -> None:
+        with self._changed:
+            self._bytes -= size
+            self._blocks -= 1
+            self._recent[name] = None
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _ask(self) -> None:
+        if not self._due:
+            self._due = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due or self._closed, timeout=_REST_S)
+                if self._closed:
+                    return
+                if not self._due and not self._recent:
+                    continue
+                self._due = False
+                self._fresh = 0
+                self._recent = dict(self._flying)
+            try:
+                self._tidy()
+            except OSError as error:
+                log.debug("KV store: cannot measure or evict: %s", error)  # writers see it too, and count it
+            except Exception:
+                log.exception("KV store: the folder's accounts are wrong")
+            self._measured.set()
+
+    def _tidy(self) -> None:
+        with self._folder.locked(_LOCK_PATIENCE_S) as ours:
+            entries = self._folder.scan()
+            self._account(entries)
+            if ours:
+                self._folder.remove_abandoned()
+                self._evict(entries)
+
+    def _account(self, entries: Sequence[Entry]) -> None:
+        with self._changed:
+            known = [entry.size for entry in entries if entry.name not in self._recent]
+            own = {name: size for name, size in self._recent.items() if size is not None}
+            self._bytes = sum(known) + sum(own.values())
+            self._blocks = len(known) + len(own.keys() - self._flying.keys())
+            self._changed.notify_all()
+
+    def _evict(self, entries: list[Entry]) -> None:
+        """Remove the least recently used until there is room for those who wait, and some more."""
+        with self._changed:
+            goal = self._goal()
+            surplus = self._bytes - goal if goal is not None else 0
+            recent = set(self._recent)
+        if surplus <= 0:
+            return
+        entries.sort(key=attrgetter("used_ns"))
+        evicted = 0
+        for entry in entries:
+            if surplus <= 0:
+                break
+            if entry.name not in recent and self._folder.remove(entry.name) is not None:
+                surplus -= entry.size
+                evicted += 1
+                with self._changed:
+                    self._bytes -= entry.size
+                    self._blocks -= 1
+        self._tally.evicted(evicted)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _goal(self) -> int | None:
+        """Bytes to come down to; None where there is no need to."""
+        pressed, self._pressed = self._pressed, False
+        ceiling = min(self.capacity, self._bytes) if pressed else self.capacity
+        if self._bytes <= ceiling - self._slack and self._bytes + self._waiting <= ceiling:
+            return None
+        return max(0, min(ceiling - 2 * self._slack, ceiling - self._waiting))

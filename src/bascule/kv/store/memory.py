@@ -1,0 +1,82 @@
+"""The in-memory twin of the tiers: a dict with a bound, for tests and for whoever needs a store and has no place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from threading import Lock
+
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.types import BlockHash, Tier
+
+
+class MemoryStore:
+    """At most `capacity` bytes of blocks in this process; the least recently used go first."""
+
+    def __init__(self, capacity: int, tier: Tier = Tier.HOST) -> None:
+        self.tier = tier
+        self._capacity = capacity
+        self._lock = Lock()
+        self._tally = Tally()
+        self._blocks: OrderedDict[BlockHash, bytes] = OrderedDict()
+        self._bytes = 0
+        self._closed = False
+
+    def put(self, items: Mapping[BlockHash, Blob]) -> int:
+        taken = 0
+        with self._lock:
+            if self._refuses(len(items)):
+                return 0
+            for name, data in items.items():
+                self._remove(name)
+                if len(data) > self._capacity:
+                    self._tally.failed(Fault.FULL)
+                    continue
+                while self._bytes + len(data) > self._capacity:
+                    self._remove(next(iter(self._blocks)))
+                    self._tally.evicted(1)
+                self._blocks[name] = bytes(data)
+                self._bytes += len(data)
+                taken += 1
+        return taken
+
+    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        with self._lock:
+            self._refuses(len(names))
+            answers = [self._blocks.get(name) for name in names]
+            for name in names:
+                if name in self._blocks:
+                    self._blocks.move_to_end(name)
+        self._tally.answered(answers)
+        return answers
+
+    def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        with self._lock:
+            return [name in self._blocks for name in names]
+
+    def drop(self, names: Sequence[BlockHash]) -> None:
+        with self._lock:
+            for name in names:
+                self._remove(name)
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return self._tally.stats(blocks=len(self._blocks), size=self._bytes, capacity=self._capacity)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._blocks.clear()
+            self._bytes = 0
+
+    def close(self) -> None:
+        """The blocks go with it."""
+        self.clear()
+        self._closed = True
+
+    def _refuses(self, blocks: int) -> bool:
+        if self._closed:
+            self._tally.failed(Fault.CLOSED, blocks)
+        return self._closed
+
+    def _remove(self, name: BlockHash) -> None:
+        self._bytes -= len(self._blocks.pop(name, b""))

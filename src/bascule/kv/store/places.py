@@ -1,0 +1,110 @@
+"""Where the tiers are, as asked for on the command line: parsed, checked against the machine, and opened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bascule.config import parse_size
+from bascule.errors import ConfigError
+from bascule.kv.store.directory import DirectoryStore
+from bascule.kv.store.folder import Folder
+from bascule.types import Tier
+
+HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class DiskPlace:
+    """A directory and the most bytes of blocks in it."""
+
+    directory: Path
+    capacity: int
+
+
+def parse_host(text: str) -> int:
+    """Bytes of the host tier from `4GiB`; raises ConfigError that names the key."""
+    return _positive(parse_size(text, HOST_KEY), text, HOST_KEY)
+
+
+def parse_disk(text: str) -> DiskPlace:
+    """The disk tier from `DIR:50GiB`; raises ConfigError that names the key."""
+    directory, colon, size = text.rpartition(":")
+    if not colon or not directory:
+        raise ConfigError(f"{DISK_KEY}: {text!r} is not a directory and a size; write for example /var/cache/kv:50GiB")
+    return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
+
+
+def host_store(capacity: int, shared_memory: Path = _SHARED_MEMORY) -> DirectoryStore:
+    """The host tier: a folder in shared memory that all workers of this user on this machine share.
+
+    Raises ConfigError if the machine does not have `capacity` bytes to give, or the folder is not ours.
+    """
+    if capacity > (memory := psutil.virtual_memory().total):
+        raise ConfigError(f"{HOST_KEY}: {capacity} bytes are more than this machine's memory of {memory}; ask for less")
+    directory = shared_memory / f"bascule-{os.getuid()}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _check_private(directory)
+        room = shutil.disk_usage(shared_memory).free + _held(directory)
+    except OSError as error:
+        raise _unusable(HOST_KEY, directory, error, "leave the key out, or mend the permissions there") from error
+    if capacity > room:
+        raise ConfigError(
+            f"{HOST_KEY}: {capacity} bytes are more than the {room} that {shared_memory} has free; ask for less, "
+            "or give that file system more"
+        )
+    return _open(directory, capacity, Tier.HOST, HOST_KEY)
+
+
+def disk_store(place: DiskPlace) -> DirectoryStore:
+    """The disk tier. Raises ConfigError if the directory cannot be written to or its file system is smaller."""
+    try:
+        place.directory.mkdir(parents=True, exist_ok=True)
+        total = shutil.disk_usage(place.directory).total
+    except OSError as error:
+        raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
+    if place.capacity > total:
+        raise ConfigError(
+            f"{DISK_KEY}: {place.capacity} bytes are more than the whole file system of {place.directory}, which has "
+            f"{total}; ask for less"
+        )
+    return _open(place.directory, place.capacity, Tier.DISK, DISK_KEY)
+
+
+def _open(directory: Path, capacity: int, tier: Tier, key: str) -> DirectoryStore:
+    try:
+        return DirectoryStore(directory, capacity, tier)
+    except OSError as error:
+        raise _unusable(key, directory, error, "give a directory that this user can write to") from error
+
+
+def _positive(size: int, text: str, key: str) -> int:
+    if size < 1:
+        raise ConfigError(f"{key}: {text!r} leaves no room for a block; ask for more, or leave the key out")
+    return size
+
+
+def _check_private(directory: Path) -> None:
+    """Anyone may make folders in shared memory, so ours might be somebody else's; raises PermissionError."""
+    facts = directory.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
+        raise PermissionError("it is not a folder of this user alone")
+
+
+def _held(directory: Path) -> int:
+    """Bytes of blocks that are there from before."""
+    try:
+        return sum(entry.size for entry in Folder(directory, 0).scan())
+    except FileNotFoundError:
+        return 0
+
+
+def _unusable(key: str, directory: Path, error: OSError, advice: str) -> ConfigError:
+    return ConfigError(f"{key}: {directory} cannot be used ({error.strerror or error}); {advice}")

@@ -1,0 +1,170 @@
+"""The `remote` tier: blocks on one or several Redis or Valkey servers, each block on the one that the ring names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.kv.store.gate import Job
+from bascule.kv.store.ring import Ring
+from bascule.kv.store.server import Command, Server, ServerFacts, fault_of
+from bascule.kv.store.targets import Target
+from bascule.types import BlockHash, Tier
+
+PREFIX = b"bascule:1:"
+CONNECT_S = 0.2
+TIMEOUT_S = 0.5
+TTL_S = 86_400
+CONNECTIONS = 4
+_ROUND_BYTES = 2 << 20
+"""In one round, so that it ends within the timeout at 100 Mbit/s."""
+_MOST_KEYS = 256
+
+Use = Callable[[int, object], bool]
+"""Takes the reply for the block at a place of the call's list; whether it made sense."""
+
+
+class RemoteStore:
+    """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or read.
+
+    A call is as many rounds of about 2 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
+    for each round. A server that is gone or hangs costs one such wait; until a probe finds it back, its share are
+    misses. Needs Redis 6.2, or any Valkey.
+    """
+
+    tier = Tier.REMOTE
+
+    def __init__(
+        self,
+        servers: Sequence[Target],
+        *,
+        ttl_s: int = TTL_S,
+        connect_s: float = CONNECT_S,
+        timeout_s: float = TIMEOUT_S,
+        connections: int = CONNECTIONS,
+    ) -> None:
+        """`targets.parse_remote` makes and checks `servers`; none of them needs to be there yet."""
+        self._servers = {
+            target.label: Server(target, connections=connections, connect_s=connect_s, timeout_s=timeout_s)
+            for target in servers
+        }
+        self._ring = Ring(list(self._servers))
+        self._ttl_s = ttl_s
+        self._tally = Tally()
+        self._typical_bytes = _ROUND_BYTES // 4
+        """A block's size, as last seen."""
+        self._closed = False
+
+    def put(self, items: Mapping[BlockHash, Blob]) -> int:
+        names, values = list(items), list(items.values())
+        self._learn_size(max(map(len, values), default=0))
+        taken: list[int] = []
+
+        def take(index: int, reply: object) -> bool:
+            if reply in (True, b"OK"):
+                taken.append(index)
+                return True
+            return False
+
+        self._each(names, lambda i: ("SET", _key(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
+        return len(taken)
+
+    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * len(names)
+
+        def take(index: int, reply: object) -> bool:
+            if isinstance(reply, bytes):
+                found[index] = reply
+                self._learn_size(len(reply))
+            return reply is None or isinstance(reply, bytes)
+
+        self._each(names, lambda i: ("GETEX", _key(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
+        answers = list(found)  # a round that was given up may still write to the other
+        self._tally.answered(answers)
+        return answers
+
+    def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        found = [False] * len(names)
+
+        def take(index: int, reply: object) -> bool:
+            found[index] = reply == 1
+            return reply in (0, 1)
+
+        self._each(names, lambda i: ("EXISTS", _key(names[i])), take)
+        return list(found)
+
+    def drop(self, names: Sequence[BlockHash]) -> None:
+        self._each(names, lambda i: ("UNLINK", _key(names[i])), lambda _, reply: reply in (0, 1))
+
+    def stats(self) -> StoreStats:
+        """Asks the servers that can be reached; their blocks are all keys of their databases."""
+        facts: list[ServerFacts] = []
+        self._everywhere(lambda server: facts.append(server.facts()))
+        facts = list(facts)
+        bounded = bool(facts) and all(each.capacity_bytes for each in facts)
+        return self._tally.stats(
+            blocks=sum(each.keys for each in facts),
+            size=sum(each.bytes for each in facts),
+            capacity=sum(each.capacity_bytes for each in facts) if bounded else None,
+            evicted_elsewhere=sum(each.evictions for each in facts),
+        )
+
+    def clear(self) -> None:
+        cursors = dict.fromkeys(self._servers, 0)
+
+        def clear_some(server: Server) -> None:
+            cursors[server.label] = server.unlink_some(PREFIX, cursors[server.label])
+
+        remaining = list(self._servers.values())
+        while remaining:
+            done = self._everywhere(clear_some, remaining)
+            remaining = [server for server in done if cursors[server.label]]
+
+    def close(self) -> None:
+        self._closed = True
+        for server in self._servers.values():
+            server.close()
+
+    def _learn_size(self, size: int) -> None:
+        if size:
+            self._typical_bytes = size
+
+    def _each(self, names: Sequence[BlockHash], command: Callable[[int], Command], use: Use, size: int = 1) -> None:
+        """Send each name's command, about `size` bytes with its reply, to its server; count senseless answers."""
+        keys = min(_MOST_KEYS, max(1, _ROUND_BYTES // size))
+        under_way: list[tuple[Server, Job | None, list[int]]] = []
+        for label, places in self._ring.group(names).items():
+            server = self._servers[label]
+            rounds = [places[start : start + keys] for start in range(0, len(places), keys)]
+            job = server.gate.start([partial(self._round, server, part, command, use) for part in rounds])
+            under_way.append((server, job, [len(part) for part in rounds]))
+        for server, job, sizes in under_way:
+            self._finish(server, job, sizes)
+
+    def _everywhere(self, work: Callable[[Server], None], servers: Sequence[Server] | None = None) -> list[Server]:
+        """Do something on all servers at once; returns those where it was done."""
+        chosen = list(self._servers.values()) if servers is None else servers
+        jobs = [(server, server.gate.start([partial(work, server)])) for server in chosen]
+        return [server for server, job in jobs if self._finish(server, job, [0])]
+
+    def _round(self, server: Server, places: list[int], command: Callable[[int], Command], use: Use) -> None:
+        for index, reply in zip(places, server.pipeline([command(index) for index in places]), strict=True):
+            if isinstance(reply, Exception):
+                self._tally.failed(fault_of(reply))
+            elif not use(index, reply):
+                self._tally.failed(Fault.BROKEN)
+
+    def _finish(self, server: Server, job: Job | None, sizes: Sequence[int]) -> bool:
+        """Wait for the rounds of a server, of `sizes` blocks each, and count those not done; whether all were."""
+        if job is None:
+            self._tally.failed(Fault.CLOSED if self._closed else Fault.SKIPPED, sum(sizes))
+            return False
+        if fault := server.gate.finish(job):
+            self._tally.failed(fault, sum(sizes[job.completed :]))
+            return False
+        return True
+
+
+def _key(name: BlockHash) -> bytes:
+    return PREFIX + name.hex().encode()

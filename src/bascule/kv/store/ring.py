@@ -1,0 +1,41 @@
+"""Which of several servers keeps a block: consistent hashing, so that most blocks stay when servers come and go."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+
+import xxhash
+
+from bascule.types import BlockHash
+
+_VIRTUAL_NODES = 512
+"""Per server; the shares of a few servers then differ by some 5 %."""
+
+
+class Ring:
+    """Points on a circle of 64-bit numbers, `virtual_nodes` for each server; a block belongs to the next point."""
+
+    def __init__(self, servers: Sequence[str], virtual_nodes: int = _VIRTUAL_NODES) -> None:
+        """`servers` by the names that they keep for life; raises ValueError if there is none, or two of one name."""
+        if not servers or len(set(servers)) != len(servers):
+            raise ValueError(f"a ring needs at least one server and no two of one name, not {list(servers)}")
+        points = sorted(
+            (xxhash.xxh3_64_intdigest(f"{server}#{node}".encode()), server)
+            for server in servers
+            for node in range(virtual_nodes)
+        )
+        self._points = [point for point, _ in points]
+        self._servers = [server for _, server in points]
+
+    def owner(self, name: BlockHash) -> str:
+        """The server that keeps the block."""
+        place = bisect(self._points, xxhash.xxh3_64_intdigest(name))
+        return self._servers[place % len(self._servers)]
+
+    def group(self, names: Sequence[BlockHash]) -> dict[str, list[int]]:
+        """For each server that keeps any of `names`, their places in `names`, in order."""
+        places: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            places.setdefault(self.owner(name), []).append(index)
+        return places

@@ -1,0 +1,129 @@
+"""One Redis or Valkey server of the remote tier: bounded connections, pipelined commands, nothing retried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import redis
+from msgspec import Struct
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from bascule.kv.store.base import Fault
+from bascule.kv.store.gate import Gate
+from bascule.kv.store.targets import Target
+
+Command: TypeAlias = tuple[Any, ...]
+
+_READ_BYTES = 1 << 20
+_SCAN_COUNT = 1000
+
+
+def fault_of(error: Exception) -> Fault:
+    """What a command, or the connection under it, has failed of."""
+    if isinstance(error, OutOfMemoryError):
+        return Fault.FULL
+    if isinstance(error, AuthenticationError | NoPermissionError | ReadOnlyError):
+        return Fault.DENIED
+    if isinstance(error, redis.TimeoutError | TimeoutError):
+        return Fault.SLOW
+    if isinstance(error, redis.ConnectionError | OSError):
+        return Fault.GONE
+    return Fault.BROKEN
+
+
+class ServerFacts(Struct, frozen=True):
+    """What a server says of itself; no capacity is 0."""
+
+    keys: int
+    bytes: int
+    capacity_bytes: int
+    evictions: int
+
+
+class Server:
+    """Connections to one server, at most `connections`, and the gate before them. Nothing is sent before it is used."""
+
+    def __init__(self, target: Target, *, connections: int, connect_s: float, timeout_s: float) -> None:
+        self.label = target.label
+        self._client = redis.Redis(
+            connection_pool=redis.ConnectionPool.from_url(
+                target.url,
+                max_connections=connections + 1,  # the probe has one of its own
+                socket_connect_timeout=connect_s,
+                socket_timeout=timeout_s,
+                socket_read_size=_READ_BYTES,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+            )
+        )
+        self.gate = Gate(
+            f"server {self.label}",
+            lanes=connections,
+            timeout_s=timeout_s,
+            classify=fault_of,
+            probe=self._ping,
+            interrupt=self._hang_up,
+        )
+
+    def pipeline(self, commands: Sequence[Command]) -> list[object]:
+        """The replies, one a command, in order; a refusal of a command is an exception in its place.
+
+        Raises what redis-py raises if the connection fails or the server talks nonsense.
+        """
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+        try:
+            replies = pipeline.execute(raise_on_error=False)
+        except redis.ConnectionError:
+            raise
+        except Exception:
+            self._hang_up()  # what else is in the connection's buffer is nobody's answer
+            raise
+        for reply in replies:
+            if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
+                raise reply
+        return list(replies)
+
+    def facts(self) -> ServerFacts:
+        """Raises like `pipeline`, and for answers that make no sense."""
+        replies = self.pipeline([("DBSIZE",), ("INFO", "memory"), ("INFO", "stats")])
+        match replies:
+            case [int(keys), dict(memory), dict(stats)]:
+                pass
+            case _:
+                raise ResponseError("not an answer to DBSIZE and INFO")
+        return ServerFacts(
+            keys, int(memory["used_memory"]), int(memory.get("maxmemory", 0)), int(stats["evicted_keys"])
+        )
+
+    def unlink_some(self, prefix: bytes, cursor: int) -> int:
+        """Delete some of the keys that begin with `prefix`; returns the next cursor, 0 when all were seen."""
+        match self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
+            case [(int(following), list(keys))]:
+                if keys:
+                    self.pipeline([("UNLINK", *keys)])
+                return following
+            case _:
+                raise ResponseError("not an answer to SCAN")
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.gate.close()
+        self._hang_up()
+
+    def _ping(self) -> None:
+        if self.pipeline([("PING",)]) not in ([True], [b"PONG"]):
+            raise ResponseError("not an answer to PING")
+
+    def _hang_up(self) -> None:
+        self._client.connection_pool.disconnect(inuse_connections=True)

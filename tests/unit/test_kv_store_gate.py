@@ -1,0 +1,170 @@
+"""Calls to a place that may hang are waited for while they progress, and not tried while it is out of order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Event, Lock, current_thread
+from time import monotonic, sleep
+
+import pytest
+
+from bascule.clock import VirtualClock
+from bascule.kv.store.base import Fault
+from bascule.kv.store.breaker import FIRST_PAUSE_S, MOST_PAUSE_S, Breaker
+from bascule.kv.store.gate import Gate, Job, Step
+
+WAIT = 20.0
+
+
+class Stage:
+    """A gate before a place that can be made to hang or to fail."""
+
+    def __init__(self, lanes: int = 2, timeout_s: float = 0.2) -> None:
+        self.free = Event()
+        self.well = True
+        self.interrupted = 0
+        self.probed = Event()
+        self.done: list[int] = []
+        self._lock = Lock()
+        self.gate = Gate(
+            "stage",
+            lanes=lanes,
+            timeout_s=timeout_s,
+            classify=lambda error: Fault.GONE if isinstance(error, OSError) else Fault.BROKEN,
+            probe=self._probe,
+            interrupt=self._interrupt,
+        )
+
+    def hang(self) -> None:
+        assert self.free.wait(WAIT)
+
+    def note(self, number: int) -> Step:
+        def step() -> None:
+            with self._lock:
+                self.done.append(number)
+
+        return step
+
+    def fail(self) -> None:
+        raise OSError("broken")
+
+    def begin(self, *steps: Step) -> Job:
+        job = self.gate.start(steps)
+        assert job is not None
+        return job
+
+    def _probe(self) -> None:
+        self.probed.set()
+        if not self.well:
+            raise OSError("still broken")
+
+    def _interrupt(self) -> None:
+        self.interrupted += 1
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.free.set()
+    stage.gate.close()
+
+
+def test_steps_are_done_in_order(stage: Stage) -> None:
+    job = stage.begin(*map(stage.note, range(20)))
+    assert stage.gate.finish(job) is None
+    assert (job.completed, stage.done) == (20, list(range(20)))
+
+
+def test_without_lanes_the_caller_does_the_work() -> None:
+    stage = Stage(lanes=0)
+    where: list[str] = []
+    job = stage.begin(lambda: where.append(current_thread().name), stage.note(1))
+    assert where == [current_thread().name]
+    assert stage.gate.finish(job) is None
+    assert stage.done == [1]
+
+
+def test_a_step_that_hangs_is_given_up_and_what_follows_is_not_done(stage: Stage) -> None:
+    job = stage.begin(stage.note(1), stage.hang, stage.note(2))
+    began = monotonic()
+    assert stage.gate.finish(job) is Fault.SLOW
+    assert monotonic() - began < WAIT / 2
+    assert (job.completed, stage.interrupted) == (1, 1)
+    stage.free.set()
+    assert job.done.wait(WAIT)
+    assert stage.done == [1]
+    assert job.completed == 1
+
+
+def test_a_job_that_progresses_may_take_longer_than_the_timeout() -> None:
+    stage = Stage(timeout_s=1.0)
+    job = stage.begin(*[lambda: sleep(0.1)] * 13)
+    assert stage.gate.finish(job) is None
+    stage.gate.close()
+
+
+def test_a_job_behind_others_that_progress_waits_its_turn() -> None:
+    stage = Stage(lanes=1, timeout_s=1.0)
+    first = stage.begin(*[lambda: sleep(0.1)] * 13)
+    second = stage.begin(stage.note(1))
+    assert stage.gate.finish(second) is None
+    assert stage.gate.finish(first) is None
+    stage.gate.close()
+
+
+def test_a_job_behind_others_that_hang_is_given_up_too(stage: Stage) -> None:
+    hanging = [stage.begin(stage.hang) for _ in range(2)]
+    behind = stage.begin(stage.note(1))
+    assert stage.gate.finish(behind) is Fault.BUSY
+    assert [stage.gate.finish(job) for job in hanging] == [Fault.SLOW] * 2
+    assert stage.done == []
+
+
+def test_after_a_failure_nothing_is_tried_until_a_probe_succeeds(stage: Stage) -> None:
+    stage.well = False
+    assert stage.gate.finish(stage.begin(stage.fail, stage.note(1))) is Fault.GONE
+    assert stage.gate.start([stage.note(2)]) is None
+    deadline = monotonic() + WAIT
+    while not stage.probed.is_set():
+        assert monotonic() < deadline
+        assert stage.gate.start([stage.note(3)]) is None
+        sleep(0.02)
+    stage.well = True
+    while (job := stage.gate.start([stage.note(4)])) is None:
+        assert monotonic() < deadline
+        sleep(0.02)
+    assert stage.gate.finish(job) is None
+    assert stage.done == [4]
+
+
+def test_a_closed_gate_takes_nothing(stage: Stage) -> None:
+    stage.gate.close()
+    stage.gate.close()
+    assert stage.gate.start([stage.note(1)]) is None
+    assert stage.gate.closed
+
+
+def test_probes_are_due_after_pauses_that_double_up_to_a_bound() -> None:
+    clock = VirtualClock()
+    breaker = Breaker(clock)
+    assert not breaker.take_probe()
+    breaker.failed()
+    pause = FIRST_PAUSE_S
+    for _ in range(8):
+        breaker.failed()
+        clock.advance(0.9 * pause)
+        assert not breaker.take_probe()
+        clock.advance(0.2 * pause)
+        assert breaker.take_probe()
+        assert not breaker.take_probe()
+        breaker.probed(False)
+        pause = min(2 * pause, MOST_PAUSE_S)
+        assert breaker.open
+    clock.advance(MOST_PAUSE_S)
+    assert breaker.take_probe()
+    breaker.probed(True)
+    assert not breaker.open
+    breaker.failed()
+    clock.advance(FIRST_PAUSE_S)
+    assert breaker.take_probe()

@@ -1,0 +1,151 @@
+"""What is asked for on the command line is parsed, checked against the machine, and refused with the key's name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bascule.errors import ConfigError
+from bascule.kv.store.places import DiskPlace, disk_store, host_store, parse_disk, parse_host
+from bascule.kv.store.targets import parse_remote
+from bascule.types import Tier
+
+SECRET = "hunter2"
+
+
+def test_sizes_and_places() -> None:
+    assert parse_host("4GiB") == 4 << 30
+    assert parse_disk("/var/kv:50GiB") == DiskPlace(Path("/var/kv"), 50 << 30)
+    assert parse_disk("/odd:name:1MB") == DiskPlace(Path("/odd:name"), 10**6)
+    assert parse_disk("~/kv:1B").directory == Path.home() / "kv"
+
+
+@pytest.mark.parametrize("text", ["", "4 gigs", "-1GiB", "0", "0GiB", "GiB"])
+def test_a_malformed_host_size_names_the_key(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-host"):
+        parse_host(text)
+
+
+@pytest.mark.parametrize("text", ["", "/var/kv", "50GiB", ":50GiB", "/var/kv:", "/var/kv:fifty", "/var/kv:0"])
+def test_a_malformed_disk_place_names_the_key(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-disk"):
+        parse_disk(text)
+
+
+def test_a_host_budget_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--kv-host.*memory.*ask for less"):
+        host_store(psutil.virtual_memory().total + 1, tmp_path)
+
+
+def test_a_host_budget_larger_than_its_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 20, 0, 1 << 20))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"--kv-host.*free"):
+        host_store(2 << 20, tmp_path)
+
+
+def test_a_host_store_is_private_to_its_user(tmp_path: Path) -> None:
+    store = host_store(1 << 20, tmp_path)
+    store.close()
+    assert store.tier is Tier.HOST
+    folder = tmp_path / f"bascule-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "v1").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("trap", ["open", "link", "file"])
+def test_a_host_folder_that_somebody_else_prepared_is_refused(tmp_path: Path, trap: str) -> None:
+    folder = tmp_path / f"bascule-{os.getuid()}"
+    if trap == "open":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif trap == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.write_text("")
+    with pytest.raises(ConfigError, match="--kv-host"):
+        host_store(1 << 20, tmp_path)
+
+
+def test_a_disk_store_makes_its_directory(tmp_path: Path) -> None:
+    store = disk_store(DiskPlace(tmp_path / "a" / "b", 1 << 20))
+    store.close()
+    assert store.tier is Tier.DISK
+    assert (tmp_path / "a" / "b" / "v1").is_dir()
+
+
+def test_a_disk_budget_larger_than_the_file_system_is_refused(tmp_path: Path) -> None:
+    total = shutil.disk_usage(tmp_path).total
+    with pytest.raises(ConfigError, match=r"--kv-disk.*whole file system"):
+        disk_store(DiskPlace(tmp_path, total + 1))
+
+
+def test_a_disk_directory_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/bascule-kv")):
+        with pytest.raises(ConfigError, match=r"--kv-disk.*cannot be used.*give a directory"):
+            disk_store(DiskPlace(directory, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("redis://h1", ["h1:6379/0"]),
+        ("redis://h1,h2", ["h1:6379/0", "h2:6379/0"]),
+        ("redis://h1:7000/3, h2:7001 ,h3", ["h1:7000/3", "h2:7001/3", "h3:6379/3"]),
+        ("rediss://u:p@h1,redis://h2/1", ["h1:6379/0", "h2:6379/1"]),
+        ("redis://[::1]:7000,[::2]", ["::1:7000/0", "::2:6379/0"]),
+        ("unix:///run/redis.sock?db=2,redis://h", ["/run/redis.sock#2", "h:6379/0"]),
+        ("rediss://h?ssl_cert_reqs=none", ["h:6379/0"]),
+    ],
+)
+def test_servers_are_parsed(text: str, labels: list[str]) -> None:
+    assert [target.label for target in parse_remote(text)] == labels
+
+
+def test_a_bare_host_is_a_server_like_the_one_before_it() -> None:
+    targets = parse_remote(f"rediss://user:{SECRET}@h1:7000/2?ssl_cert_reqs=none,h2:7001")
+    assert targets[1].url == f"rediss://user:{SECRET}@h2:7001/2?ssl_cert_reqs=none"
+
+
+def test_a_password_is_not_part_of_what_a_server_is_called() -> None:
+    target = parse_remote(f"redis://:{SECRET}@h1")[0]
+    assert SECRET not in f"{target} {target!r} {target.label}"
+    assert target.label == parse_remote("redis://:other@h1")[0].label
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "h1:6379",
+        f"http://:{SECRET}@h1",
+        f"redis//:{SECRET}@h1",
+        f"redis://:{SECRET}@",
+        f"redis://:{SECRET}@h1:port",
+        f"redis://:{SECRET}@h1:99999",
+        f"redis://:{SECRET}@h1:0",
+        f"redis://:{SECRET}@h1/zero",
+        f"redis://:{SECRET}#@h1",
+        f"redis://u?{SECRET}@h1",
+        f"redis://:{SECRET}@h1?socket_timeout=100",
+        f"redis://:{SECRET}@h1?db=x",
+        f"redis://:{SECRET}@h1,",
+        f"redis://:{SECRET}@h1,:{SECRET}@h2",
+        f"redis://:{SECRET}@h1,h2/1",
+        f"redis://:{SECRET}@h1,redis://:{SECRET}@h1:6379/0",
+        f"redis://:{SECRET}@[::1",
+        "unix://",
+        "unix://host/path",
+        "unix:///run/redis.sock,h2",
+    ],
+)
+def test_a_malformed_server_names_the_key_and_tells_no_password(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-remote") as caught:
+        parse_remote(text)
+    assert SECRET not in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -1,0 +1,97 @@
+"""A stored block says what it is, and nothing that is not it is taken for it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
+from bascule.types import BlockHash
+
+NAME = BlockHash(bytes(range(16)))
+OTHER = BlockHash(bytes(range(1, 17)))
+TOKENS = (1, 2, 3, 2**32 - 1)
+PAYLOAD = Payload("int8", bytes(range(256)) * 4)
+RECORD = pack(NAME, "model", TOKENS, PAYLOAD)
+
+
+def reason(name: BlockHash = NAME, model: str = "model", tokens: tuple[int, ...] = TOKENS, data: bytes = RECORD) -> str:
+    with pytest.raises(InvalidRecord) as caught:
+        unpack(name, model, tokens, data)
+    assert caught.value.reason in str(caught.value)
+    return caught.value.reason
+
+
+@given(
+    st.binary(min_size=16, max_size=16),
+    st.text(max_size=80),
+    st.lists(st.integers(0, 2**32 - 1), max_size=64),
+    st.text(max_size=20),
+    st.binary(max_size=2000),
+)
+def test_what_was_packed_is_unpacked(name: bytes, model: str, tokens: list[int], codec: str, data: bytes) -> None:
+    record = pack(BlockHash(name), model, tokens, Payload(codec, data))
+    assert unpack(BlockHash(name), model, tokens, record) == Payload(codec, data)
+    assert unpack(BlockHash(name), model, tuple(tokens), memoryview(bytearray(record))) == Payload(codec, data)
+
+
+def test_each_way_of_being_another_block_has_its_reason() -> None:
+    assert reason(name=OTHER) == "name"
+    assert reason(model="model2") == "fingerprint"
+    assert reason(tokens=(1, 2, 3, 4)) == "tokens"
+    assert reason(tokens=TOKENS[:3]) == "tokens"
+    assert reason(data=b"") == "length"
+    assert reason(data=bytes(1000)) == "format"
+    assert reason(data=RECORD[:4] + b"\x02" + RECORD[5:]) == "version"
+    assert reason(data=RECORD + b"\0") == "length"
+    assert reason(data=RECORD[:-1]) == "length"
+    assert reason(data=RECORD[:-20] + b"?" + RECORD[-19:]) == "checksum"
+
+
+def test_a_block_of_the_same_hash_but_other_tokens_is_refused() -> None:
+    collision = pack(NAME, "model", (9, 9, 9, 9), PAYLOAD)
+    assert reason(data=collision) == "tokens"
+
+
+def test_what_has_no_room_in_a_record_is_an_error() -> None:
+    with pytest.raises(ValueError, match="16 bytes"):
+        pack(BlockHash(b"short"), "model", TOKENS, PAYLOAD)
+    with pytest.raises(OverflowError):
+        pack(NAME, "model", (2**32,), PAYLOAD)
+
+
+def test_the_payload_is_a_view_and_no_copy() -> None:
+    data = bytearray(RECORD)
+    payload = unpack(NAME, "model", TOKENS, data)
+    data[-20] ^= 1
+    assert payload.data != PAYLOAD.data
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_record_changed_in_any_way_is_refused(data: st.DataObject) -> None:
+    record = bytearray(RECORD)
+    for _ in range(data.draw(st.integers(1, 4), label="changes")):
+        place = data.draw(st.integers(0, max(0, len(record) - 1)), label="place")
+        match data.draw(st.sampled_from(["flip", "truncate", "extend", "cut", "insert", "zero"]), label="change"):
+            case "flip" if record:
+                record[place] ^= 1 << data.draw(st.integers(0, 7))
+            case "truncate":
+                del record[place:]
+            case "extend":
+                record += data.draw(st.binary(min_size=1, max_size=40))
+            case "cut":
+                del record[place : place + data.draw(st.integers(1, 40))]
+            case "insert":
+                record[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+            case "zero":
+                record[place : place + 64] = bytes(len(record[place : place + 64]))
+    if record != RECORD:
+        reason(data=bytes(record))
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_refused(data: bytes) -> None:
+    reason(data=data)
+    reason(data=RECORD[:60] + data)
