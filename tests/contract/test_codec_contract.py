@@ -157,6 +157,15 @@ def test_any_finite_bits_are_kept_within_bounds(name: str, dtype: str, data: st.
     check(small, data.draw(arrays.arrays(form.bits, shape, elements=patterns)).view(np.uint8))
 
 
+@pytest.mark.parametrize("width", [2, 4, 9, 16, 30, 100, 5000])
+def test_numbers_that_differ_in_their_last_bits_do_not_lose_twice(codec: Codec, width: int) -> None:
+    form, shape = FORMS[codec.layout.dtype], codec.layout
+    draw = np.random.default_rng(width)
+    for base in draw.integers(form.tiny, form.limit // 2, 20):
+        bits = base + draw.integers(0, width, (shape.planes, 2, shape.block_size * 16))
+        check(codec, bits.astype(form.bits).view(np.uint8)) if codec.name != "none" else None
+
+
 @pytest.mark.parametrize("number", [0.0, -0.0, 1.0, -3.75, 1e-39, 6e4])
 def test_a_constant_block_comes_back_as_it_was(codec: Codec, number: float) -> None:
     shape = codec.layout

@@ -141,13 +141,11 @@ class Int4Planes:
         numbers = np.empty(bits.shape, np.float32)
         np.copyto(numbers[..., : self._half], packed & 15)
         np.copyto(numbers[..., self._half :], packed >> 4)
-        # Weights of 0 and 1 at the ends, so that both bounds come out exactly and nothing lies beyond them.
-        numbers *= np.float32(1 / _TOP4)
-        rest = np.subtract(np.float32(1), numbers)
-        cells, other = _cells(numbers, self._grouping), _cells(rest, self._grouping)
-        cells *= high
-        other *= low
-        numbers += rest
+        cells = _cells(numbers, self._grouping)
+        # The first code gives `low`. Steps are a trifle long, so that the last one, cut off, gives `high` exactly too.
+        cells *= (high - low) * np.float32((1 + 2.0**-21) / _TOP4)
+        cells += low
+        np.minimum(cells, high, out=cells)
         self._form.store(numbers, bits)
         return bad
 
