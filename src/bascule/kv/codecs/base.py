@@ -61,9 +61,10 @@ def name_after(codec: str, block: BlockHash) -> BlockHash:
     """What `block` is called once it has been through `codec`: the same if that is `none`, else as nothing else is.
 
     What a block has been through is part of what it is. Were a lossy block known by the name of the exact one, a
-    request could be served from it that was promised exact KV, and from then on nobody could tell. The KV of later
+    request could be served from it that was promised exact KV, and nobody could tell from then on. The KV of later
     tokens computed over a lossy block is not exact either: chain their hashes from this name (`BlockHasher.chain`), and
-    they have names of their own. Every lossy passage makes a new name, the second through one codec too.
+    they have names of their own. Every lossy passage makes a new name; only who knows that a block came out of this
+    very codec last may keep the one it has, for then nothing more is lost.
     """
     if codec == EXACT:
         return block
