@@ -194,6 +194,21 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     """To the decode workers that it has handed KV to."""
 
 
+class CodecCost(Struct, frozen=True, kw_only=True):
+    """What a codec does on one class of worker, as measured. Rates are of bytes before they are encoded."""
+
+    name: str
+    ratio: float = 1.0
+    """Bytes before over bytes after."""
+    encode_bytes_per_s: float = math.inf
+    decode_bytes_per_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__[1:]:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"codec {self.name}: {name} is {getattr(self, name)}; it is more than 0")
+
+
 class Placement(Struct, frozen=True):
     """Where a request goes: prefilled and decoded by `prefill` unless `decode` names another worker."""
 
