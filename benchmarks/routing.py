@@ -62,7 +62,8 @@ class Cell:
 
 def requests_at(level: str, arguments: argparse.Namespace) -> int:
     """Enough for a steady state, few enough for an evening."""
-    return max(arguments.requests, 3 * int(level)) if level[0] != "r" else 2 * arguments.requests
+    least = arguments.requests
+    return max(least, arguments.per_client * int(level)) if level[0] != "r" else 2 * least
 
 
 def run_once(system: System, workload: str, level: str, seed: int, arguments: argparse.Namespace) -> Run:
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--levels", default="1,4,8,16,32,r1,r2,r3")
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--per-client", type=int, default=3, help="requests of each client of a closed loop")
     parser.add_argument("--requests", type=int, default=16, help="of a run, at the least")
     parser.add_argument("--engine", choices=("torch", "mock"), default="torch")
     parser.add_argument("--cost-model", type=Path, help="of a worker with one core (mock)")
