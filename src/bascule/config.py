@@ -89,6 +89,19 @@ class EngineConfig:
         return parse_size(self.kv_memory, "kv-memory")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """The KV store: where computed blocks are kept beside the workers' own KV memory, and found again."""
+
+    kv_host: str | None = None
+    """Memory of this machine, shared by all its workers, in which blocks outlive their eviction: `4GiB`."""
+    kv_disk: str | None = None
+    """Directory and size, `/var/cache/kv:50GiB`, in which blocks outlive workers; machines may share it."""
+    kv_remote: str | None = None
+    """Redis or Valkey servers, `redis://host1:6379,host2`, over which blocks are spread; any number of clusters may
+    share them."""
+
+
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 1e6
 """Beyond these, a bound is a slip of the pen."""
 

@@ -18,6 +18,7 @@ from bascule.config import (
     PoolConfig,
     RoutingConfig,
     SloConfig,
+    StoreConfig,
     read_config_file,
 )
 from bascule.errors import BasculeError, ConfigError, ModelError
@@ -39,9 +40,19 @@ app.command(
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
-    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, SloConfig, AttachConfig),
+    "serve": (
+        ModelConfig,
+        EngineConfig,
+        HandoffConfig,
+        RoutingConfig,
+        HttpConfig,
+        PoolConfig,
+        SloConfig,
+        AttachConfig,
+        StoreConfig,
+    ),
     "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig),
-    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig),
+    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig),
 }
 
 

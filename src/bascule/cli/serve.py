@@ -25,10 +25,12 @@ from bascule.config import (
     PoolConfig,
     RoutingConfig,
     SloConfig,
+    StoreConfig,
 )
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
+from bascule.kv.store.places import check_stores
 from bascule.models import LoadedModel, catalog, load
 from bascule.types import Role, WorkerId
 
@@ -51,6 +53,7 @@ def serve(
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
+    store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -69,7 +72,9 @@ def serve(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
-    flags = (f"--log-level={http.log_level}", *flags_of(model_config, engine_config, handoff_config, slo_config))
+    check_stores(store_config)
+    settings = (model_config, engine_config, handoff_config, slo_config, store_config)
+    flags = (f"--log-level={http.log_level}", *flags_of(*settings))
     plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
     if model in catalog.CATALOG:
         pull_with_progress(model)

@@ -223,13 +223,11 @@ class Sequence:
         )
 
     def unpublished(self, count: int) -> list[int]:
-        """Blocks to publish when the next `count` tokens are computed: those a handoff's peer may read then."""
-        if not self.handoff:
-            return []
+        """Blocks to publish when the next `count` tokens are computed, where somebody may read them then."""
         return self.lease.blocks[self._published : blocks_for(self.computed + count, self._block_size)]
 
     def advance(self, count: int) -> None:
-        """`count` more tokens are computed, and published if this is a handoff."""
+        """`count` more tokens are computed, and published if anybody reads them."""
         self.computed += count
         self._published = self.computed // self._block_size
         self._seal()

@@ -38,7 +38,7 @@ class Counts(Struct, frozen=True):
     """Out of use, because a peer may still write there."""
 
 
-class _Entry(Struct, frozen=True):
+class CachedBlock(Struct, frozen=True):
     """A block in the prefix cache and the tokens whose KV it holds."""
 
     block: int
@@ -75,8 +75,8 @@ class Books:
         """The number of the lease that a free block is kept for, softly."""
         self._holders = [0] * num_blocks
         self._quarantined: set[int] = set()
-        self._by_hash: dict[BlockHash, _Entry] = {}
-        self._by_block: dict[int, _Entry] = {}
+        self._by_hash: dict[BlockHash, CachedBlock] = {}
+        self._by_block: dict[int, CachedBlock] = {}
         self._journal = Journal()
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Cached blocks, the next to be evicted first."""
@@ -105,6 +105,16 @@ class Books:
         with self._lock:
             self._journal.clear()
             return Changes(list(self._by_hash), [])
+
+    def peek(self, names: Sequence[BlockHash]) -> list[CachedBlock]:
+        """Those of `names` that are in the cache now; pins nothing, so what is read there counts only if `unchanged`."""
+        with self._lock:
+            return [entry for name in names if (entry := self._by_hash.get(name)) is not None]
+
+    def unchanged(self, entries: Sequence[CachedBlock]) -> list[bool]:
+        """Whether each of what `peek` gave has been in its block all the time since: no one writes a cached block."""
+        with self._lock:
+            return [self._by_hash.get(entry.hash) is entry for entry in entries]
 
     def acquire(self, hashes: Sequence[BlockHash], tokens: Sequence[int], total: int, room: int = 0) -> Lease | None:
         """Lease `total` blocks: the longest cached prefix of `hashes`, then fresh ones. None if there are not enough.
@@ -304,7 +314,7 @@ class Lease:
                 if known is not None and known.hash != name:
                     raise LeaseError(f"block {block} is sealed as {known.hash.hex()} and cannot become {name.hex()}")
                 if name not in books._by_hash:
-                    entry = _Entry(block, name, tuple(tokens[index * size : (index + 1) * size]))
+                    entry = CachedBlock(block, name, tuple(tokens[index * size : (index + 1) * size]))
                     books._by_hash[name] = books._by_block[block] = entry
                     books._journal.stored(name)
 

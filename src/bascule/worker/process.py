@@ -16,7 +16,7 @@ import msgspec
 from msgspec import structs
 
 from bascule.clock import WallClock
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Runner
@@ -24,6 +24,8 @@ from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.places import open_stores
+from bascule.kv.store.tiers import Tiers
 from bascule.models import load
 from bascule.types import CostModel, Epoch, Role, WorkerId
 from bascule.wire import Starting
@@ -53,6 +55,7 @@ class WorkerSettings:
     engine_config: EngineConfig
     handoff_config: HandoffConfig
     slo_config: SloConfig
+    store_config: StoreConfig
     parent: int | None = None
     """Process id of the launcher: this worker ends with it."""
 
@@ -105,6 +108,9 @@ def build(settings: WorkerSettings) -> Parts:
             f"kv-memory {config.kv_memory} holds {num_blocks} blocks of {layout.block_bytes} bytes "
             f"({layout.block_size} tokens each); give a few hundred blocks, {2 * layout.block_bytes} bytes at the least"
         )
+    if settings.store_config != StoreConfig() and not config.prefix_cache:
+        raise ConfigError("--kv-host, --kv-disk and --kv-remote need the prefix cache; leave out --no-prefix-cache")
+    stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
     books = Books(num_blocks, layout.block_size)
     hasher = BlockHasher(runner.card.fingerprint, layout.block_size)
@@ -117,8 +123,10 @@ def build(settings: WorkerSettings) -> Parts:
     )
     engine = Engine(runner, arena, books, hasher, limits)
     engine.cost = cost = _cost_model(config.cost_model)
+    engine.publishes = bool(stores)
     return Parts(
         runner=runner,
+        tiers=Tiers(stores, arena, books, runner.card.fingerprint) if stores else None,
         arena=arena,
         books=books,
         hasher=hasher,

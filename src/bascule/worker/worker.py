@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from bascule.errors import RegistrationRefused, RequestError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.types import CostModel, Epoch, Role, StepLoad, TicketId, WorkerId, WorkerLoad
+from bascule.types import BlockHash, CostModel, Epoch, Role, StepLoad, TicketId, WorkerId, WorkerLoad
 from bascule.wire import (
     VERSION,
     Abort,
@@ -29,6 +30,7 @@ from bascule.wire import (
     Failed,
     Goodbye,
     Heartbeat,
+    Loaded,
     PeerMessage,
     Prepare,
     Register,
@@ -51,6 +53,7 @@ from bascule.worker.link import RouterSocket
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.steploop import StepLoop
+from bascule.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class Parts:
     max_sequences: int
     cost: CostModel
     """What a step is expected to cost."""
+    tiers: Tiers | None = None
+    """Where KV is kept below the arena, if anywhere."""
 
 
 class Worker:
@@ -100,10 +105,17 @@ class Worker:
         self._received = 0
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
-        self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send)
+        self._store: StoreSide | None = None
+        self._bringing: dict[Key, asyncio.Task[None]] = {}
+        """Requests that wait for KV from the store."""
+        self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
+        if parts.tiers is not None:
+            self._store = StoreSide(
+                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell
+            )
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
             parts.engine,
@@ -142,6 +154,8 @@ class Worker:
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
             asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
+        if self._store is not None:
+            tasks.append(asyncio.create_task(self._store.watch()))
         for task in tasks:
             task.add_done_callback(self._task_ended)
         try:
@@ -149,11 +163,15 @@ class Worker:
         finally:
             self._reporter.pause()
             self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
+            for bringing in self._bringing.values():
+                bringing.cancel()
             await self._prefill.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._steps.stop, 10.0)
+            if self._store is not None:
+                await self._store.close()
             self._decode.close()
             for sender in self._senders.values():
                 sender.close()
@@ -174,21 +192,54 @@ class Worker:
         elif isinstance(message, Registered):
             self._heartbeat_s = message.heartbeat_s
             self._registered.set()
-            self._reporter.tell_all()
+            self._tell_all()
         elif isinstance(message, Reregister):
             self._registered.clear()
             self._received = 0
             self._reporter.pause()
         elif isinstance(message, Resync):
-            self._reporter.tell_all()
+            self._tell_all()
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Stop):
             self.stop()
 
+    def _tell_all(self) -> None:
+        self._reporter.tell_all()
+        if self._store is not None:
+            self._store.tell_all()
+
+    def _computed(self, names: Sequence[BlockHash]) -> None:
+        if self._store is not None:
+            self._store.computed(names)
+
     def _submit(self, submission: Submit) -> None:
-        key = Key(submission.request, submission.attempt)
         self._received += 1
+        if self._store is None:
+            self._begin(submission)
+            return
+        key = Key(submission.request, submission.attempt)
+        self._bringing[key] = asyncio.create_task(self._bring(self._store, key, submission))
+
+    async def _bring(self, store: StoreSide, key: Key, submission: Submit) -> None:
+        """Have what the store holds of a prompt loaded first; a cancel in the meantime ends this task."""
+        brought = await store.bring((*submission.prompt, *submission.generated))
+        del self._bringing[key]
+        if brought is not None:
+            self._link.send(
+                Loaded(
+                    worker=self._identity.worker,
+                    epoch=self._identity.epoch,
+                    request=key.request,
+                    attempt=key.attempt,
+                    tokens=brought.tokens,
+                    seconds=brought.seconds,
+                )
+            )
+        self._begin(submission)
+
+    def _begin(self, submission: Submit) -> None:
+        key = Key(submission.request, submission.attempt)
         if submission.decode is not None:
             # Before the engine has it: a step of another thread may be done with it at once.
             self._prefill.begin(submission, submission.decode)
@@ -214,6 +265,8 @@ class Worker:
         self._steps.wake()
 
     def _cancel(self, key: Key) -> None:
+        if (bringing := self._bringing.pop(key, None)) is not None:
+            bringing.cancel()
         self._prefill.cancel(key)
         self._decode.cancel(key)
         self._parts.engine.cancel(*key)
@@ -313,6 +366,7 @@ class Worker:
             kv_blocks=self._parts.books.num_blocks,
             machine=machine_id(),
             cost=self._parts.cost,
+            stores=self._store.places() if self._store is not None else {},
         )
         while True:
             if not self._registered.is_set():
@@ -328,7 +382,10 @@ class Worker:
 
     def _step_load(self) -> StepLoad:
         load = self._parts.engine.load()
-        return StepLoad(self._received, load.prefilling, load.backlog_tokens, load.streams, load.context_tokens)
+        prefilling, backlog = load.prefilling, load.backlog_tokens
+        if self._store is not None:
+            prefilling, backlog = prefilling + self._store.waiting, backlog + self._store.waiting_tokens
+        return StepLoad(self._received, prefilling, backlog, load.streams, load.context_tokens)
 
     def _load(self) -> WorkerLoad:
         engine, counts = self._parts.engine.load(), self._parts.books.counts
@@ -344,6 +401,7 @@ class Worker:
             handoff_bytes=dict(self._prefill.bytes_sent),
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
+            stores=self._store.loads() if self._store is not None else {},
             step=self._step_load(),
             cost=self._costs.model,
             cost_error=self._costs.error,

@@ -62,6 +62,11 @@ class Store(Protocol):
     @property
     def tier(self) -> Tier: ...
 
+    @property
+    def place(self) -> str:
+        """Equal for stores that share what they hold, on whatever machines they are."""
+        ...
+
     def put(self, items: Mapping[BlockHash, Blob]) -> int:
         """Keep blocks, replacing those of the same name; returns how many were taken."""
         ...

@@ -43,6 +43,7 @@ class DirectoryStore:
         self._touch_after_s = touch_after_s
         self._folder = Folder(directory, capacity)
         self._folder.prepare()
+        self.place = self._folder.identity()
         self._tally = Tally()
         self._keeper = Keeper(self._folder, capacity, self._tally)
         self._reads, self._writes = (

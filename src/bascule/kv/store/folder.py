@@ -2,6 +2,7 @@
 
 DIR/v1/ab/ab54...      a block, named by its hash in hex
 DIR/v1/tmp/ab54....x   one being written, renamed when it is complete
+DIR/v1/id              a random name, by which those who share the directory know that they do
 DIR/v1/lock            held by whoever measures and evicts
 """
 
@@ -72,6 +73,19 @@ class Folder:
         trial = f"{self._temporaries}/{secrets.token_hex(16)}.{secrets.token_hex(8)}"
         os.close(os.open(trial, _WRITE_FLAGS, 0o600))
         os.unlink(trial)
+
+    def identity(self) -> str:
+        """A name that this directory alone has; the first who asks gives it one."""
+        path = f"{self._top}/id"
+        name = secrets.token_hex(16)
+        trial = f"{self._temporaries}/{name}.{secrets.token_hex(8)}"
+        with open(trial, "xb", opener=_private) as file:
+            file.write(name.encode())
+        with suppress(FileExistsError):
+            os.link(trial, path)  # whole or not there, and never over another's
+        os.unlink(trial)
+        with open(path, "rb") as file:
+            return file.read(64).decode("ascii", "replace")
 
     def check(self) -> None:
         """Raises OSError if the folders cannot be reached."""
@@ -170,6 +184,10 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self._top}/{name[:2]}/{name}"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _lock(file: int, patience_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from threading import Lock
@@ -15,6 +16,7 @@ class MemoryStore:
 
     def __init__(self, capacity: int, tier: Tier = Tier.HOST) -> None:
         self.tier = tier
+        self.place = secrets.token_hex(16)
         self._capacity = capacity
         self._lock = Lock()
         self._tally = Tally()

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import psutil
 
-from bascule.config import parse_size
+from bascule.config import StoreConfig, parse_size
 from bascule.errors import ConfigError
+from bascule.kv.store.base import Store
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.folder import Folder
+from bascule.kv.store.remote import RemoteStore
+from bascule.kv.store.targets import parse_remote
 from bascule.types import Tier
 
 HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
@@ -26,6 +29,30 @@ class DiskPlace:
 
     directory: Path
     capacity: int
+
+
+def open_stores(config: StoreConfig) -> list[Store]:
+    """The tiers asked for, the fastest first; raises ConfigError, naming the key, if one of them cannot be used.
+
+    Servers of the remote tier need not be there yet.
+    """
+    capacity = None if config.kv_host is None else parse_host(config.kv_host)
+    place = None if config.kv_disk is None else parse_disk(config.kv_disk)
+    servers = None if config.kv_remote is None else parse_remote(config.kv_remote)
+    stores: list[Store] = []
+    if capacity is not None:
+        stores.append(host_store(capacity))
+    if place is not None:
+        stores.append(disk_store(place))
+    if servers is not None:
+        stores.append(RemoteStore(servers))
+    return stores
+
+
+def check_stores(config: StoreConfig) -> None:
+    """Raises ConfigError as `open_stores` does, before any worker is started."""
+    for store in open_stores(config):
+        store.close()
 
 
 def parse_host(text: str) -> int:

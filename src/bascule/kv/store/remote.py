@@ -49,6 +49,7 @@ class RemoteStore:
             target.label: Server(target, connections=connections, connect_s=connect_s, timeout_s=timeout_s)
             for target in servers
         }
+        self.place = ",".join(sorted(self._servers))
         self._ring = Ring(list(self._servers))
         self._ttl_s = ttl_s
         self._tally = Tally()

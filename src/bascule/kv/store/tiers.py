@@ -1,0 +1,202 @@
+"""The tiers below one arena, fastest first: what they hold of a prompt, and blocks on their way down and up."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from threading import Lock
+
+import numpy as np
+from msgspec import Struct
+
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books, CachedBlock
+from bascule.kv.store.base import Store, StoreStats
+from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
+from bascule.policies.load import UNMEASURED
+from bascule.types import BlockHash, LinkCost, Tier
+
+CODEC = "none"
+_BATCH = 16
+"""Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
+_LEARNT = 0.25
+"""How much the latest load counts in what a tier is said to cost."""
+
+
+class Wanted(Struct, frozen=True):
+    """One block to be loaded: its name, its tokens, and the block of the arena that it goes to."""
+
+    name: BlockHash
+    tokens: tuple[int, ...]
+    block: int
+
+
+class TierFigures(Struct):
+    """What has gone up and down between one tier and the arena."""
+
+    loaded_blocks: int = 0
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    saved_blocks: int = 0
+    saved_bytes: int = 0
+    invalid: Counter[str] = {}  # type: ignore[assignment]
+    """Blocks that were not what they should have been, by reason."""
+
+
+class Tiers:
+    """Blocks between an arena and the stores below it. Thread-safe; nothing here raises for what a store does.
+
+    What a store gives back is used only if its record says that it is this model's KV of these very tokens, whole and
+    unaltered; else it is dropped from there, counted, and looked for one tier further down.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        arena: Arena,
+        books: Books,
+        fingerprint: str,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`stores` from the fastest to the slowest, of different tiers; they are closed with this."""
+        self.stores = {store.tier: store for store in stores}
+        self.figures = {tier: TierFigures(invalid=Counter()) for tier in self.stores}
+        self.costs: dict[Tier, LinkCost] = {tier: UNMEASURED[tier] for tier in self.stores}
+        """What loading from each tier has lately taken, checks included."""
+        self._arena = arena
+        self._books = books
+        self._fingerprint = fingerprint
+        self._now = now
+        self._lock = Lock()
+
+    # ------------------------------------------------------------ up
+
+    def find(self, names: Sequence[BlockHash]) -> list[Tier]:
+        """The fastest tier of each leading block that any tier has; ends with the first that none has."""
+        found: dict[int, Tier] = {}
+        missing = list(range(len(names)))
+        for tier, store in self.stores.items():
+            if missing:
+                there = store.holds([names[index] for index in missing])
+                found |= {index: tier for index, held in zip(missing, there, strict=True) if held}
+                missing = [index for index in missing if index not in found]
+        return [found[index] for index in range(missing[0] if missing else len(names))]
+
+    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier]) -> list[Tier]:
+        """Write blocks to the arena, the first of `run` tiers to look in for each; returns where each came from.
+
+        Ends with the first block that no tier gives; what lies in the arena's blocks from there on is undefined.
+        """
+        came: list[Tier] = []
+        for tier, group in groupby(zip(wanted, run, strict=True), key=lambda pair: pair[1]):
+            part = [each for each, _ in group]
+            for start in range(0, len(part), _BATCH):
+                batch = part[start : start + _BATCH]
+                sources = self._load_batch(batch, tier)
+                came += sources
+                if len(sources) < len(batch):
+                    return came
+        return came
+
+    def _load_batch(self, batch: Sequence[Wanted], first: Tier) -> list[Tier]:
+        """The blocks of a batch from one tier, and one by one from those below it where it fails."""
+        sources: list[Tier | None] = [None] * len(batch)
+        tiers = list(self.stores)
+        for tier in tiers[tiers.index(first) :]:
+            left = [index for index, source in enumerate(sources) if source is None]
+            for index, good in zip(left, self._load_from(tier, [batch[index] for index in left]), strict=True):
+                if good:
+                    sources[index] = tier
+            if None not in sources:
+                break
+        whole = sources.index(None) if None in sources else len(sources)
+        return [source for source in sources[:whole] if source is not None]
+
+    def _load_from(self, tier: Tier, batch: Sequence[Wanted]) -> list[bool]:
+        begun = self._now()
+        store, planes = self.stores[tier], self._arena.layout.planes
+        good, invalid, size = [False] * len(batch), [], 0
+        for index, (each, data) in enumerate(zip(batch, store.get([one.name for one in batch]), strict=True)):
+            if data is None:
+                continue
+            try:
+                payload = unpack(each.name, self._fingerprint, each.tokens, data)
+                self._put(each.block, payload, planes)
+            except InvalidRecord as error:
+                invalid.append((each.name, error.reason))
+            else:
+                good[index] = True
+                size += len(data)
+        self._loaded(tier, sum(good), size, self._now() - begun, Counter(reason for _, reason in invalid))
+        if invalid:
+            store.drop([name for name, _ in invalid])
+        return good
+
+    def _put(self, block: int, payload: Payload, planes: int) -> None:
+        if payload.codec != CODEC:
+            raise InvalidRecord("codec")
+        data = np.frombuffer(payload.data, np.uint8)
+        if data.size != self._arena.layout.block_bytes:
+            raise InvalidRecord("layout")
+        self._arena.bytes[:, block] = data.reshape(planes, -1)
+
+    def _loaded(self, tier: Tier, blocks: int, size: int, seconds: float, invalid: Counter[str]) -> None:
+        with self._lock:
+            figures = self.figures[tier]
+            figures.loaded_blocks += blocks
+            figures.loaded_bytes += size
+            figures.load_s += seconds
+            figures.invalid.update(invalid)
+            if blocks > 1 and seconds > 0:
+                known = self.costs[tier]
+                rate = size / max(seconds - known.latency_s, seconds / 2)
+                self.costs[tier] = LinkCost(known.latency_s, known.bytes_per_s ** (1 - _LEARNT) * rate**_LEARNT)
+
+    # ------------------------------------------------------------ down
+
+    def save(self, names: Sequence[BlockHash]) -> Mapping[Tier, list[BlockHash]]:
+        """Give each tier those of `names` that are cached on the device and not in that tier; returns what it took.
+
+        Blocks are copied while they may be evicted: what changed meanwhile is thrown away.
+        """
+        taken: dict[Tier, list[BlockHash]] = {tier: [] for tier in self.stores}
+        for batch in _batches(names):
+            absent = {
+                tier: {name for name, held in zip(batch, store.holds(batch), strict=True) if not held}
+                for tier, store in self.stores.items()
+            }
+            records = self._records(
+                self._books.peek([name for name in batch if any(name in a for a in absent.values())])
+            )
+            for tier, store in self.stores.items():
+                items = {name: data for name, data in records.items() if name in absent[tier]}
+                # How many were taken, and not which: where some were not, nothing is said of any of them.
+                if items and (count := store.put(items)):
+                    taken[tier] += items if count == len(items) else ()
+                    with self._lock:
+                        self.figures[tier].saved_blocks += count
+                        self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
+        return taken
+
+    def _records(self, entries: Sequence[CachedBlock]) -> dict[BlockHash, bytes]:
+        copies = [np.ascontiguousarray(self._arena.bytes[:, entry.block]) for entry in entries]
+        return {
+            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(CODEC, copy.data))
+            for entry, copy, whole in zip(entries, copies, self._books.unchanged(entries), strict=True)
+            if whole
+        }
+
+    def stats(self) -> dict[Tier, StoreStats]:
+        """What each tier holds; asks servers."""
+        return {tier: store.stats() for tier, store in self.stores.items()}
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.close()
+
+
+def _batches(names: Sequence[BlockHash]) -> Iterator[Sequence[BlockHash]]:
+    for start in range(0, len(names), _BATCH):
+        yield names[start : start + _BATCH]

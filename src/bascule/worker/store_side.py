@@ -1,0 +1,230 @@
+"""The KV store at a worker: what is computed is saved to the tiers below, what a prompt needs is loaded from them.
+
+Both go on beside the engine's steps, in threads of their own. Blocks are saved once they are in the device's prefix
+cache and stay where they are; they are loaded before the engine has the request, into blocks that become cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from msgspec import Struct
+
+from bascule.engine.core import Engine
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import StoreStats
+from bascule.kv.store.tiers import Tiers, Wanted
+from bascule.policies.load import blocks_to_load, prompt_seconds
+from bascule.types import BlockHash, KVLayout, StoreLoad, Tier
+from bascule.wire import StorePlace
+
+log = logging.getLogger(__name__)
+
+_SAVED_AT_ONCE = 16
+_SAVER_NICENESS = 10
+_LOADERS = 2
+_LOOK_S = 2.0
+_FLUSH_S = 5.0
+"""What a worker's end waits for blocks that are not saved yet."""
+
+Tell = Callable[[Tier, Sequence[BlockHash]], None]
+
+
+class Brought(Struct, frozen=True):
+    """What was loaded for a prompt: tokens by tier, and the seconds it took."""
+
+    tokens: dict[Tier, int]
+    seconds: float
+
+
+class StoreSide:
+    """One for a worker that has a store. Runs in the asyncio loop; files, servers and copies in threads of its own."""
+
+    def __init__(
+        self, tiers: Tiers, engine: Engine, books: Books, hasher: BlockHasher, layout: KVLayout, tell: Tell
+    ) -> None:
+        """`tell` is told, in the loop, what has come into a tier."""
+        self._tiers = tiers
+        self._engine = engine
+        self._books = books
+        self._hasher = hasher
+        self._layout = layout
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._unsaved: dict[BlockHash, None] = {}
+        self._saving: asyncio.Task[None] | None = None
+        self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
+        """Loads by the first block that they bring."""
+        self._hit_tokens: Counter[Tier] = Counter()
+        self._saved_s: Counter[Tier] = Counter()
+        self._stats: dict[Tier, StoreStats] = {}
+        self.waiting = 0
+        """Prompts that are being looked for, or loaded."""
+        self.waiting_tokens = 0
+        """Their tokens that are not cached on the device."""
+        self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
+        self._saver = ThreadPoolExecutor(1, "kv-save", initializer=_give_way)
+
+    # ------------------------------------------------------------ down
+
+    def computed(self, names: Sequence[BlockHash]) -> None:
+        """Blocks have become findable on the device: save them, once there is time."""
+        self._unsaved |= dict.fromkeys(names)
+        while len(self._unsaved) > self._books.num_blocks:
+            del self._unsaved[next(iter(self._unsaved))]
+        if self._unsaved and self._saving is None:
+            self._saving = asyncio.create_task(self._save())
+
+    async def _save(self) -> None:
+        try:
+            while names := list(self._unsaved)[:_SAVED_AT_ONCE]:
+                for name in names:
+                    del self._unsaved[name]
+                for tier, taken in (await self._loop.run_in_executor(self._saver, self._tiers.save, names)).items():
+                    if taken:
+                        self._tell(tier, taken)
+        except Exception:
+            log.exception("KV store: computed blocks could not be saved")
+        finally:
+            self._saving = None
+
+    # ------------------------------------------------------------ up
+
+    async def bring(self, tokens: Sequence[int]) -> Brought | None:
+        """Have what the store holds of a prompt loaded as far as that is worth it; None if nothing was.
+
+        Never raises for what a store does: what cannot be loaded will be computed.
+        """
+        hashes = self._hasher.chain(tokens[:-1])
+        cached = self._books.count_cached(hashes)
+        if cached == len(hashes):
+            return None
+        behind = len(tokens) - cached * self._layout.block_size
+        self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
+        try:
+            return await self._bring(tokens, hashes, cached)
+        except Exception:
+            log.exception("KV store: a prefix could not be loaded")
+            return None
+        finally:
+            self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
+
+    async def _bring(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int) -> Brought | None:
+        while (other := self._under_way.get(hashes[cached])) is not None:
+            await asyncio.wait([other])
+            if (cached := self._books.count_cached(hashes)) == len(hashes):
+                return None
+        first = hashes[cached]
+        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached)
+        self._under_way[first] = load
+        load.add_done_callback(lambda _: self._under_way.pop(first, None))
+        # A request that is given up meanwhile leaves the load to its end: its thread writes into leased blocks.
+        return await asyncio.shield(load)
+
+    def _load(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int) -> Brought | None:
+        """In a thread: lease, load, seal, let go."""
+        begun = self._loop.time()
+        run = self._tiers.find(hashes[cached:])
+        size, block_bytes = self._layout.block_size, self._layout.block_bytes
+        model = self._engine.cost
+        count = blocks_to_load(
+            run,
+            self._tiers.costs,
+            model,
+            prompt_tokens=len(tokens),
+            cached_tokens=cached * size,
+            block_tokens=size,
+            token_bytes=block_bytes // size,
+        )
+        if not count or (lease := self._engine.borrow(tokens, cached + count)) is None:
+            return None
+        with lease:
+            # What was cached a moment ago may be evicted now, and more may have come.
+            run = [*[run[0]] * (cached - lease.cached), *run[max(lease.cached - cached, 0) : count]]
+            parts = [tuple(tokens[index * size : (index + 1) * size]) for index in range(lease.cached, cached + count)]
+            wanted = [
+                Wanted(hashes[lease.cached + index], part, lease.blocks[lease.cached + index])
+                for index, part in enumerate(parts)
+            ]
+            came = self._tiers.load(wanted, run)
+            loaded = wanted[: len(came)]
+            self._engine.take_in([each.block for each in loaded])
+            lease.seal(
+                lease.cached, [each.name for each in loaded], [token for each in loaded for token in each.tokens]
+            )
+        if not came:
+            return None
+        seconds = self._loop.time() - begun
+        by_tier = {tier: blocks * size for tier, blocks in Counter(came).items()}
+        before = lease.cached * size
+        saved_s = prompt_seconds(model, len(tokens), before) - prompt_seconds(
+            model, len(tokens), before + len(came) * size
+        )
+        self._hit_tokens.update(by_tier)
+        self._saved_s.update({tier: saved_s * count / (len(came) * size) for tier, count in by_tier.items()})
+        return Brought(by_tier, seconds)
+
+    # ------------------------------------------------------------ figures
+
+    def places(self) -> dict[Tier, StorePlace]:
+        """Where the tiers are, and how much of this model's KV they hold."""
+        found = {}
+        for tier, store in self._tiers.stores.items():
+            capacity = store.stats().capacity_bytes or 0
+            found[tier] = StorePlace(store.place, capacity // self._layout.block_bytes)
+        return found
+
+    def tell_all(self) -> None:
+        """The router knows nothing of the tiers, or nothing for sure."""
+
+    async def watch(self) -> None:
+        """Ask the stores now and then what they hold, for `loads`."""
+        while True:
+            self._stats = await self._loop.run_in_executor(self._saver, self._tiers.stats)
+            await asyncio.sleep(_LOOK_S)
+
+    def loads(self) -> dict[Tier, StoreLoad]:
+        """What each tier holds and has done for this worker."""
+        return {tier: self._of(tier) for tier in self._tiers.stores}
+
+    def _of(self, tier: Tier) -> StoreLoad:
+        stats, figures = self._stats.get(tier, StoreStats()), self._tiers.figures[tier]
+        return StoreLoad(
+            blocks=stats.blocks,
+            bytes=stats.bytes,
+            capacity_bytes=stats.capacity_bytes,
+            evictions=stats.evictions,
+            errors={fault.value: count for fault, count in stats.errors.items()},
+            invalid=dict(figures.invalid),
+            hit_tokens=self._hit_tokens[tier],
+            loaded_bytes=figures.loaded_bytes,
+            saved_bytes=figures.saved_bytes,
+            load_s=figures.load_s,
+            spared_s=float(self._saved_s[tier]),
+            cost=self._tiers.costs[tier],
+        )
+
+    async def close(self) -> None:
+        """Save what is left, for a while, and let go of the stores."""
+        if self._saving is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._saving
+        self._unsaved.clear()
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._saver.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._tiers.close)
+
+
+def _give_way() -> None:
+    """Let this thread run where nothing else wants to: steps and loads go first."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVER_NICENESS)
