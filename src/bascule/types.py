@@ -284,6 +284,8 @@ class Delta(Struct, frozen=True, kw_only=True):
     """Set on the last delta only."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found and not computed (the same on every delta of a request)."""
+    loaded_tokens: dict[Tier, int] = {}
+    """Those of them that came from a tier of the store."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):

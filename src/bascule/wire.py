@@ -202,6 +202,9 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     decode: PeerAddress | None = None
     slo: Slo | None = None
     """What this request asks for itself; None for what the worker was started with."""
+    stored_tokens: int = 0
+    """Leading tokens that the worker is expected to have once it has loaded what the store holds; 0 if none of them
+    are to be loaded."""
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -26,7 +26,8 @@ from bascule.wire import KvEvents, Resync, WorkerMessage
 from bascule.worker import kv_events
 from bascule.worker.kv_events import KvReporter
 from bascule.worker.link import RouterSocket
-from bascule.worker.worker import Identity, Parts, Worker
+from bascule.worker.parts import Identity, Parts
+from bascule.worker.worker import Worker
 
 NAME, EPOCH = WorkerId("a"), Epoch("a-1")
 

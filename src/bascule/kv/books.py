@@ -107,7 +107,7 @@ class Books:
             return Changes(list(self._by_hash), [])
 
     def peek(self, names: Sequence[BlockHash]) -> list[CachedBlock]:
-        """Those of `names` that are in the cache now; pins nothing, so what is read there counts only if `unchanged`."""
+        """Those of `names` that are in the cache; pins nothing, so what is read there counts only if `unchanged`."""
         with self._lock:
             return [entry for name in names if (entry := self._by_hash.get(name)) is not None]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from bascule.errors import RequestError
 from bascule.observe.decisions import Record
-from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
+from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, Tier, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -60,6 +60,10 @@ class Flight:
         self._gap_since: float | None = None
         self.cached_tokens: int | None = None
         """Prompt tokens that the first prefill found."""
+        self.loaded: dict[Tier, int] = {}
+        """Those of them that came from the store, by tier."""
+        self.load_s = 0.0
+        """What loading took."""
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -190,4 +194,5 @@ class Flight:
             logprobs=logprobs,
             finish=items[-1].finish,
             cached_tokens=self.cached_tokens or 0,
+            loaded_tokens=self.loaded,
         )

@@ -20,7 +20,7 @@ from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
-from bascule.wire import Failed, StepTokens, Submit, TokenItem
+from bascule.wire import Failed, Loaded, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +153,12 @@ class Service:
         if freed:
             self._dispatch()
 
+    def loaded(self, message: Loaded) -> None:
+        """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
+        flight = self._flights.get(message.request)
+        if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
+            flight.loaded, flight.load_s = message.tokens, message.seconds
+
     def failed(self, message: Failed) -> None:
         flight = self._flights.get(message.request)
         if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
@@ -263,7 +269,8 @@ class Service:
         self.view.place(placement, uncached, context, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context)
-        flight.placed_at, flight.expected_s = now, chosen.predicted.queue_s + chosen.predicted.prefill_s
+        terms = chosen.predicted
+        flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
         decode = self.view.members[placement.decode].registration.peer
         self.clients[placement.prefill].submit(
             Submit(
@@ -274,6 +281,7 @@ class Service:
                 sampling=flight.request.sampling,
                 decode=decode if placement.remote else None,
                 slo=flight.request.slo,
+                stored_tokens=chosen.loaded_tokens and chosen.cached_tokens,
             )
         )
 

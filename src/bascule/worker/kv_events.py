@@ -47,9 +47,11 @@ class KvReporter:
         if self._listening:
             self._tell(self._books.changes(), anew=False)
 
-    def tell(self, tier: Tier, stored: Sequence[BlockHash]) -> None:
-        """Blocks have come into a tier below the device, or were found there; what leaves it, the router finds out."""
+    def tell(self, tier: Tier, stored: Sequence[BlockHash], removed: Sequence[BlockHash] = ()) -> None:
+        """Blocks have come into a tier below the device or were found there, others were found missing."""
         if self._listening:
+            for names in _parts(removed):
+                self._message(TierChanges(tier, b"", b"".join(names)), anew=False)
             for names in _parts(stored):
                 self._message(TierChanges(tier, b"".join(names), b""), anew=False)
 

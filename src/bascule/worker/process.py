@@ -30,8 +30,9 @@ from bascule.models import load
 from bascule.types import CostModel, Epoch, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
+from bascule.worker.parts import Identity, Parts
 from bascule.worker.profile import cpu_name, profiled
-from bascule.worker.worker import Identity, Parts, Worker
+from bascule.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

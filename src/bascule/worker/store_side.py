@@ -35,7 +35,7 @@ _LOOK_S = 2.0
 _FLUSH_S = 5.0
 """What a worker's end waits for blocks that are not saved yet."""
 
-Tell = Callable[[Tier, Sequence[BlockHash]], None]
+Tell = Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None]
 
 
 class Brought(Struct, frozen=True):
@@ -51,7 +51,7 @@ class StoreSide:
     def __init__(
         self, tiers: Tiers, engine: Engine, books: Books, hasher: BlockHasher, layout: KVLayout, tell: Tell
     ) -> None:
-        """`tell` is told, in the loop, what has come into a tier."""
+        """`tell` is told, in the loop, what has come into a tier and what was found missing there."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
@@ -90,7 +90,7 @@ class StoreSide:
                     del self._unsaved[name]
                 for tier, taken in (await self._loop.run_in_executor(self._saver, self._tiers.save, names)).items():
                     if taken:
-                        self._tell(tier, taken)
+                        self._tell(tier, taken, ())
         except Exception:
             log.exception("KV store: computed blocks could not be saved")
         finally:
@@ -98,10 +98,11 @@ class StoreSide:
 
     # ------------------------------------------------------------ up
 
-    async def bring(self, tokens: Sequence[int]) -> Brought | None:
+    async def bring(self, tokens: Sequence[int], believed_tokens: int = 0) -> Brought | None:
         """Have what the store holds of a prompt loaded as far as that is worth it; None if nothing was.
 
-        Never raises for what a store does: what cannot be loaded will be computed.
+        `believed_tokens` is how much the router takes to be there; it is told what is not. Never raises for what a
+        store does: what cannot be loaded will be computed.
         """
         hashes = self._hasher.chain(tokens[:-1])
         cached = self._books.count_cached(hashes)
@@ -110,29 +111,33 @@ class StoreSide:
         behind = len(tokens) - cached * self._layout.block_size
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
         try:
-            return await self._bring(tokens, hashes, cached)
+            return await self._bring(tokens, hashes, cached, believed_tokens // self._layout.block_size)
         except Exception:
             log.exception("KV store: a prefix could not be loaded")
             return None
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
-    async def _bring(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int) -> Brought | None:
+    async def _bring(
+        self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int
+    ) -> Brought | None:
         while (other := self._under_way.get(hashes[cached])) is not None:
             await asyncio.wait([other])
             if (cached := self._books.count_cached(hashes)) == len(hashes):
                 return None
         first = hashes[cached]
-        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached)
+        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached, believed)
         self._under_way[first] = load
         load.add_done_callback(lambda _: self._under_way.pop(first, None))
         # A request that is given up meanwhile leaves the load to its end: its thread writes into leased blocks.
         return await asyncio.shield(load)
 
-    def _load(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int) -> Brought | None:
+    def _load(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int) -> Brought | None:
         """In a thread: lease, load, seal, let go."""
         begun = self._loop.time()
         run = self._tiers.find(hashes[cached:])
+        if missing := hashes[cached + len(run) : believed]:
+            self._loop.call_soon_threadsafe(self._missing, missing)
         size, block_bytes = self._layout.block_size, self._layout.block_bytes
         model = self._engine.cost
         count = blocks_to_load(
@@ -171,6 +176,10 @@ class StoreSide:
         self._hit_tokens.update(by_tier)
         self._saved_s.update({tier: saved_s * count / (len(came) * size) for tier, count in by_tier.items()})
         return Brought(by_tier, seconds)
+
+    def _missing(self, names: Sequence[BlockHash]) -> None:
+        for tier in self._tiers.stores:
+            self._tell(tier, (), names)
 
     # ------------------------------------------------------------ figures
 

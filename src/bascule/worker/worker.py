@@ -6,22 +6,16 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bascule.clock import Clock
 from bascule.config import HandoffConfig
-from bascule.engine.core import Engine, StepResult, Work
-from bascule.engine.protocol import Runner
+from bascule.engine.core import StepResult, Work
 from bascule.engine.sequence import Key
 from bascule.errors import RegistrationRefused, RequestError
-from bascule.kv.arena import Arena
-from bascule.kv.books import Books
-from bascule.kv.hashing import BlockHasher
-from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.types import BlockHash, CostModel, Epoch, Role, StepLoad, TicketId, WorkerId, WorkerLoad
+from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerLoad
 from bascule.wire import (
     VERSION,
     Abort,
@@ -50,6 +44,7 @@ from bascule.worker.decode_side import DecodeSide
 from bascule.worker.kv_events import REPORT_S, KvReporter
 from bascule.worker.learning import StepCosts
 from bascule.worker.link import RouterSocket
+from bascule.worker.parts import Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.steploop import StepLoop
@@ -61,32 +56,6 @@ _REGISTER_AGAIN_S = 1.0
 _RENEW_S = 1.0
 _EXPIRE_S = 0.1
 _REFIT_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Who a worker is to the others."""
-
-    worker: WorkerId
-    epoch: Epoch
-    role: Role
-    device: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a worker is made of, built before it starts."""
-
-    runner: Runner
-    arena: Arena
-    books: Books
-    hasher: BlockHasher
-    engine: Engine
-    max_sequences: int
-    cost: CostModel
-    """What a step is expected to cost."""
-    tiers: Tiers | None = None
-    """Where KV is kept below the arena, if anywhere."""
 
 
 class Worker:
@@ -223,7 +192,7 @@ class Worker:
 
     async def _bring(self, store: StoreSide, key: Key, submission: Submit) -> None:
         """Have what the store holds of a prompt loaded first; a cancel in the meantime ends this task."""
-        brought = await store.bring((*submission.prompt, *submission.generated))
+        brought = await store.bring((*submission.prompt, *submission.generated), submission.stored_tokens)
         del self._bringing[key]
         if brought is not None:
             self._link.send(
