@@ -150,7 +150,10 @@ class _ClusterCollector(Collector):
 def _stores(loads: list[WorkerLoad]) -> Iterator[Metric]:
     """Where prompts' KV was found, and what the tiers of the store hold and have done, by tier."""
     tiers = {tier: [load.stores[tier] for load in loads if tier in load.stores] for tier in Tier}
-    hits = {tier: sum(each.hit_tokens for each in each_of) for tier, each_of in tiers.items() if each_of}
+    hits: dict[str, int] = {}
+    for tier, each_of in tiers.items():
+        if each_of:
+            hits[tier] = sum(each.hit_tokens for each in each_of)
     hits[Tier.DEVICE] = max(0, sum(load.hit_tokens for load in loads) - sum(hits.values()))
     yield _counted("bascule_kv_hit_tokens", "Prompt tokens found and not computed", "tier", hits)
     moved = CounterMetricFamily("bascule_kv_store_bytes", "Bytes of KV moved", labels=["tier", "way"])
