@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,11 +40,31 @@ def value_of(number: int, size: int = 1000) -> bytes:
     return bytes([number % 256]) * size
 
 
+def file_of(directory: Path, number: int) -> Path:
+    key = name_of(number).hex()
+    return directory / "v1" / key[:2] / key
+
+
+def files_in(directory: Path) -> list[Path]:
+    return [file for file in directory.glob("v1/[0-9a-f][0-9a-f]/*") if file.is_file()]
+
+
 def wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = monotonic() + PATIENT
     while not condition():
         assert monotonic() < deadline, f"waited {PATIENT:g} s for {what}"
         sleep(0.01)
+
+
+def run_child(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
+    """The output of another Python process that runs `script`; it must end well."""
+    command = [*prefix, sys.executable, "-c", script, *arguments]
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @dataclass
