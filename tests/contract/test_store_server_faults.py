@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
-from threading import Thread
+from contextlib import ExitStack, closing
 from time import monotonic, sleep
 
 import pytest
-from store_rig import PATIENT, RedisProcess, name_of, redis_process, value_of, wait_until
+from store_rig import PATIENT, MadServer, RedisProcess, name_of, redis_process, value_of, wait_until
 
 from bascule.kv.store.base import Fault, Store
 from bascule.kv.store.record import InvalidRecord, unpack
@@ -175,34 +173,6 @@ def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisP
     assert store.stats().errors == {Fault.BROKEN: 1}
     store.clear()
     assert client.keys("*") == [b"mine"]
-
-
-class MadServer:
-    """Accepts connections and answers whatever comes with the same bytes, or drips them."""
-
-    def __init__(self, answer: bytes, drip_s: float = 0.0) -> None:
-        self._answer = answer
-        self._drip_s = drip_s
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
-        Thread(target=self._run, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _run(self) -> None:
-        with suppress(OSError):
-            while True:
-                Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError), connection:
-            while connection.recv(1 << 16):
-                if not self._drip_s:
-                    connection.sendall(self._answer)
-                for byte in self._answer if self._drip_s else b"":
-                    connection.sendall(bytes([byte]))
-                    sleep(self._drip_s)
 
 
 @pytest.mark.parametrize(
