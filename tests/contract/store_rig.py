@@ -7,11 +7,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from time import monotonic, sleep
 
 import pytest
@@ -39,11 +41,31 @@ def value_of(number: int, size: int = 1000) -> bytes:
     return bytes([number % 256]) * size
 
 
+def file_of(directory: Path, number: int) -> Path:
+    key = name_of(number).hex()
+    return directory / "v1" / key[:2] / key
+
+
+def files_in(directory: Path) -> list[Path]:
+    return [file for file in directory.glob("v1/[0-9a-f][0-9a-f]/*") if file.is_file()]
+
+
 def wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = monotonic() + PATIENT
     while not condition():
         assert monotonic() < deadline, f"waited {PATIENT:g} s for {what}"
         sleep(0.01)
+
+
+def run_child(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
+    """The output of another Python process that runs `script`; it must end well."""
+    command = [*prefix, sys.executable, "-c", script, *arguments]
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @dataclass
@@ -145,6 +167,34 @@ def redis_process(*options: str) -> Iterator[RedisProcess]:
         yield process
     finally:
         process.stop()
+
+
+class MadServer:
+    """Accepts connections and answers whatever comes with the same bytes, or drips them."""
+
+    def __init__(self, answer: bytes, drip_s: float = 0.0) -> None:
+        self._answer = answer
+        self._drip_s = drip_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+        Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            while connection.recv(1 << 16):
+                if not self._drip_s:
+                    connection.sendall(self._answer)
+                for byte in self._answer if self._drip_s else b"":
+                    connection.sendall(bytes([byte]))
+                    sleep(self._drip_s)
 
 
 def _free_port() -> int:

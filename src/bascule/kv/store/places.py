@@ -20,7 +20,7 @@ from bascule.kv.store.targets import parse_remote
 from bascule.types import Tier
 
 HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ def parse_disk(text: str) -> DiskPlace:
     return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
 
 
-def host_store(capacity: int, shared_memory: Path = _SHARED_MEMORY) -> DirectoryStore:
+def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> DirectoryStore:
     """The host tier: a folder in shared memory that all workers of this user on this machine share.
 
     Raises ConfigError if the machine does not have `capacity` bytes to give, or the folder is not ours.
     """
     if capacity > (memory := psutil.virtual_memory().total):
         raise ConfigError(f"{HOST_KEY}: {capacity} bytes are more than this machine's memory of {memory}; ask for less")
-    directory = shared_memory / f"bascule-{os.getuid()}"
+    directory = host_directory(shared_memory)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        _check_private(directory)
+        check_private(directory)
         room = shutil.disk_usage(shared_memory).free + _held(directory)
     except OSError as error:
         raise _unusable(HOST_KEY, directory, error, "leave the key out, or mend the permissions there") from error
@@ -118,7 +118,12 @@ def _positive(size: int, text: str, key: str) -> int:
     return size
 
 
-def _check_private(directory: Path) -> None:
+def host_directory(shared_memory: Path = SHARED_MEMORY) -> Path:
+    """Where the host tier of this user is."""
+    return shared_memory / f"bascule-{os.getuid()}"
+
+
+def check_private(directory: Path) -> None:
     """Anyone may make folders in shared memory, so ours might be somebody else's; raises PermissionError."""
     facts = directory.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:

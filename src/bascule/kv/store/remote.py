@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from bascule.kv.store.targets import Target
 from bascule.types import BlockHash, Tier
 
 PREFIX = b"bascule:1:"
+_KEY = re.compile(re.escape(PREFIX) + rb"([0-9a-f]{32})")
 CONNECT_S = 0.2
 TIMEOUT_S = 0.5
 TTL_S = 86_400
@@ -68,7 +70,7 @@ class RemoteStore:
                 return True
             return False
 
-        self._each(names, lambda i: ("SET", _key(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
+        self._each(names, lambda i: ("SET", key_of(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
@@ -80,7 +82,7 @@ class RemoteStore:
                 self._learn_size(len(reply))
             return reply is None or isinstance(reply, bytes)
 
-        self._each(names, lambda i: ("GETEX", _key(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
+        self._each(names, lambda i: ("GETEX", key_of(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
         answers = list(found)  # a round that was given up may still write to the other
         self._tally.answered(answers)
         return answers
@@ -92,11 +94,11 @@ class RemoteStore:
             found[index] = reply == 1
             return reply in (0, 1)
 
-        self._each(names, lambda i: ("EXISTS", _key(names[i])), take)
+        self._each(names, lambda i: ("EXISTS", key_of(names[i])), take)
         return list(found)
 
     def drop(self, names: Sequence[BlockHash]) -> None:
-        self._each(names, lambda i: ("UNLINK", _key(names[i])), lambda _, reply: reply in (0, 1))
+        self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))
 
     def stats(self) -> StoreStats:
         """Asks the servers that can be reached; their blocks are all keys of their databases."""
@@ -167,5 +169,12 @@ class RemoteStore:
         return True
 
 
-def _key(name: BlockHash) -> bytes:
+def key_of(name: BlockHash) -> bytes:
+    """The key that a block has on its server."""
     return PREFIX + name.hex().encode()
+
+
+def name_in(key: bytes) -> BlockHash | None:
+    """The block that has this key; None for a key that no block has."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else BlockHash(bytes.fromhex(match[1].decode()))

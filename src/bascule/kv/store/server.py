@@ -106,15 +106,22 @@ class Server:
             keys, int(memory["used_memory"]), int(memory.get("maxmemory", 0)), int(stats["evicted_keys"])
         )
 
-    def unlink_some(self, prefix: bytes, cursor: int) -> int:
-        """Delete some of the keys that begin with `prefix`; returns the next cursor, 0 when all were seen."""
+    def scan(self, prefix: bytes, cursor: int) -> tuple[int, list[bytes]]:
+        """The next cursor, 0 when all were seen, and some of the keys that begin with `prefix`; some come twice."""
         match self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
             case [(int(following), list(keys))]:
-                if keys:
-                    self.pipeline([("UNLINK", *keys)])
-                return following
+                return following, keys
+            case [ResponseError() as refusal]:
+                raise refusal
             case _:
                 raise ResponseError("not an answer to SCAN")
+
+    def unlink_some(self, prefix: bytes, cursor: int) -> int:
+        """Delete some of the keys that begin with `prefix`; returns the next cursor like `scan`."""
+        following, keys = self.scan(prefix, cursor)
+        if keys:
+            self.pipeline([("UNLINK", *keys)])
+        return following
 
     def close(self) -> None:
         """Idempotent."""
