@@ -11,16 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from store_rig import (
-    PATIENT,
-    ROOM,
-    SHARED_MEMORY,
-    RedisProcess,
-    file_of,
-    name_of,
-    redis_process,
-    run_child,
-)
+from store_rig import PATIENT, ROOM, SHARED_MEMORY, file_of, name_of, run_child
 
 from bascule.errors import ConfigError
 from bascule.kv.store import shelves
@@ -32,6 +23,7 @@ from bascule.kv.store.remote import RemoteStore, key_of
 from bascule.kv.store.shelves import Room, Shelf, disk_shelf, host_shelf, remote_shelves
 from bascule.kv.store.targets import parse_remote
 from bascule.types import Tier
+from support.redis_server import RedisProcess, redis_process
 
 TOKENS = tuple(range(16))
 ONE, TWO = model_digest("one"), model_digest("two")

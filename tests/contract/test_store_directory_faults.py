@@ -17,12 +17,13 @@ from threading import Thread
 from time import monotonic, sleep
 
 import pytest
-from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, value_of, wait_until
+from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, value_of
 
 from bascule.kv.store.base import Fault
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
 from bascule.types import Tier
+from support.redis_server import wait_until
 
 A, B, C = (name_of(number) for number in range(1, 4))
 TOKENS = tuple(range(16))

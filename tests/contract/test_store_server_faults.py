@@ -7,12 +7,13 @@ from contextlib import ExitStack, closing
 from time import monotonic, sleep
 
 import pytest
-from store_rig import PATIENT, MadServer, RedisProcess, name_of, redis_process, value_of, wait_until
+from store_rig import PATIENT, MadServer, name_of, value_of
 
 from bascule.kv.store.base import Fault, Store
 from bascule.kv.store.record import InvalidRecord, unpack
 from bascule.kv.store.remote import RemoteStore
 from bascule.kv.store.targets import parse_remote
+from support.redis_server import RedisProcess, redis_process, wait_until
 
 A, B, C = (name_of(number) for number in range(1, 4))
 TIMEOUT = 1.0

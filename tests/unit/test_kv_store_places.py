@@ -9,10 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bascule.config import StoreConfig
 from bascule.errors import ConfigError
-from bascule.kv.store.places import DiskPlace, disk_store, host_store, parse_disk, parse_host
+from bascule.kv.store.places import (
+    DiskPlace,
+    check_host,
+    check_stores,
+    disk_store,
+    host_store,
+    parse_disk,
+    parse_host,
+)
 from bascule.kv.store.targets import parse_remote
-from bascule.types import Tier
+from bascule.types import BlockHash, Tier
 
 SECRET = "hunter2"
 
@@ -149,3 +158,30 @@ def test_a_malformed_server_names_the_key_and_tells_no_password(text: str) -> No
         parse_remote(text)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_the_last_to_leave_the_host_tier_gives_its_memory_back(tmp_path: Path) -> None:
+    first, second = (host_store(1 << 20, tmp_path) for _ in range(2))
+    name = BlockHash(bytes(16))
+    first.put({name: b"kv"})
+    first.close()
+    assert second.get([name]) == [b"kv"]
+    check_host(1 << 20, tmp_path)
+    assert second.holds([name]) == [True], "looking at it is not using it"
+    second.close()
+    third = host_store(1 << 20, tmp_path)
+    assert third.get([name]) == [None]
+    third.close()
+
+
+def test_all_tiers_are_checked_before_a_worker_starts(tmp_path: Path) -> None:
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB", kv_remote="redis://127.0.0.1:1"))
+    for config, key in (
+        (StoreConfig(kv_disk=f"{tmp_path}/file/x:1MiB"), "--kv-disk"),
+        (StoreConfig(kv_disk=str(tmp_path)), "--kv-disk"),
+        (StoreConfig(kv_host="much"), "--kv-host"),
+        (StoreConfig(kv_remote="http://host"), "--kv-remote"),
+    ):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match=key):
+            check_stores(config)

@@ -61,6 +61,7 @@ class StoreSide:
         self._loop = asyncio.get_running_loop()
         self._unsaved: dict[BlockHash, None] = {}
         self._saving: asyncio.Task[None] | None = None
+        self._counting: asyncio.Task[None] | None = None
         self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
         """Loads by the first block that they bring."""
         self._hit_tokens: Counter[Tier] = Counter()
@@ -192,7 +193,15 @@ class StoreSide:
         return found
 
     def tell_all(self) -> None:
-        """The router knows nothing of the tiers, or nothing for sure."""
+        """The router knows nothing of the tiers, or nothing for sure: tell it what is there."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        for tier, store in self._tiers.stores.items():
+            pages = store.names()
+            while (page := await self._loop.run_in_executor(self._saver, next, pages, None)) is not None:
+                self._tell(tier, page, ())
 
     async def watch(self) -> None:
         """Ask the stores now and then what they hold, for `loads`."""
@@ -228,6 +237,8 @@ class StoreSide:
                 async with asyncio.timeout(_FLUSH_S):
                     await self._saving
         self._unsaved.clear()
+        if self._counting is not None:
+            self._counting.cancel()
         self._loaders.shutdown(wait=False, cancel_futures=True)
         self._saver.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._tiers.close)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from threading import Lock
 from typing import Protocol, TypeAlias
@@ -77,6 +77,13 @@ class Store(Protocol):
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         """Whether a `get` would probably find each of `names`; does not count as use."""
+        ...
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        """What is there, some at a time, and all of it as far as that can be told now; a block may come twice.
+
+        Other models' blocks are among them.
+        """
         ...
 
     def drop(self, names: Sequence[BlockHash]) -> None:

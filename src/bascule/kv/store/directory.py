@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +83,11 @@ class DirectoryStore:
         answers = [False] * len(names)
         self._run(self._reads, [partial(self._look, name, index, answers) for index, name in enumerate(names)])
         return list(answers)
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        names: list[str] = []
+        self._run(self._reads, [partial(self._list, names)])
+        yield [BlockHash(bytes.fromhex(name)) for name in names]
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         self._run(self._writes, [partial(self._remove, name.hex()) for name in names])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
@@ -55,6 +55,11 @@ class MemoryStore:
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
             return [name in self._blocks for name in names]
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        with self._lock:
+            names = list(self._blocks)
+        yield names
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         with self._lock:

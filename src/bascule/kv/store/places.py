@@ -15,9 +15,9 @@ from bascule.errors import ConfigError
 from bascule.kv.store.base import Store
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.folder import Folder
+from bascule.kv.store.host import HostStore
 from bascule.kv.store.remote import RemoteStore
 from bascule.kv.store.targets import parse_remote
-from bascule.types import Tier
 
 HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
 SHARED_MEMORY = Path("/dev/shm")
@@ -36,23 +36,24 @@ def open_stores(config: StoreConfig) -> list[Store]:
 
     Servers of the remote tier need not be there yet.
     """
-    capacity = None if config.kv_host is None else parse_host(config.kv_host)
-    place = None if config.kv_disk is None else parse_disk(config.kv_disk)
-    servers = None if config.kv_remote is None else parse_remote(config.kv_remote)
     stores: list[Store] = []
-    if capacity is not None:
-        stores.append(host_store(capacity))
-    if place is not None:
-        stores.append(disk_store(place))
-    if servers is not None:
-        stores.append(RemoteStore(servers))
+    if config.kv_host is not None:
+        stores.append(host_store(parse_host(config.kv_host)))
+    if config.kv_disk is not None:
+        stores.append(disk_store(parse_disk(config.kv_disk)))
+    if config.kv_remote is not None:
+        stores.append(RemoteStore(parse_remote(config.kv_remote)))
     return stores
 
 
 def check_stores(config: StoreConfig) -> None:
-    """Raises ConfigError as `open_stores` does, before any worker is started."""
-    for store in open_stores(config):
-        store.close()
+    """Raises ConfigError as `open_stores` does, before any worker is started, and leaves what is stored alone."""
+    if config.kv_host is not None:
+        check_host(parse_host(config.kv_host))
+    if config.kv_disk is not None:
+        disk_store(parse_disk(config.kv_disk)).close()
+    if config.kv_remote is not None:
+        parse_remote(config.kv_remote)
 
 
 def parse_host(text: str) -> int:
@@ -68,8 +69,20 @@ def parse_disk(text: str) -> DiskPlace:
     return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
 
 
-def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> DirectoryStore:
+def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> HostStore:
     """The host tier: a folder in shared memory that all workers of this user on this machine share.
+
+    Raises ConfigError as `check_host` does.
+    """
+    directory = check_host(capacity, shared_memory)
+    try:
+        return HostStore(directory, capacity)
+    except OSError as error:
+        raise _unusable(HOST_KEY, directory, error, "leave the key out, or mend the permissions there") from error
+
+
+def check_host(capacity: int, shared_memory: Path = SHARED_MEMORY) -> Path:
+    """Where the host tier is; it is made if need be.
 
     Raises ConfigError if the machine does not have `capacity` bytes to give, or the folder is not ours.
     """
@@ -87,7 +100,7 @@ def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> DirectoryS
             f"{HOST_KEY}: {capacity} bytes are more than the {room} that {shared_memory} has free; ask for less, "
             "or give that file system more"
         )
-    return _open(directory, capacity, Tier.HOST, HOST_KEY)
+    return directory
 
 
 def disk_store(place: DiskPlace) -> DirectoryStore:
@@ -102,14 +115,10 @@ def disk_store(place: DiskPlace) -> DirectoryStore:
             f"{DISK_KEY}: {place.capacity} bytes are more than the whole file system of {place.directory}, which has "
             f"{total}; ask for less"
         )
-    return _open(place.directory, place.capacity, Tier.DISK, DISK_KEY)
-
-
-def _open(directory: Path, capacity: int, tier: Tier, key: str) -> DirectoryStore:
     try:
-        return DirectoryStore(directory, capacity, tier)
+        return DirectoryStore(place.directory, place.capacity)
     except OSError as error:
-        raise _unusable(key, directory, error, "give a directory that this user can write to") from error
+        raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
 
 
 def _positive(size: int, text: str, key: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
@@ -96,6 +96,19 @@ class RemoteStore:
 
         self._each(names, lambda i: ("EXISTS", key_of(names[i])), take)
         return list(found)
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        for server in self._servers.values():
+            cursor, keys = 0, list[bytes]()
+
+            def look(server: Server) -> None:
+                nonlocal cursor, keys
+                cursor, keys = server.scan(PREFIX, cursor)
+
+            while self._everywhere(look, [server]):
+                yield [name for key in keys if (name := name_in(key)) is not None]
+                if not cursor:
+                    break
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))

@@ -1,0 +1,140 @@
+"""Prefixes outlive eviction, workers and servers: whatever tier they come from, the tokens are the reference's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from support.cluster import Cluster, run_cli, serve
+from support.oracle import Reference
+from support.redis_server import RedisProcess, redis_process
+
+OUTPUT = 6
+FLAGS = ["--policy", "adaptive", "--mixed", "2", "--dtype", "float32", "--kv-memory", "96MiB"]
+
+
+class Load(Counter[str]):
+    """Prompt tokens that came from each tier."""
+
+
+def metrics(cluster: Cluster) -> dict[tuple[str, ...], float]:
+    """Metrics of the store by name and labels."""
+    families = text_string_to_metric_families(cluster.http.get(f"{cluster.url}/metrics").text)
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        if family.name.startswith("bascule_kv_store")
+        for sample in family.samples
+    }
+
+
+def ask_all(cluster: Cluster, asked: list[Reference]) -> Load:
+    """Every prompt, four at a time; each must be answered, and with the reference's tokens."""
+
+    def ask(one: Reference) -> dict[str, int]:
+        answer = cluster.complete(one.prompt, max_tokens=OUTPUT, ignore_eos=True)
+        one.check(answer["choices"][0]["token_ids"], "with a KV store", OUTPUT)
+        loaded: dict[str, int] = answer["usage"]["prompt_tokens_details"].get("loaded_tokens", {})
+        return loaded
+
+    with ThreadPoolExecutor(4) as pool:
+        return sum((Load(loaded) for loaded in pool.map(ask, asked)), Load())
+
+
+def wait_saved(cluster: Cluster) -> None:
+    """Until no tier gets more."""
+    before, since = {}, time.monotonic()
+    while time.monotonic() - since < 2.0:
+        now = {key: value for key, value in metrics(cluster).items() if "saved" in key}
+        if now != before:
+            before, since = now, time.monotonic()
+        time.sleep(0.2)
+
+
+def kill_workers(cluster: Cluster) -> None:
+    """SIGKILL to both, and wait for those that are started in their place."""
+    pids = {worker["id"]: worker["pid"] for worker in cluster.state()["workers"]}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    cluster.wait(
+        lambda state: len(state["workers"]) == len(pids) and all(w["pid"] != pids[w["id"]] for w in state["workers"]),
+        "new workers",
+        90,
+    )
+
+
+@pytest.fixture
+def asked(references: list[Reference]) -> Iterator[list[Reference]]:
+    """About 4,500 tokens: the two workers' device memory holds less."""
+    yield [one for one in references if 100 <= len(one.prompt) <= 1100]
+
+
+def clear(flag: str, *place: str) -> None:
+    done = run_cli("kv", "clear", flag, *place, "--yes")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Reference], tmp_path: Path) -> None:
+    with redis_process() as redis, serve("smollm2", *FLAGS, *store_flags(tmp_path, redis)) as cluster:
+        clear("--host")
+        ask_all(cluster, asked)
+        wait_saved(cluster)
+        assert ask_all(cluster, asked)["host"] > 1000, "evicted blocks come from the host"
+
+        kill_workers(cluster)
+        clear("--host")
+        loaded = ask_all(cluster, asked)
+        assert loaded["disk"] > 3000
+        wait_saved(cluster)
+
+        kill_workers(cluster)
+        clear("--host")
+        for file in tmp_path.glob("v1/??/*"):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        loaded = ask_all(cluster, asked)
+        assert loaded["remote"] > 3000
+        assert loaded["disk"] == 0
+        assert metrics(cluster)["bascule_kv_store_invalid_total", "disk", "checksum"] > 100
+        cluster.wait_idle()
+    assert not any((Path("/dev/shm") / f"bascule-{os.getuid()}" / "v1").glob("??/*")), "memory is given back"
+
+
+@pytest.mark.timeout(400)
+def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference], tmp_path: Path) -> None:
+    with redis_process() as redis, serve("smollm2", *FLAGS, "--kv-remote", redis.url) as cluster:
+        ask_all(cluster, asked)
+        wait_saved(cluster)
+        client = redis.client()
+        names = client.keys("bascule:*")
+        assert len(names) > 200
+        for name, other in zip(names, [*names[1:], names[0]], strict=True):
+            client.copy(name, other, replace=True)
+        ask_all(cluster, asked)
+        invalid = {key: value for key, value in metrics(cluster).items() if key[0] == "bascule_kv_store_invalid_total"}
+        assert sum(invalid.values()) > 0
+        redis.pause()
+        try:
+            ask_all(cluster, asked)
+        finally:
+            redis.resume()
+        redis.stop()
+        ask_all(cluster, asked)
+        faults = {key[2] for key in metrics(cluster) if key[0] == "bascule_kv_store_faults_total"}
+        assert "skipped" in faults
+        assert faults & {"slow", "gone"}
+        cluster.wait_idle()
+
+
+def store_flags(directory: Path, redis: RedisProcess) -> list[str]:
+    return ["--kv-host", "512MiB", "--kv-disk", f"{directory}:1GiB", "--kv-remote", redis.url]
