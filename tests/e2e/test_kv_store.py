@@ -25,14 +25,15 @@ class Load(Counter[str]):
     """Prompt tokens that came from each tier."""
 
 
-def metrics(cluster: Cluster) -> dict[tuple[str, ...], float]:
-    """Metrics of the store by name and labels."""
+def metrics(cluster: Cluster) -> dict[tuple[str, str, str], float]:
+    """Metrics of the store by name, tier, and reason or way where they have one."""
     families = text_string_to_metric_families(cluster.http.get(f"{cluster.url}/metrics").text)
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, labels["tier"], labels.get("reason") or labels.get("way") or ""): sample.value
         for family in families
         if family.name.startswith("bascule_kv_store")
         for sample in family.samples
+        for labels in [sample.labels]
     }
 
 
