@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from psutil import Process
+from redis import Redis
 
 from support.cluster import Cluster, run_cli, serve
 from support.oracle import Reference
 from support.redis_server import RedisProcess, redis_process
 
 OUTPUT = 6
+SECRET = "open-sesame"
 FLAGS = ["--policy", "adaptive", "--mixed", "2", "--dtype", "float32", "--kv-memory", "96MiB"]
 
 
@@ -112,11 +115,16 @@ def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Refere
 
 
 @pytest.mark.timeout(400)
-def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference], tmp_path: Path) -> None:
-    with redis_process() as redis, serve("smollm2", *FLAGS, "--kv-remote", redis.url) as cluster:
+def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference]) -> None:
+    with (
+        redis_process("--requirepass", SECRET) as redis,
+        serve("smollm2", *FLAGS, "--kv-remote", redis.url.replace("//", f"//:{SECRET}@")) as cluster,
+    ):
+        for worker in cluster.state()["workers"]:
+            assert SECRET not in " ".join(Process(worker["pid"]).cmdline())
         ask_all(cluster, asked)
         wait_saved(cluster)
-        client = redis.client()
+        client = Redis(port=redis.port, password=SECRET)
         names = client.keys("bascule:*")
         assert len(names) > 200
         for name, other in zip(names, [*names[1:], names[0]], strict=True):
@@ -135,6 +143,7 @@ def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference]
         assert "skipped" in faults
         assert faults & {"slow", "gone"}
         cluster.wait_idle()
+        assert SECRET not in cluster.log.read_text()
 
 
 def store_flags(directory: Path, redis: RedisProcess) -> list[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import uvloop
@@ -73,13 +77,29 @@ def serve(
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
     check_stores(store_config)
-    settings = (model_config, engine_config, handoff_config, slo_config, store_config)
-    flags = (f"--log-level={http.log_level}", *flags_of(*settings))
-    plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
-    if model in catalog.CATALOG:
-        pull_with_progress(model)
-    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config)
-    uvloop.run(deployment.run())
+    settings = (model_config, engine_config, handoff_config, slo_config, replace(store_config, kv_remote=None))
+    with _private_flags(kv_remote=store_config.kv_remote) as private:
+        flags = (f"--log-level={http.log_level}", *flags_of(*settings), *private)
+        plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
+        if model in catalog.CATALOG:
+            pull_with_progress(model)
+        deployment = Deployment(
+            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config
+        )
+        uvloop.run(deployment.run())
+
+
+@contextmanager
+def _private_flags(**values: str | None) -> Iterator[tuple[str, ...]]:
+    """Flags for workers whose values, passwords perhaps, must not be in the list of processes: a config file's path."""
+    given = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    if not given:
+        yield ()
+        return
+    with NamedTemporaryFile("w", prefix="bascule-", suffix=".toml") as file:
+        file.writelines(f"{name} = {json.dumps(value)}\n" for name, value in given.items())
+        file.flush()
+        yield ("--config", file.name)
 
 
 def plan_workers(
