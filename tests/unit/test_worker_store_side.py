@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from random import Random
+from threading import Event
 
 import pytest
 from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
 
+from bascule.clock import VirtualClock
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import Blob
 from bascule.kv.store.memory import MemoryStore
-from bascule.kv.store.tiers import Tiers
-from bascule.types import BlockHash, CostModel, LinkCost, Tier
+from bascule.kv.store.tiers import Tiers, _Slowness
+from bascule.types import BlockHash, CostModel, Tier
 from bascule.worker.store_side import Brought, StoreSide
 
 HASHER = BlockHasher("mock", BLOCK)
 OUTPUT = 5
+SLOW = 1000.0
+"""Times slower than such a tier is assumed to be."""
 Told = list[tuple[Tier, list[BlockHash], list[BlockHash]]]
 
 
@@ -72,7 +77,7 @@ class Node:
         outputs = [each.token for each in next(o for key, o in self.rig.outputs.items() if key.request == name)]
         assert outputs == reference(prompt, greedy(OUTPUT))
         self.side.computed(self.rig.books.changes().stored)
-        while self.side._saving is not None:
+        while self.side.saving:
             await asyncio.sleep(0)
         return brought
 
@@ -188,11 +193,11 @@ def test_what_is_not_worth_loading_is_computed(stack: ExitStack) -> None:
         await Node([host], stack).complete(prompt_of(1))
         node = Node([host], stack)
         node.rig.engine.cost = CostModel(token_s=1e-6)
-        node.tiers.costs[Tier.HOST] = LinkCost(1.0, 1e9)
+        node.tiers._slowness[Tier.HOST] = _Slowness(SLOW, node.tiers._now())
         assert await node.complete(prompt_of(1)) is None
         node = Node([host], stack)
         node.rig.engine.cost = CostModel(token_s=1.0)
-        node.tiers.costs[Tier.HOST] = LinkCost(1.0, 1e9)
+        node.tiers._slowness[Tier.HOST] = _Slowness(SLOW, node.tiers._now())
         assert await node.side.bring(prompt_of(1)) is not None
 
     asyncio.run(run())
@@ -281,7 +286,70 @@ def test_a_block_that_is_evicted_while_it_is_copied_is_not_saved(stack: ExitStac
                 return rig.arena.bytes
 
         node.tiers._arena = Meddling()  # type: ignore[assignment]
-        assert node.tiers.save(HASHER.chain(prompt_of(1))) == {Tier.HOST: []}
+        assert node.tiers.save(Tier.HOST, HASHER.chain(prompt_of(1))) == []
         assert host.stats().blocks == 0
+
+    asyncio.run(run())
+
+
+class Slow(MemoryStore):
+    """A tier whose calls take a while by a clock of our own, or until they are let go."""
+
+    clock = VirtualClock()
+    takes_s = 0.0
+
+    def __init__(self, capacity: int, tier: Tier) -> None:
+        super().__init__(capacity, tier)
+        self.go = Event()
+        self.go.set()
+
+    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        self.clock.advance(self.takes_s)
+        return super().get(names)
+
+    def put(self, items: Mapping[BlockHash, Blob]) -> int:
+        assert self.go.wait(20)
+        return super().put(items)
+
+
+def test_a_tier_that_is_slow_to_take_blocks_holds_up_no_other(stack: ExitStack) -> None:
+    host, remote = MemoryStore(1 << 20), Slow(1 << 20, Tier.REMOTE)
+
+    async def run() -> None:
+        node = Node([host, remote], stack)
+        remote.go.clear()
+        node.rig.engine.submit(work("r", prompt_of(1), greedy(OUTPUT)))
+        node.rig.run()
+        node.side.computed(node.rig.books.changes().stored)
+        while host.stats().blocks < 11:
+            await asyncio.sleep(0.001)
+        assert remote.stats().blocks == 0
+        remote.go.set()
+        while node.side.saving:
+            await asyncio.sleep(0.001)
+        assert remote.stats().blocks == 11
+
+    asyncio.run(run())
+
+
+def test_what_turns_out_to_be_slow_is_left_for_computing_and_not_tried_again_for_a_while(stack: ExitStack) -> None:
+    remote = Slow(1 << 20, Tier.REMOTE)
+
+    async def run() -> None:
+        prompt = prompt_of(1, 50 * BLOCK)
+        await Node([remote], stack).complete(prompt)
+        node = Node([remote], stack)
+        node.tiers._now = remote.clock.now
+        node.rig.engine.cost = CostModel(token_s=0.01)
+        remote.takes_s = 30.0
+        brought = await node.complete(prompt)
+        assert brought is not None and brought.tokens == {Tier.REMOTE: 16 * BLOCK}, "one call, then no more"
+        for _ in range(3):
+            node.rig.books.acquire([], [], 64).release()  # type: ignore[union-attr]
+            brought = await node.side.bring(prompt)
+        assert brought is None
+        remote.clock.advance(600)
+        remote.takes_s = 0.0
+        assert await node.side.bring(prompt) is not None
 
     asyncio.run(run())

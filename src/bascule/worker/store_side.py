@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 from msgspec import Struct
 
@@ -25,11 +24,10 @@ from bascule.kv.store.tiers import Tiers, Wanted
 from bascule.policies.load import blocks_to_load, prompt_seconds
 from bascule.types import BlockHash, KVLayout, StoreLoad, Tier
 from bascule.wire import StorePlace
+from bascule.worker.saver import Saver
 
 log = logging.getLogger(__name__)
 
-_SAVED_AT_ONCE = 16
-_SAVER_NICENESS = 10
 _LOADERS = 2
 _LOOK_S = 2.0
 _FLUSH_S = 5.0
@@ -59,8 +57,10 @@ class StoreSide:
         self._layout = layout
         self._tell = tell
         self._loop = asyncio.get_running_loop()
-        self._unsaved: dict[BlockHash, None] = {}
-        self._saving: asyncio.Task[None] | None = None
+        self._savers = {
+            tier: Saver(partial(tiers.save, tier), partial(self._saved, tier), books.num_blocks)
+            for tier in tiers.stores
+        }
         self._counting: asyncio.Task[None] | None = None
         self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
         """Loads by the first block that they bring."""
@@ -72,30 +72,22 @@ class StoreSide:
         self.waiting_tokens = 0
         """Their tokens that are not cached on the device."""
         self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
-        self._saver = ThreadPoolExecutor(1, "kv-save", initializer=_give_way)
+        self._askers = ThreadPoolExecutor(1, "kv-ask")
 
     # ------------------------------------------------------------ down
 
     def computed(self, names: Sequence[BlockHash]) -> None:
         """Blocks have become findable on the device: save them, once there is time."""
-        self._unsaved |= dict.fromkeys(names)
-        while len(self._unsaved) > self._books.num_blocks:
-            del self._unsaved[next(iter(self._unsaved))]
-        if self._unsaved and self._saving is None:
-            self._saving = asyncio.create_task(self._save())
+        for saver in self._savers.values():
+            saver.add(names)
 
-    async def _save(self) -> None:
-        try:
-            while names := list(self._unsaved)[:_SAVED_AT_ONCE]:
-                for name in names:
-                    del self._unsaved[name]
-                for tier, taken in (await self._loop.run_in_executor(self._saver, self._tiers.save, names)).items():
-                    if taken:
-                        self._tell(tier, taken, ())
-        except Exception:
-            log.exception("KV store: computed blocks could not be saved")
-        finally:
-            self._saving = None
+    @property
+    def saving(self) -> bool:
+        """Some tier is still to get some blocks."""
+        return not all(saver.idle for saver in self._savers.values())
+
+    def _saved(self, tier: Tier, names: Sequence[BlockHash]) -> None:
+        self._tell(tier, names, ())
 
     # ------------------------------------------------------------ up
 
@@ -143,7 +135,7 @@ class StoreSide:
         model = self._engine.cost
         count = blocks_to_load(
             run,
-            self._tiers.costs,
+            self._tiers.costs(),
             model,
             prompt_tokens=len(tokens),
             cached_tokens=cached * size,
@@ -160,7 +152,8 @@ class StoreSide:
                 Wanted(hashes[lease.cached + index], part, lease.blocks[lease.cached + index])
                 for index, part in enumerate(parts)
             ]
-            came = self._tiers.load(wanted, run)
+            patience = prompt_seconds(model, len(tokens), lease.cached * size) or None
+            came = self._tiers.load(wanted, run, patience)
             loaded = wanted[: len(came)]
             self._engine.take_in([each.block for each in loaded])
             lease.seal(
@@ -200,13 +193,13 @@ class StoreSide:
     async def _tell_all(self) -> None:
         for tier, store in self._tiers.stores.items():
             pages = store.names()
-            while (page := await self._loop.run_in_executor(self._saver, next, pages, None)) is not None:
+            while (page := await self._loop.run_in_executor(self._askers, next, pages, None)) is not None:
                 self._tell(tier, page, ())
 
     async def watch(self) -> None:
         """Ask the stores now and then what they hold, for `loads`."""
         while True:
-            self._stats = await self._loop.run_in_executor(self._saver, self._tiers.stats)
+            self._stats = await self._loop.run_in_executor(self._askers, self._tiers.stats)
             await asyncio.sleep(_LOOK_S)
 
     def loads(self) -> dict[Tier, StoreLoad]:
@@ -227,24 +220,18 @@ class StoreSide:
             saved_bytes=figures.saved_bytes,
             load_s=figures.load_s,
             spared_s=float(self._saved_s[tier]),
-            cost=self._tiers.costs[tier],
+            cost=self._tiers.costs()[tier],
         )
 
     async def close(self) -> None:
         """Save what is left, for a while, and let go of the stores."""
-        if self._saving is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_FLUSH_S):
-                    await self._saving
-        self._unsaved.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                await asyncio.gather(*(saver.drain() for saver in self._savers.values()))
+        for saver in self._savers.values():
+            saver.close()
         if self._counting is not None:
             self._counting.cancel()
         self._loaders.shutdown(wait=False, cancel_futures=True)
-        self._saver.shutdown(wait=False, cancel_futures=True)
+        self._askers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._tiers.close)
-
-
-def _give_way() -> None:
-    """Let this thread run where nothing else wants to: steps and loads go first."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVER_NICENESS)

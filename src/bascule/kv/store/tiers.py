@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from threading import Lock
 
@@ -21,7 +22,9 @@ from bascule.types import BlockHash, LinkCost, Tier
 CODEC = "none"
 _BATCH = 16
 """Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
-_LEARNT = 0.25
+_FORGOTTEN_S = 60.0
+"""After this, half of what was measured still counts, the other half being what is assumed of such a tier."""
+_LEARNT = 0.5
 """How much the latest load counts in what a tier is said to cost."""
 
 
@@ -31,6 +34,12 @@ class Wanted(Struct, frozen=True):
     name: BlockHash
     tokens: tuple[int, ...]
     block: int
+
+
+class _Slowness(Struct, frozen=True):
+    times: float
+    """Longer than assumed."""
+    measured_at: float
 
 
 class TierFigures(Struct):
@@ -63,13 +72,28 @@ class Tiers:
         """`stores` from the fastest to the slowest, of different tiers; they are closed with this."""
         self.stores = {store.tier: store for store in stores}
         self.figures = {tier: TierFigures(invalid=Counter()) for tier in self.stores}
-        self.costs: dict[Tier, LinkCost] = {tier: UNMEASURED[tier] for tier in self.stores}
-        """What loading from each tier has lately taken, checks included."""
+        self._slowness: dict[Tier, _Slowness] = {}
         self._arena = arena
         self._books = books
         self._fingerprint = fingerprint
         self._now = now
         self._lock = Lock()
+
+    def costs(self) -> dict[Tier, LinkCost]:
+        """What loading from each tier has lately taken, checks included."""
+        with self._lock:
+            return {tier: self._cost(tier) for tier in self.stores}
+
+    def _cost(self, tier: Tier) -> LinkCost:
+        guess, times = UNMEASURED[tier], self._times(tier)
+        return LinkCost(guess.latency_s * times, guess.bytes_per_s / times)
+
+    def _times(self, tier: Tier) -> float:
+        """How many times longer than assumed it takes. What was measured long ago counts less: a tier that was slow
+        once has to be tried again."""
+        if (slowness := self._slowness.get(tier)) is None:
+            return 1.0
+        return slowness.times**0.5 ** ((self._now() - slowness.measured_at) / _FORGOTTEN_S)
 
     # ------------------------------------------------------------ up
 
@@ -84,19 +108,21 @@ class Tiers:
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
 
-    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier]) -> list[Tier]:
-        """Write blocks to the arena, the first of `run` tiers to look in for each; returns where each came from.
+    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier], patience_s: float | None = None) -> list[Tier]:
+        """Write blocks to the arena, `run` being the first tier to look in for each; returns where each came from.
 
-        Ends with the first block that no tier gives; what lies in the arena's blocks from there on is undefined.
+        Ends with the first block that no tier gives, or when it has taken `patience_s` seconds; what lies in the
+        arena's blocks from there on is undefined.
         """
         came: list[Tier] = []
+        end = math.inf if patience_s is None else self._now() + patience_s
         for tier, group in groupby(zip(wanted, run, strict=True), key=lambda pair: pair[1]):
             part = [each for each, _ in group]
             for start in range(0, len(part), _BATCH):
                 batch = part[start : start + _BATCH]
                 sources = self._load_batch(batch, tier)
                 came += sources
-                if len(sources) < len(batch):
+                if len(sources) < len(batch) or self._now() > end:
                     return came
         return came
 
@@ -150,34 +176,29 @@ class Tiers:
             figures.load_s += seconds
             figures.invalid.update(invalid)
             if blocks > 1 and seconds > 0:
-                known = self.costs[tier]
-                rate = size / max(seconds - known.latency_s, seconds / 2)
-                self.costs[tier] = LinkCost(known.latency_s, known.bytes_per_s ** (1 - _LEARNT) * rate**_LEARNT)
+                guess = UNMEASURED[tier]
+                times = seconds / (guess.latency_s + size / guess.bytes_per_s)
+                self._slowness[tier] = _Slowness(self._times(tier) ** (1 - _LEARNT) * times**_LEARNT, self._now())
 
     # ------------------------------------------------------------ down
 
-    def save(self, names: Sequence[BlockHash]) -> Mapping[Tier, list[BlockHash]]:
-        """Give each tier those of `names` that are cached on the device and not in that tier; returns what it took.
+    def save(self, tier: Tier, names: Sequence[BlockHash]) -> list[BlockHash]:
+        """Give a tier those of `names` that are cached on the device and not there; returns what it took.
 
         Blocks are copied while they may be evicted: what changed meanwhile is thrown away.
         """
-        taken: dict[Tier, list[BlockHash]] = {tier: [] for tier in self.stores}
+        store, taken = self.stores[tier], list[BlockHash]()
         for batch in _batches(names):
-            absent = {
-                tier: {name for name, held in zip(batch, store.holds(batch), strict=True) if not held}
-                for tier, store in self.stores.items()
-            }
-            records = self._records(
-                self._books.peek([name for name in batch if any(name in a for a in absent.values())])
-            )
-            for tier, store in self.stores.items():
-                items = {name: data for name, data in records.items() if name in absent[tier]}
-                # How many were taken, and not which: where some were not, nothing is said of any of them.
-                if items and (count := store.put(items)):
-                    taken[tier] += items if count == len(items) else ()
-                    with self._lock:
-                        self.figures[tier].saved_blocks += count
-                        self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
+            absent = [name for name, held in zip(batch, store.holds(batch), strict=True) if not held]
+            items = self._records(self._books.peek(absent))
+            if not items:
+                continue
+            count = store.put(items)
+            # How many were taken, and not which: where some were not, nothing is said of any of them.
+            taken += items if count == len(items) else ()
+            with self._lock:
+                self.figures[tier].saved_blocks += count
+                self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
         return taken
 
     def _records(self, entries: Sequence[CachedBlock]) -> dict[BlockHash, bytes]:
