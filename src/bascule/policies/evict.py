@@ -94,10 +94,8 @@ class EvictionOrder:
         before, after, where = self._before, self._after, self._where
         last = before[end]
         for block in run:
-            after[last] = block
-            before[block] = last
+            after[last], before[block], where[block] = block, last, segment
             last = block
-            where[block] = segment
         after[last] = end
         before[end] = last
         self._count += len(run)
