@@ -93,7 +93,8 @@ class Tiers:
         once has to be tried again."""
         if (slowness := self._slowness.get(tier)) is None:
             return 1.0
-        return slowness.times**0.5 ** ((self._now() - slowness.measured_at) / _FORGOTTEN_S)
+        trust: float = 0.5 ** ((self._now() - slowness.measured_at) / _FORGOTTEN_S)
+        return math.pow(slowness.times, trust)
 
     # ------------------------------------------------------------ up
 
