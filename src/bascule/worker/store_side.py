@@ -32,6 +32,8 @@ _LOADERS = 2
 _LOOK_S = 2.0
 _FLUSH_S = 5.0
 """What a worker's end waits for blocks that are not saved yet."""
+_MOST_TOLD = 1_000_000
+"""Blocks of a tier without a known bound that the router is told at once."""
 
 Tell = Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None]
 
@@ -61,6 +63,7 @@ class StoreSide:
             tier: Saver(partial(tiers.save, tier), partial(self._saved, tier), books.num_blocks)
             for tier in tiers.stores
         }
+        self._places: dict[Tier, StorePlace] = {}
         self._counting: asyncio.Task[None] | None = None
         self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
         """Loads by the first block that they bring."""
@@ -178,23 +181,26 @@ class StoreSide:
     # ------------------------------------------------------------ figures
 
     def places(self) -> dict[Tier, StorePlace]:
-        """Where the tiers are, and how much of this model's KV they hold."""
-        found = {}
-        for tier, store in self._tiers.stores.items():
-            capacity = store.stats().capacity_bytes or 0
-            found[tier] = StorePlace(store.place, capacity // self._layout.block_bytes)
-        return found
+        """Where the tiers are, and how much of this model's KV they hold. Asked once: the router makes room for it."""
+        if not self._places:
+            for tier, store in self._tiers.stores.items():
+                capacity = store.stats().capacity_bytes or 0
+                self._places[tier] = StorePlace(store.place, capacity // self._layout.block_bytes)
+        return self._places
 
     def tell_all(self) -> None:
-        """The router knows nothing of the tiers, or nothing for sure: tell it what is there."""
-        if self._counting is None or self._counting.done():
-            self._counting = asyncio.create_task(self._tell_all())
+        """The router knows nothing of the tiers, or nothing for sure: tell it what is there, from the beginning."""
+        if self._counting is not None:
+            self._counting.cancel()
+        self._counting = asyncio.create_task(self._tell_all())
 
     async def _tell_all(self) -> None:
-        for tier, store in self._tiers.stores.items():
-            pages = store.names()
-            while (page := await self._loop.run_in_executor(self._askers, next, pages, None)) is not None:
-                self._tell(tier, page, ())
+        """As many blocks as the router has room for: other models' may lie there, too, and be more than that."""
+        for tier, place in self.places().items():
+            pages, room = self._tiers.stores[tier].names(), place.blocks or _MOST_TOLD
+            while room and (page := await self._loop.run_in_executor(self._askers, next, pages, None)) is not None:
+                self._tell(tier, page[:room], ())
+                room -= min(len(page), room)
 
     async def watch(self) -> None:
         """Ask the stores now and then what they hold, for `loads`."""

@@ -1,0 +1,74 @@
+"""What a worker must survive of its store: other models' blocks, a router that asks twice, calls that never end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from threading import Event
+
+import pytest
+from engine_rig import CARD
+from test_worker_store_side import Node
+
+from bascule.kv.store.memory import MemoryStore
+from bascule.types import BlockHash, Tier
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def numbered(count: int) -> list[BlockHash]:
+    return [BlockHash(number.to_bytes(16, "big")) for number in range(count)]
+
+
+async def all_told(node: Node) -> list[BlockHash]:
+    while node.side._counting is None or not node.side._counting.done():
+        await asyncio.sleep(0.001)
+    return [name for _, stored, _ in node.told for name in stored]
+
+
+def test_a_worker_tells_no_more_blocks_than_the_router_has_room_for(stack: ExitStack) -> None:
+    """Those of a model with small blocks, in a place shared with it, are more: told, they would be told for ever."""
+    host = MemoryStore(4 * CARD.layout.block_bytes)
+    host.put(dict.fromkeys(numbered(60), b"small"))
+
+    async def run() -> None:
+        node = Node([host], stack)
+        assert node.side.places()[Tier.HOST].blocks == 4
+        node.side.tell_all()
+        assert len(await all_told(node)) == 4
+
+    asyncio.run(run())
+
+
+class Paged(MemoryStore):
+    """Names in pages of one, of which the second waits to be let go."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.go = Event()
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        for number, name in enumerate(numbered(3)):
+            assert not number or self.go.wait(20)
+            yield [name]
+
+
+def test_a_router_that_asks_again_while_it_is_told_is_told_all(stack: ExitStack) -> None:
+    host = Paged(1 << 20)
+
+    async def run() -> None:
+        node = Node([host], stack)
+        node.side.tell_all()
+        while not node.told:
+            await asyncio.sleep(0.001)
+        node.told.clear()  # as the router forgets when it is told anew
+        node.side.tell_all()
+        host.go.set()
+        assert set(await all_told(node)) == set(numbered(3))
+
+    asyncio.run(run())
