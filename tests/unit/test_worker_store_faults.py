@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from threading import Event
 
 import pytest
 from engine_rig import CARD
-from test_worker_store_side import Node
+from test_worker_store_side import Node, prompt_of
 
 from bascule.kv.store.memory import MemoryStore
-from bascule.types import BlockHash, Tier
+from bascule.types import BlockHash, CostModel, Tier
 
 
 @pytest.fixture
@@ -70,5 +70,39 @@ def test_a_router_that_asks_again_while_it_is_told_is_told_all(stack: ExitStack)
         node.side.tell_all()
         host.go.set()
         assert set(await all_told(node)) == set(numbered(3))
+
+    asyncio.run(run())
+
+
+class Stuck(MemoryStore):
+    """Finds nothing before it is let go."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.go = Event()
+        self.asked = 0
+
+    def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        self.asked += 1
+        assert self.go.wait(20)
+        return super().holds(names)
+
+
+def test_a_prompt_waits_for_no_store_much_longer_than_computing_it_takes(stack: ExitStack) -> None:
+    """Nor for other prompts' turns in it, and those that nobody waits for any more are not looked for."""
+    host = Stuck(1 << 20)
+
+    async def run() -> None:
+        node = Node([host], stack)
+        node.rig.engine.cost = CostModel(token_s=1e-6)
+        async with asyncio.timeout(15):
+            brought = await asyncio.gather(*(node.side.bring(prompt_of(family % 4)) for family in range(8)))
+        assert not host.go.is_set() and brought == [None] * 8
+        assert (node.side.waiting, node.side.waiting_tokens) == (0, 0)
+        host.go.set()
+        while node.side._under_way:
+            await asyncio.sleep(0.001)
+        assert host.asked <= 2
+        assert node.rig.books.counts.held == 0
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from threading import Event
 
 from msgspec import Struct
 
@@ -32,6 +33,8 @@ _LOADERS = 2
 _LOOK_S = 2.0
 _FLUSH_S = 5.0
 """What a worker's end waits for blocks that are not saved yet."""
+_LATER_S = 1.0
+"""How much longer than for computing a prompt to wait for what the store has of it, other prompts' turns included."""
 _MOST_TOLD = 1_000_000
 """Blocks of a tier without a known bound that the router is told at once."""
 
@@ -105,9 +108,13 @@ class StoreSide:
         if cached == len(hashes):
             return None
         behind = len(tokens) - cached * self._layout.block_size
+        patience = prompt_seconds(self._engine.cost, len(tokens), len(tokens) - behind) + _LATER_S
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
         try:
-            return await self._bring(tokens, hashes, cached, believed_tokens // self._layout.block_size)
+            async with asyncio.timeout(patience):
+                return await self._bring(tokens, hashes, cached, believed_tokens // self._layout.block_size)
+        except TimeoutError:
+            return None
         except Exception:
             log.exception("KV store: a prefix could not be loaded")
             return None
@@ -121,15 +128,23 @@ class StoreSide:
             await asyncio.wait([other])
             if (cached := self._books.count_cached(hashes)) == len(hashes):
                 return None
-        first = hashes[cached]
-        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached, believed)
+        first, given_up = hashes[cached], Event()
+        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached, believed, given_up)
         self._under_way[first] = load
         load.add_done_callback(lambda _: self._under_way.pop(first, None))
-        # A request that is given up meanwhile leaves the load to its end: its thread writes into leased blocks.
-        return await asyncio.shield(load)
+        try:
+            # A request that is given up meanwhile leaves the load to its end: its thread writes into leased blocks.
+            return await asyncio.shield(load)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
-    def _load(self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int) -> Brought | None:
-        """In a thread: lease, load, seal, let go."""
+    def _load(
+        self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int, given_up: Event
+    ) -> Brought | None:
+        """In a thread: lease, load, seal, let go; unless it was `given_up` before it began."""
+        if given_up.is_set():
+            return None
         begun = self._loop.time()
         run = self._tiers.find(hashes[cached:])
         if missing := hashes[cached + len(run) : believed]:
