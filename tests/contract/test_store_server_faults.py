@@ -152,6 +152,31 @@ def test_a_wrong_password_is_a_counted_miss(stack: ExitStack, caplog: pytest.Log
     assert right.put({A: b"a"}) == 1
 
 
+def test_a_server_that_tells_nothing_of_itself_is_used_all_the_same(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    store = open_remote(stack, process.url)
+    process.client().execute_command("ACL", "SETUSER", "default", "-info", "-dbsize", "-scan")
+    assert store.put({A: b"a"}) == 1
+    for _ in range(3):
+        assert (store.stats().blocks, store.stats().capacity_bytes) == (0, None)
+        assert [name for page in store.names() for name in page] == []
+        assert store.get([A]) == [b"a"]
+    assert store.stats().errors == {}
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 64, 10**30])
+def test_numbers_that_cannot_be_are_not_passed_on(stack: ExitStack, number: int) -> None:
+    """A message to the router has no room for them."""
+    store = open_remote(stack, "redis://127.0.0.1:1")
+    [server] = store._servers.values()
+    good = [7, {"used_memory": 8, "maxmemory": 9}, {"evicted_keys": 0}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "pipeline", lambda _: good)
+        assert store.stats().capacity_bytes == 9
+        patch.setattr(server, "pipeline", lambda _: [good[0], {"used_memory": 8, "maxmemory": number}, good[2]])
+        assert (store.stats().blocks, store.stats().capacity_bytes) == (0, None)
+
+
 def test_blocks_expire_and_a_read_renews_them(server: RedisProcess, stack: ExitStack) -> None:
     store = stack.enter_context(closing(RemoteStore(parse_remote(server.url), ttl_s=1000, timeout_s=PATIENT)))
     store.put({A: b"a"})

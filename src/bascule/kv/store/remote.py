@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+
+from redis.exceptions import ResponseError
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
 from bascule.kv.store.gate import Job
@@ -103,7 +106,10 @@ class RemoteStore:
 
             def look(server: Server) -> None:
                 nonlocal cursor, keys
-                cursor, keys = server.scan(PREFIX, cursor)
+                try:
+                    cursor, keys = server.scan(PREFIX, cursor)
+                except ResponseError:
+                    cursor, keys = 0, []
 
             while self._everywhere(look, [server]):
                 yield [name for key in keys if (name := name_in(key)) is not None]
@@ -115,9 +121,15 @@ class RemoteStore:
 
     def stats(self) -> StoreStats:
         """Asks the servers that can be reached; their blocks are all keys of their databases."""
-        facts: list[ServerFacts] = []
-        self._everywhere(lambda server: facts.append(server.facts()))
-        facts = list(facts)
+        told: list[ServerFacts] = []
+
+        def ask(server: Server) -> None:
+            # Servers for hire do not tell everyone, which is no reason to do without them.
+            with suppress(ResponseError):
+                told.append(server.facts())
+
+        self._everywhere(ask)
+        facts = list(told)
         bounded = bool(facts) and all(each.capacity_bytes for each in facts)
         return self._tally.stats(
             blocks=sum(each.keys for each in facts),
