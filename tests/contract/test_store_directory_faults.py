@@ -22,7 +22,7 @@ from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, valu
 from bascule.kv.store.base import Fault
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
-from bascule.types import Tier
+from bascule.types import BlockHash, Tier
 from support.redis_server import wait_until
 
 A, B, C = (name_of(number) for number in range(1, 4))
@@ -318,6 +318,25 @@ def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch:
     assert store.stats().errors == {Fault.SLOW: 2, Fault.SKIPPED: 6}
     wait_until(lambda: store.get([A]) == [b"a"], "the file system")
     store.close()
+
+
+def test_a_large_folder_takes_long_to_list_and_is_not_slow_for_that(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=0.5)))
+    names = [BlockHash(bytes([number]) * 16) for number in range(16)]
+    assert store.put({name: b"a" for name in names}) == 16
+    scandir = os.scandir
+
+    def slow(path: str) -> Iterator[os.DirEntry[str]]:
+        sleep(0.05)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", slow)
+        assert sorted(name for page in store.names() for name in page) == names
+    assert store.stats().errors == {}
+    assert store.get(names[:1]) == [b"a"]
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])

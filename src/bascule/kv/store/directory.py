@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
-from bascule.kv.store.folder import Folder, fault_of
+from bascule.kv.store.folder import Entry, Folder, fault_of
 from bascule.kv.store.gate import Gate, Step
 from bascule.kv.store.keeper import Keeper
 from bascule.types import BlockHash, Tier
@@ -85,9 +86,14 @@ class DirectoryStore:
         return list(answers)
 
     def names(self) -> Iterator[list[BlockHash]]:
-        names: list[str] = []
-        self._run(self._reads, [partial(self._list, names)])
-        yield [BlockHash(bytes.fromhex(name)) for name in names]
+        pages = self._folder.pages()
+        while True:
+            found: list[list[Entry]] = []  # a subfolder in each step: all of them take longer than a step may
+            self._run(self._reads, [partial(self._list, pages, found)])
+            if not found:
+                return
+            if page := found[0]:
+                yield [BlockHash(bytes.fromhex(entry.name)) for entry in page]
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         self._run(self._writes, [partial(self._remove, name.hex()) for name in names])
@@ -97,9 +103,8 @@ class DirectoryStore:
         return self._tally.stats(blocks=contents.blocks, size=contents.bytes, capacity=self._keeper.capacity)
 
     def clear(self) -> None:
-        names: list[str] = []
-        self._run(self._reads, [partial(self._list, names)])
-        self._run(self._writes, [partial(self._remove, name) for name in names])
+        for page in self.names():
+            self.drop(page)
 
     def close(self) -> None:
         self._reads.close()
@@ -155,8 +160,8 @@ class DirectoryStore:
             if size is not None:
                 self._keeper.removed(key, size)
 
-    def _list(self, names: list[str]) -> None:
+    def _list(self, pages: Iterator[list[Entry]], found: list[list[Entry]]) -> None:
         try:
-            names += [entry.name for entry in self._folder.scan()]
+            found += islice(pages, 1)
         except OSError as error:
             self._tally.failed(fault_of(error))
