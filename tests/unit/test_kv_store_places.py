@@ -185,3 +185,13 @@ def test_all_tiers_are_checked_before_a_worker_starts(tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=key):
             check_stores(config)
+
+
+def test_a_check_evicts_nothing(tmp_path: Path) -> None:
+    """What the check is made for may be refused for another reason, and a bound may be a slip of the pen."""
+    store = disk_store(DiskPlace(tmp_path, 1 << 20))
+    names = [BlockHash(bytes([number]) * 16) for number in range(8)]
+    store.put({name: bytes(1000) for name in names})
+    store.close()
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:2000"))
+    assert len(list(tmp_path.glob("v1/*/" + "[0-9a-f]" * 32))) == 8

@@ -51,7 +51,7 @@ def check_stores(config: StoreConfig) -> None:
     if config.kv_host is not None:
         check_host(parse_host(config.kv_host))
     if config.kv_disk is not None:
-        disk_store(parse_disk(config.kv_disk)).close()
+        check_disk(parse_disk(config.kv_disk))
     if config.kv_remote is not None:
         parse_remote(config.kv_remote)
 
@@ -104,10 +104,23 @@ def check_host(capacity: int, shared_memory: Path = SHARED_MEMORY) -> Path:
 
 
 def disk_store(place: DiskPlace) -> DirectoryStore:
-    """The disk tier. Raises ConfigError if the directory cannot be written to or its file system is smaller."""
+    """The disk tier. Raises ConfigError as `check_disk` does."""
+    check_disk(place)
+    try:
+        return DirectoryStore(place.directory, place.capacity)
+    except OSError as error:
+        raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
+
+
+def check_disk(place: DiskPlace) -> None:
+    """Make the directory if need be, and evict nothing there.
+
+    Raises ConfigError if it cannot be written to or its file system is smaller than what is asked for.
+    """
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         total = shutil.disk_usage(place.directory).total
+        Folder(place.directory, place.capacity).prepare()
     except OSError as error:
         raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
     if place.capacity > total:
@@ -115,10 +128,6 @@ def disk_store(place: DiskPlace) -> DirectoryStore:
             f"{DISK_KEY}: {place.capacity} bytes are more than the whole file system of {place.directory}, which has "
             f"{total}; ask for less"
         )
-    try:
-        return DirectoryStore(place.directory, place.capacity)
-    except OSError as error:
-        raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
 
 
 def _positive(size: int, text: str, key: str) -> int:
