@@ -325,7 +325,7 @@ def test_a_large_folder_takes_long_to_list_and_is_not_slow_for_that(
 ) -> None:
     store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=0.5)))
     names = [BlockHash(bytes([number]) * 16) for number in range(16)]
-    assert store.put({name: b"a" for name in names}) == 16
+    assert store.put(dict.fromkeys(names, b"a")) == 16
     scandir = os.scandir
 
     def slow(path: str) -> Iterator[os.DirEntry[str]]:

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 _LOADERS = 2
 _LOOK_S = 2.0
-_FLUSH_S = 5.0
-"""What a worker's end waits for blocks that are not saved yet."""
+_FLUSH_S = 2.0
+"""What a worker's end waits for blocks that are not saved yet; `serve` kills what takes 5 s to end."""
 _LATER_S = 1.0
 """How much longer than for computing a prompt to wait for what the store has of it, other prompts' turns included."""
 _MOST_TOLD = 1_000_000
