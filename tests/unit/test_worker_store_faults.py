@@ -9,10 +9,13 @@ from threading import Event
 
 import pytest
 from engine_rig import CARD
+from test_worker_kv_events import Cluster, over_sockets
 from test_worker_store_side import Node, prompt_of
 
+from bascule.control.actuators import process
 from bascule.kv.store.memory import MemoryStore
 from bascule.types import BlockHash, CostModel, Tier
+from bascule.worker import store_side
 
 
 @pytest.fixture
@@ -106,3 +109,26 @@ def test_a_prompt_waits_for_no_store_much_longer_than_computing_it_takes(stack: 
         assert node.rig.books.counts.held == 0
 
     asyncio.run(run())
+
+
+def test_a_request_whose_loading_fails_unforeseen_is_not_lost(stack: ExitStack) -> None:
+    """The worker ends, as with any error that nobody has foreseen, and the router places the request elsewhere."""
+
+    async def scenario(cluster: Cluster) -> None:
+        class Broken:
+            async def bring(self, tokens: Sequence[int], believed: int) -> None:
+                raise RuntimeError("unforeseen")
+
+        cluster.worker._store = Broken()  # type: ignore[assignment]
+        waiting = asyncio.create_task(cluster.complete([5] * 40))
+        await cluster.wait(cluster.worker._done.done)
+        cluster.worker._store = None
+        waiting.cancel()
+
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        over_sockets(scenario)
+
+
+def test_a_worker_gives_up_saving_long_before_it_is_killed() -> None:
+    """A killed one closes no store: the memory of the host tier would stay taken."""
+    assert store_side._FLUSH_S <= process._GRACE_S / 2

@@ -189,6 +189,7 @@ class Worker:
             return
         key = Key(submission.request, submission.attempt)
         self._bringing[key] = asyncio.create_task(self._bring(self._store, key, submission))
+        self._bringing[key].add_done_callback(self._task_ended)
 
     async def _bring(self, store: StoreSide, key: Key, submission: Submit) -> None:
         """Have what the store holds of a prompt loaded first; a cancel in the meantime ends this task."""
