@@ -82,7 +82,7 @@ class Engine:
     ) -> None:
         """Binds `runner` to `arena`, of whose blocks `books` keeps account; `now` (s) tells how long streams wait."""
         self.publishes = False
-        """All computed blocks are to be read in the arena, those of handoffs in any case."""
+        """All computed blocks are to be read in the arena, those of handoffs in any case. Set before the first step."""
         self._now = now
         runner.bind(arena)
         self._runner = runner
@@ -222,7 +222,7 @@ class Engine:
                 block
                 for sequence, tokens in plan
                 if sequence.handoff or self.publishes
-                for block in sequence.unpublished(tokens)
+                for block in sequence.unpublished(tokens, cached=not self.publishes)
             ]
             for sequence, _ in plan:
                 sequence.in_step = True
