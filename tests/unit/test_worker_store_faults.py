@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from threading import Event
 
 import pytest
-from engine_rig import CARD
+from engine_rig import BLOCK, CARD
 from test_worker_kv_events import Cluster, over_sockets
-from test_worker_store_side import Node, prompt_of
+from test_worker_store_side import HASHER, Node, prompt_of
 
 from bascule.control.actuators import process
 from bascule.kv.store.memory import MemoryStore
@@ -109,6 +109,24 @@ def test_a_prompt_waits_for_no_store_much_longer_than_computing_it_takes(stack: 
             await asyncio.sleep(0.001)
         assert host.asked <= 2
         assert node.rig.books.counts.held == 0
+
+    asyncio.run(run())
+
+
+def test_the_router_hears_again_of_what_was_out_of_reach_for_a_while(stack: ExitStack) -> None:
+    """Else nobody would ever tell it: blocks that lie in a tier are not saved there again."""
+    host = MemoryStore(1 << 20)
+
+    async def run() -> None:
+        await Node([host], stack).complete(prompt_of(1))
+        names = HASHER.chain(prompt_of(1))
+        node = Node([host], stack)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host, "holds", lambda asked: [False] * len(asked))
+            assert await node.side.bring(prompt_of(1), 9 * BLOCK) is None
+        assert await node.side.bring(prompt_of(1), 2 * BLOCK) is not None
+        await asyncio.sleep(0)
+        assert node.told == [(Tier.HOST, [], names[:9]), (Tier.HOST, names[2:9], [])]
 
     asyncio.run(run())
 

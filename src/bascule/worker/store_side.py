@@ -179,6 +179,8 @@ class StoreSide:
             )
         if not came:
             return None
+        unheard_of = slice(max(believed - lease.cached, 0), None)
+        self._loop.call_soon_threadsafe(self._found, [each.name for each in loaded[unheard_of]], came[unheard_of])
         seconds = self._loop.time() - begun
         by_tier = {tier: blocks * size for tier, blocks in Counter(came).items()}
         before = lease.cached * size
@@ -192,6 +194,12 @@ class StoreSide:
     def _missing(self, names: Sequence[BlockHash]) -> None:
         for tier in self._tiers.stores:
             self._tell(tier, (), names)
+
+    def _found(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
+        """The router did not count on these: it has never heard of them, or they were out of reach for a while."""
+        for tier in self._tiers.stores:
+            if here := [name for name, source in zip(names, tiers, strict=True) if source is tier]:
+                self._tell(tier, here, ())
 
     # ------------------------------------------------------------ figures
 

@@ -104,11 +104,10 @@ class Server:
                 pass
             case _:
                 raise ResponseError("not an answer to DBSIZE and INFO")
-        used, most, evicted = memory.get("used_memory"), memory.get("maxmemory", 0), stats.get("evicted_keys")
-        for number in (keys, used, most, evicted):
-            if not isinstance(number, int) or not 0 <= number < _TOO_MANY:
-                raise ResponseError("no number of bytes or keys in an answer to DBSIZE and INFO")
-        return ServerFacts(keys, used, most, evicted)
+        numbers: list[Any] = [keys, memory.get("used_memory"), memory.get("maxmemory", 0), stats.get("evicted_keys")]
+        if not all(isinstance(number, int) and 0 <= number < _TOO_MANY for number in numbers):
+            raise ResponseError("no number of keys or bytes in an answer to DBSIZE and INFO")
+        return ServerFacts(*numbers)
 
     def scan(self, prefix: bytes, cursor: int) -> tuple[int, list[bytes]]:
         """The next cursor, 0 when all were seen, and some of the keys that begin with `prefix`; some come twice."""
