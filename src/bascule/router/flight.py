@@ -119,6 +119,8 @@ class Flight:
         self.attempt += 1
         self.excluded |= {failed}
         self._held.clear()
+        if self.cached_tokens is None:
+            self.loaded, self.load_s = {}, 0.0
 
     def take(self, item: TokenItem) -> bool:
         """Take a token if it belongs to this attempt; returns whether the output has grown."""
