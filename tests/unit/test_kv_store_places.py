@@ -11,6 +11,7 @@ import pytest
 
 from bascule.config import StoreConfig
 from bascule.errors import ConfigError
+from bascule.kv.store import remote
 from bascule.kv.store.places import (
     DiskPlace,
     check_host,
@@ -185,6 +186,26 @@ def test_all_tiers_are_checked_before_a_worker_starts(tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=key):
             check_stores(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("redis://localhost", True),
+        ("redis://127.0.0.1:7000,h2", True),
+        ("redis://[::1]", True),
+        ("unix:///run/redis.sock", True),
+        ("redis://10.0.0.1,h2", False),
+    ],
+)
+def test_a_machines_own_server_is_not_the_next_ones(text: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+    for machine in ("here", "there"):
+        monkeypatch.setattr(remote, "machine_id", lambda name=machine: name)
+        store = remote.RemoteStore(parse_remote(text))
+        places.append(store.place)
+        store.close()
+    assert (places[0] != places[1]) is own
 
 
 def test_a_check_evicts_nothing(tmp_path: Path) -> None:

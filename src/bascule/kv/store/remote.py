@@ -14,6 +14,7 @@ from bascule.kv.store.gate import Job
 from bascule.kv.store.ring import Ring
 from bascule.kv.store.server import Command, Server, ServerFacts, fault_of
 from bascule.kv.store.targets import Target
+from bascule.kv.transfer.base import machine_id
 from bascule.types import BlockHash, Tier
 
 PREFIX = b"bascule:1:"
@@ -54,7 +55,9 @@ class RemoteStore:
             target.label: Server(target, connections=connections, connect_s=connect_s, timeout_s=timeout_s)
             for target in servers
         }
-        self.place = ",".join(sorted(self._servers))
+        self.place = ",".join(
+            sorted(f"{target.label} of {machine_id()}" if target.local else target.label for target in servers)
+        )
         self._ring = Ring(list(self._servers))
         self._ttl_s = ttl_s
         self._tally = Tally()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from bascule.errors import ConfigError
@@ -23,6 +24,8 @@ class Target:
 
     url: str = field(repr=False)
     label: str
+    local: bool = False
+    """It is reached by a name that each machine has for itself: a socket's path, or a loopback address."""
 
 
 def parse_remote(text: str, key: str = KEY) -> tuple[Target, ...]:
@@ -41,7 +44,7 @@ def parse_remote(text: str, key: str = KEY) -> tuple[Target, ...]:
             credentials, at, _ = previous.netloc.rpartition("@")
             item = previous._replace(netloc=credentials + at + item).geturl()
         previous = _split(item, where)
-        targets.append(Target(item, _label(previous)))
+        targets.append(Target(item, _label(previous), _is_local(previous)))
     labels = [target.label for target in targets]
     for label in labels:
         if labels.count(label) > 1:
@@ -82,6 +85,13 @@ def _label(parts: SplitResult) -> str:
     if parts.scheme == "unix":
         return f"{parts.path}#{options.get('db', '0')}"
     return f"{parts.hostname}:{parts.port or _PORT}/{int(database)}"
+
+
+def _is_local(parts: SplitResult) -> bool:
+    try:
+        return ip_address(parts.hostname or "").is_loopback
+    except ValueError:  # not an address
+        return parts.hostname in (None, "localhost")
 
 
 def _error(where: str, fault: str) -> ConfigError:
