@@ -29,12 +29,11 @@ class Load(Counter[str]):
 
 
 def metrics(cluster: Cluster) -> dict[tuple[str, str, str], float]:
-    """Metrics of the store by name, tier, and reason or way where they have one."""
+    """Metrics by name, tier, and reason or way, where they have them."""
     families = text_string_to_metric_families(cluster.http.get(f"{cluster.url}/metrics").text)
     return {
-        (sample.name, labels["tier"], labels.get("reason") or labels.get("way") or ""): sample.value
+        (sample.name, labels.get("tier", ""), labels.get("reason") or labels.get("way") or ""): sample.value
         for family in families
-        if family.name.startswith("bascule_kv_store")
         for sample in family.samples
         for labels in [sample.labels]
     }
@@ -57,7 +56,7 @@ def wait_saved(cluster: Cluster) -> None:
     """Until no tier gets more."""
     before, since = {}, time.monotonic()
     while time.monotonic() - since < 2.0:
-        now = {key: value for key, value in metrics(cluster).items() if "saved" in key}
+        now = {key: value for key, value in metrics(cluster).items() if key[2] == "saved"}
         if now != before:
             before, since = now, time.monotonic()
         time.sleep(0.2)
@@ -144,6 +143,18 @@ def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference]
         assert faults & {"slow", "gone"}
         cluster.wait_idle()
         assert SECRET not in cluster.log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_kv_is_handed_over_by_way_of_the_store(asked: list[Reference], tmp_path: Path) -> None:
+    flags = ["--policy", "disaggregated", "--handoff", "store", "--dtype", "float32", "--kv-memory", "96MiB"]
+    with serve("smollm2", *flags, "--kv-disk", f"{tmp_path}:1GiB") as cluster:
+        ask_all(cluster, asked)
+        found = metrics(cluster)
+        assert found["bascule_store_handoffs_total", "", ""] == len(asked)
+        assert not any(key[0] == "bascule_handoff_bytes_total" for key in found)
+        assert found["bascule_kv_hit_tokens_total", "disk", ""] > 2000, "the decode worker has loaded, not computed"
+        cluster.wait_idle()
 
 
 def store_flags(directory: Path, redis: RedisProcess) -> list[str]:

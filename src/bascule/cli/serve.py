@@ -77,6 +77,8 @@ def serve(
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
     check_stores(store_config)
+    if routing.handoff == "store" and store_config == StoreConfig():
+        raise ConfigError("--handoff store needs a KV store; give --kv-host, --kv-disk or --kv-remote")
     settings = (model_config, engine_config, handoff_config, slo_config, replace(store_config, kv_remote=None))
     with _private_flags(kv_remote=store_config.kv_remote) as private:
         flags = (f"--log-level={http.log_level}", *flags_of(*settings), *private)
