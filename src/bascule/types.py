@@ -323,5 +323,7 @@ class ClusterState(Struct, frozen=True, kw_only=True):
     active: int
     """Requests placed and not ended."""
     routing: RoutingFigures = RoutingFigures()
+    store_handoffs: int = 0
+    """Requests that went from one worker to another by way of the KV store."""
     kv_faults: dict[str, int] = {}
     """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), by kind."""

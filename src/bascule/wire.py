@@ -127,6 +127,15 @@ class Loaded(Struct, frozen=True, tag=True, kw_only=True):
     seconds: float
 
 
+class Saved(Struct, frozen=True, tag=True):
+    """What a request with `save_to` computed is in the store, or will not come there."""
+
+    worker: WorkerId
+    epoch: Epoch
+    request: RequestId
+    attempt: int
+
+
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
     """A worker gives a request up. `retryable` says whether another worker may succeed."""
 
@@ -166,7 +175,7 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Failed | KvEvents | Goodbye
+WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | Failed | KvEvents | Goodbye
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -205,6 +214,8 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     stored_tokens: int = 0
     """Leading tokens that the worker is expected to have once it has loaded what the store holds; 0 if none of them
     are to be loaded."""
+    save_to: Tier | None = None
+    """Answer `Saved` once the prompt's KV is in that tier of the store."""
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +19,7 @@ from redis import Redis
 
 from support.cluster import Cluster, run_cli, serve
 from support.oracle import Reference
-from support.redis_server import RedisProcess, redis_process
+from support.redis_server import RedisProcess, redis_process, wait_until
 
 OUTPUT = 6
 SECRET = "open-sesame"
@@ -29,12 +31,11 @@ class Load(Counter[str]):
 
 
 def metrics(cluster: Cluster) -> dict[tuple[str, str, str], float]:
-    """Metrics of the store by name, tier, and reason or way where they have one."""
+    """Metrics by name, tier, and reason or way, where they have them."""
     families = text_string_to_metric_families(cluster.http.get(f"{cluster.url}/metrics").text)
     return {
-        (sample.name, labels["tier"], labels.get("reason") or labels.get("way") or ""): sample.value
+        (sample.name, labels.get("tier", ""), labels.get("reason") or labels.get("way") or ""): sample.value
         for family in families
-        if family.name.startswith("bascule_kv_store")
         for sample in family.samples
         for labels in [sample.labels]
     }
@@ -57,7 +58,7 @@ def wait_saved(cluster: Cluster) -> None:
     """Until no tier gets more."""
     before, since = {}, time.monotonic()
     while time.monotonic() - since < 2.0:
-        now = {key: value for key, value in metrics(cluster).items() if "saved" in key}
+        now = {key: value for key, value in metrics(cluster).items() if key[2] == "saved"}
         if now != before:
             before, since = now, time.monotonic()
         time.sleep(0.2)
@@ -114,36 +115,82 @@ def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Refere
     assert not any((Path("/dev/shm") / f"bascule-{os.getuid()}" / "v1").glob("??/*")), "memory is given back"
 
 
-@pytest.mark.timeout(400)
-def test_a_server_that_hangs_dies_or_lies_costs_no_answer(asked: list[Reference]) -> None:
-    with (
-        redis_process("--requirepass", SECRET) as redis,
-        serve("smollm2", *FLAGS, "--kv-remote", redis.url.replace("//", f"//:{SECRET}@")) as cluster,
-    ):
-        for worker in cluster.state()["workers"]:
-            assert SECRET not in " ".join(Process(worker["pid"]).cmdline())
-        ask_all(cluster, asked)
-        wait_saved(cluster)
-        client = Redis(port=redis.port, password=SECRET)
-        names = client.keys("bascule:*")
-        assert len(names) > 200
-        for name, other in zip(names, [*names[1:], names[0]], strict=True):
-            client.copy(name, other, replace=True)
-        ask_all(cluster, asked)
-        invalid = {key: value for key, value in metrics(cluster).items() if key[0] == "bascule_kv_store_invalid_total"}
-        assert sum(invalid.values()) > 0
-        redis.pause()
-        try:
-            ask_all(cluster, asked)
-        finally:
-            redis.resume()
-        redis.stop()
-        ask_all(cluster, asked)
-        faults = {key[2] for key in metrics(cluster) if key[0] == "bascule_kv_store_faults_total"}
-        assert "skipped" in faults
-        assert faults & {"slow", "gone"}
+@pytest.fixture(scope="module")
+def mock(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a mock engine that has room for 2,048 tokens and computes 5,000 a second."""
+    cost = tmp_path_factory.mktemp("cost") / "cost.json"
+    cost.write_text('{"token_s": 2e-4}')
+    return ["--engine", "mock", "--kv-memory", "64KiB", "--cost-model", str(cost)]
+
+
+@pytest.fixture(scope="module")
+def mocked() -> Iterator[dict[tuple[int, ...], list[int]]]:
+    """Prompts and what the mock engine, whose tokens depend on every byte of KV, says to them without a store."""
+    draw = Random(1)
+    prompts = [tuple(draw.randrange(100, 40_000) for _ in range(length)) for length in range(100, 1000, 90)]
+    with serve("smollm2", "--engine", "mock", "--policy", "single") as cluster:
+        yield {prompt: tokens_of(cluster.complete(list(prompt), max_tokens=OUTPUT)) for prompt in prompts}
+
+
+def tokens_of(answer: dict[str, Any]) -> list[int]:
+    tokens: list[int] = answer["choices"][0]["token_ids"]
+    return tokens
+
+
+def faults(cluster: Cluster) -> set[str]:
+    return {key[2] for key in metrics(cluster) if key[0] == "bascule_kv_store_faults_total"}
+
+
+def check_mocked(cluster: Cluster, mocked: dict[tuple[int, ...], list[int]]) -> None:
+    def ask(prompt: tuple[int, ...]) -> list[int]:
+        return tokens_of(cluster.complete(list(prompt), max_tokens=OUTPUT))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, mocked)) == list(mocked.values())
+
+
+@pytest.mark.timeout(200)
+def test_a_server_that_hangs_dies_or_lies_costs_no_answer(
+    mock: list[str], mocked: dict[tuple[int, ...], list[int]]
+) -> None:
+    with redis_process("--requirepass", SECRET) as redis:
+        url = redis.url.replace("//", f"//:{SECRET}@")
+        with serve("smollm2", *mock, "--policy", "single", "--kv-remote", url) as cluster:
+            for worker in cluster.state()["workers"]:
+                assert SECRET not in " ".join(Process(worker["pid"]).cmdline())
+            check_mocked(cluster, mocked)
+            wait_saved(cluster)
+            client = Redis(port=redis.port, password=SECRET)
+            names = client.keys("bascule:*")
+            assert len(names) > 200
+            for name, other in zip(names, [*names[1:], names[0]], strict=True):
+                client.copy(name, other, replace=True)
+            check_mocked(cluster, mocked)
+            wait_until(lambda: any("store_invalid" in key[0] for key in metrics(cluster)), "the lies to be counted")
+            redis.pause()
+            try:
+                check_mocked(cluster, mocked)
+            finally:
+                redis.resume()
+            redis.stop()
+            check_mocked(cluster, mocked)
+            cluster.wait_idle()
+            wait_until(lambda: {"slow", "skipped"} <= faults(cluster), "the faults to be counted")
+            assert SECRET not in cluster.log.read_text()
+
+
+@pytest.mark.timeout(200)
+def test_kv_is_handed_over_by_way_of_the_store(
+    mock: list[str], mocked: dict[tuple[int, ...], list[int]], tmp_path: Path
+) -> None:
+    flags = [*mock, "--policy", "disaggregated", "--handoff", "store", "--kv-disk", f"{tmp_path}:1GiB"]
+    with serve("smollm2", *flags) as cluster:
+        check_mocked(cluster, mocked)
         cluster.wait_idle()
-        assert SECRET not in cluster.log.read_text()
+        wait_until(lambda: metrics(cluster)["bascule_kv_hit_tokens_total", "disk", ""] > 4000, "the KV to be loaded")
+        found = metrics(cluster)
+        assert found["bascule_store_handoffs_total", "", ""] == len(mocked)
+        assert not any(key[0] == "bascule_handoff_bytes_total" for key in found)
 
 
 def store_flags(directory: Path, redis: RedisProcess) -> list[str]:

@@ -13,6 +13,7 @@ from test_worker_kv_events import Cluster, over_sockets
 from test_worker_store_side import HASHER, Node, prompt_of
 
 from bascule.control.actuators import process
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
 from bascule.types import BlockHash, CostModel, Tier
@@ -143,7 +144,7 @@ def test_a_request_whose_loading_fails_unforeseen_is_not_lost() -> None:
 
     async def scenario(cluster: Cluster) -> None:
         parts = cluster.worker._parts
-        tiers = Tiers([], parts.arena, parts.books, CARD.fingerprint)
+        tiers = Tiers([], parts.arena, parts.books, CARD.fingerprint, Forms("none", CARD.layout))
         cluster.worker._store = Broken(tiers, parts.engine, parts.books, parts.hasher, CARD.layout, lambda *_: None)
         errors: list[BaseException] = []
         cluster.worker._end_with = errors.append  # type: ignore[method-assign]

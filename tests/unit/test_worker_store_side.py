@@ -14,6 +14,7 @@ from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
 from bascule.clock import VirtualClock
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import Blob
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers, _Slowness
 from bascule.types import BlockHash, CostModel, Tier
@@ -56,7 +57,7 @@ class Node:
         stack.callback(self.rig.arena.close)
         self.rig.engine.publishes = True
         self.told: Told = []
-        self.tiers = Tiers(stores, self.rig.arena, self.rig.books, CARD.fingerprint)
+        self.tiers = Tiers(stores, self.rig.arena, self.rig.books, CARD.fingerprint, Forms("none", CARD.layout))
         self.side = StoreSide(
             self.tiers,
             self.rig.engine,

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated
@@ -77,9 +76,12 @@ def serve(
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
     check_stores(store_config)
-    settings = (model_config, engine_config, handoff_config, slo_config, replace(store_config, kv_remote=None))
+    if routing.handoff == "store" and not store_config.tiers:
+        raise ConfigError("--handoff store needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config)
     with _private_flags(kv_remote=store_config.kv_remote) as private:
-        flags = (f"--log-level={http.log_level}", *flags_of(*settings), *private)
+        public = (flag for flag in told if not flag.startswith("--kv-remote="))
+        flags = (f"--log-level={http.log_level}", *public, *private)
         plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
         if model in catalog.CATALOG:
             pull_with_progress(model)

@@ -142,6 +142,9 @@ class _ClusterCollector(Collector):
         yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)
         yield _summed("bascule_handoff_refused", "Handoffs refused by the receiver", "reason", loads, _refused_of)
         yield from _stores(loads)
+        yield CounterMetricFamily(
+            "bascule_store_handoffs", "Requests handed over by way of the KV store", state.store_handoffs
+        )
         yield _prediction_errors(state)
         yield from _routing(state.routing)
         yield _counted("bascule_kv_event_faults", "Reports of KV that were lost or not usable", "kind", state.kv_faults)

@@ -24,6 +24,7 @@ from bascule.wire import (
     RegistrationRefusal,
     Reregister,
     Resync,
+    Saved,
     Starting,
     StepTokens,
     WorkerMessage,
@@ -76,6 +77,8 @@ class Membership:
             self._service.tokens(message)
         elif isinstance(message, Loaded):
             self._service.loaded(message)
+        elif isinstance(message, Saved):
+            self._service.saved(message)
         elif isinstance(message, Failed):
             self._service.failed(message)
         elif isinstance(message, Goodbye):

@@ -18,9 +18,10 @@ from bascule.router.journal import Journal
 from bascule.router.line import FIRST, Line
 from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
+from bascule.router.relay import Relay
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
-from bascule.wire import Failed, Loaded, StepTokens, Submit, TokenItem
+from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Service:
         self._queries = Queries(view, slo)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
+        self.relay = Relay(view)
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
 
@@ -107,6 +109,7 @@ class Service:
             active=len(self._flights) - len(self._line),
             routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
             kv_faults=dict(self.view.kv_faults),
+            store_handoffs=self.relay.count,
         )
 
     # ------------------------------------------------------------ what members report
@@ -159,6 +162,12 @@ class Service:
         if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
             flight.loaded, flight.load_s = message.tokens, message.seconds
 
+    def saved(self, message: Saved) -> None:
+        """The KV of a request's first leg is in the store."""
+        flight = self._flights.get(message.request)
+        if flight is not None and flight.attempt == message.attempt:
+            self._send_second_leg(flight)
+
     def failed(self, message: Failed) -> None:
         flight = self._flights.get(message.request)
         if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
@@ -192,6 +201,8 @@ class Service:
                     code="timeout",
                 ),
             )
+        for flight in self.relay.overdue(now):
+            self._send_second_leg(flight)
         self._end_stranded()
         self._dispatch()
 
@@ -272,18 +283,24 @@ class Service:
         terms = chosen.predicted
         flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
         decode = self.view.members[placement.decode].registration.peer
-        self.clients[placement.prefill].submit(
-            Submit(
-                request=flight.request.id,
-                attempt=flight.attempt,
-                prompt=flight.request.prompt,
-                generated=tuple(flight.tokens),
-                sampling=flight.request.sampling,
-                decode=decode if placement.remote else None,
-                slo=flight.request.slo,
-                stored_tokens=chosen.loaded_tokens and chosen.cached_tokens,
-            )
+        submission = Submit(
+            request=flight.request.id,
+            attempt=flight.attempt,
+            prompt=flight.request.prompt,
+            generated=tuple(flight.tokens),
+            sampling=flight.request.sampling,
+            decode=decode if placement.remote else None,
+            slo=flight.request.slo,
+            stored_tokens=chosen.loaded_tokens and chosen.cached_tokens,
         )
+        if placement.remote and self._config.handoff == "store" and (tier := self.relay.tier(placement)) is not None:
+            submission = self.relay.first_leg(flight, submission, tier)
+        self.clients[placement.prefill].submit(submission)
+
+    def _send_second_leg(self, flight: Flight) -> None:
+        submission = self.relay.second_leg(flight)
+        if submission is not None and flight.placed is not None:
+            self.clients[flight.placed.decode].submit(submission)
 
     def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
         """Place a request anew, at the head of the queue, behind the tokens its client has."""

@@ -60,6 +60,11 @@ class Stores:
             if not rows:
                 del self._sharing[place]
 
+    def shared(self, one: int, other: int) -> Tier | None:
+        """The fastest tier that two workers share."""
+        theirs = self._places.get(other, {})
+        return next((tier for tier in TIERS if tier in theirs and self._places[one].get(tier) == theirs[tier]), None)
+
     def measured(self, row: int, costs: Mapping[Tier, LinkCost]) -> None:
         """What loading from each tier takes this worker."""
         for at, tier in enumerate(TIERS):

@@ -24,10 +24,12 @@ from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import Store
+from bascule.kv.store.forms import Forms, fingerprint_with
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
 from bascule.models import load
-from bascule.types import CostModel, Epoch, Role, WorkerId
+from bascule.types import CostModel, Epoch, ModelCard, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
 from bascule.worker.parts import Identity, Parts
@@ -101,7 +103,9 @@ async def _run(settings: WorkerSettings) -> None:
 def build(settings: WorkerSettings) -> Parts:
     """Load the model, map KV memory and compose the engine."""
     config = settings.engine_config
+    codec = settings.store_config.kv_codec
     runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
+    runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec))
     layout = runner.card.layout
     num_blocks = config.kv_bytes // layout.block_bytes
     if num_blocks < 2:
@@ -109,7 +113,7 @@ def build(settings: WorkerSettings) -> Parts:
             f"kv-memory {config.kv_memory} holds {num_blocks} blocks of {layout.block_bytes} bytes "
             f"({layout.block_size} tokens each); give a few hundred blocks, {2 * layout.block_bytes} bytes at the least"
         )
-    if settings.store_config != StoreConfig() and not config.prefix_cache:
+    if settings.store_config.tiers and not config.prefix_cache:
         raise ConfigError("--kv-host, --kv-disk and --kv-remote need the prefix cache; leave out --no-prefix-cache")
     stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
@@ -127,7 +131,7 @@ def build(settings: WorkerSettings) -> Parts:
     engine.publishes = bool(stores)
     return Parts(
         runner=runner,
-        tiers=Tiers(stores, arena, books, runner.card.fingerprint) if stores else None,
+        tiers=_tiers(stores, arena, books, runner.card, codec) if stores else None,
         arena=arena,
         books=books,
         hasher=hasher,
@@ -135,6 +139,14 @@ def build(settings: WorkerSettings) -> Parts:
         max_sequences=config.max_sequences,
         cost=cost,
     )
+
+
+def _tiers(stores: list[Store], arena: Arena, books: Books, card: ModelCard, codec: str) -> Tiers:
+    try:
+        forms = Forms(codec, card.layout)
+    except ConfigError as error:
+        raise ConfigError(f"--kv-codec: {error}") from error
+    return Tiers(stores, arena, books, card.fingerprint, forms)
 
 
 def _torch_runner(settings: WorkerSettings) -> Runner:

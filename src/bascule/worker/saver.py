@@ -32,6 +32,8 @@ class Saver:
         self._saved = saved
         self._most = most
         self._line: dict[BlockHash, None] = {}
+        self._busy: Sequence[BlockHash] = ()
+        self._batch_done = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "kv-save", initializer=_give_way)
 
@@ -45,6 +47,12 @@ class Saver:
             del self._line[next(iter(self._line))]
         if self._line and self._task is None:
             self._task = asyncio.create_task(self._run())
+
+    async def passed(self, names: Sequence[BlockHash]) -> None:
+        """Wait until none of these blocks is in the line or being saved."""
+        while self._task is not None and any(name in self._line or name in self._busy for name in names):
+            batch_done = self._batch_done
+            await batch_done.wait()
 
     async def drain(self) -> None:
         """Wait until the line is empty."""
@@ -61,12 +69,21 @@ class Saver:
             while names := list(self._line)[:_AT_ONCE]:
                 for name in names:
                     del self._line[name]
-                if taken := await loop.run_in_executor(self._thread, self._save, names):
+                self._busy = names
+                taken = await loop.run_in_executor(self._thread, self._save, names)
+                if taken:
                     self._saved(taken)
+                self._end_batch()
         except Exception:
             log.exception("KV store: computed blocks could not be saved")
         finally:
             self._task = None
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        self._busy = ()
+        self._batch_done.set()
+        self._batch_done = asyncio.Event()
 
 
 def _give_way() -> None:

@@ -18,13 +18,14 @@ from threading import Event
 from msgspec import Struct
 
 from bascule.engine.core import Engine
+from bascule.engine.sequence import Key
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers, Wanted
 from bascule.policies.load import blocks_to_load, prompt_seconds
 from bascule.types import BlockHash, KVLayout, StoreLoad, Tier
-from bascule.wire import StorePlace
+from bascule.wire import StorePlace, Submit
 from bascule.worker.saver import Saver
 
 log = logging.getLogger(__name__)
@@ -52,15 +53,29 @@ class StoreSide:
     """One for a worker that has a store. Runs in the asyncio loop; files, servers and copies in threads of its own."""
 
     def __init__(
-        self, tiers: Tiers, engine: Engine, books: Books, hasher: BlockHasher, layout: KVLayout, tell: Tell
+        self,
+        tiers: Tiers,
+        engine: Engine,
+        books: Books,
+        hasher: BlockHasher,
+        layout: KVLayout,
+        tell: Tell,
+        on_saved: Callable[[Key], None] = lambda _: None,
     ) -> None:
-        """`tell` is told, in the loop, what has come into a tier and what was found missing there."""
+        """`tell` is told, in the loop, what has come into a tier and what was found missing there; `on_saved`, when
+        the KV of a request that asked for it (`Submit.save_to`) is in its tier."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
         self._hasher = hasher
         self._layout = layout
         self._tell = tell
+        self._on_saved = on_saved
+        self._starting: dict[Key, asyncio.Task[None]] = {}
+        """Requests that wait for what is loaded for them."""
+        self._to_save: dict[Key, Submit] = {}
+        """Those whose KV is to be saved when they have ended."""
+        self._saving_tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._savers = {
             tier: Saver(partial(tiers.save, tier), partial(self._saved, tier), books.num_blocks)
@@ -79,6 +94,45 @@ class StoreSide:
         """Their tokens that are not cached on the device."""
         self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
         self._askers = ThreadPoolExecutor(1, "kv-ask")
+
+    # ------------------------------------------------------------ requests
+
+    def start(self, submission: Submit, ready: Callable[[Submit, Brought | None], None]) -> asyncio.Task[None]:
+        """Have what the store holds of its prompt loaded, as far as that is worth it; then call `ready`.
+
+        The task that does so is for the caller to watch: with an error there the request would be lost.
+        """
+        key = Key(submission.request, submission.attempt)
+        if submission.save_to is not None:
+            self._to_save[key] = submission
+        task = self._starting[key] = asyncio.create_task(self._start(key, submission, ready))
+        return task
+
+    async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit, Brought | None], None]) -> None:
+        brought = await self.bring((*submission.prompt, *submission.generated), submission.stored_tokens)
+        del self._starting[key]
+        ready(submission, brought)
+
+    def ended(self, key: Key) -> None:
+        """A request has its last token; its blocks have been told to `computed`."""
+        if (submission := self._to_save.pop(key, None)) is not None:
+            task = asyncio.create_task(self._announce(key, submission))
+            self._saving_tasks.add(task)
+            task.add_done_callback(self._saving_tasks.discard)
+
+    async def _announce(self, key: Key, submission: Submit) -> None:
+        saver = self._savers.get(submission.save_to) if submission.save_to is not None else None
+        if saver is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await saver.passed(self._hasher.chain((*submission.prompt, *submission.generated)))
+        self._on_saved(key)
+
+    def cancel(self, key: Key) -> None:
+        """The request is no longer wanted here; does nothing for others."""
+        self._to_save.pop(key, None)
+        if (starting := self._starting.pop(key, None)) is not None:
+            starting.cancel()
 
     # ------------------------------------------------------------ down
 
@@ -254,6 +308,8 @@ class StoreSide:
 
     async def close(self) -> None:
         """Save what is left, for a while, and let go of the stores."""
+        for task in (*self._starting.values(), *self._saving_tasks):
+            task.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await asyncio.gather(*(saver.drain() for saver in self._savers.values()))

@@ -34,6 +34,7 @@ from bascule.wire import (
     Reregister,
     Resync,
     RouterMessage,
+    Saved,
     StepTokens,
     Stop,
     Submit,
@@ -48,7 +49,7 @@ from bascule.worker.parts import Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.steploop import StepLoop
-from bascule.worker.store_side import StoreSide
+from bascule.worker.store_side import Brought, StoreSide
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +76,13 @@ class Worker:
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._store: StoreSide | None = None
-        self._bringing: dict[Key, asyncio.Task[None]] = {}
-        """Requests that wait for KV from the store."""
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
         if parts.tiers is not None:
             self._store = StoreSide(
-                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell
+                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell, self._saved
             )
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
@@ -132,8 +131,6 @@ class Worker:
         finally:
             self._reporter.pause()
             self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
-            for bringing in self._bringing.values():
-                bringing.cancel()
             await self._prefill.close()
             for task in tasks:
                 task.cancel()
@@ -186,27 +183,26 @@ class Worker:
         self._received += 1
         if self._store is None:
             self._begin(submission)
-            return
-        key = Key(submission.request, submission.attempt)
-        self._bringing[key] = asyncio.create_task(self._bring(self._store, key, submission))
-        self._bringing[key].add_done_callback(self._task_ended)
+        else:
+            self._store.start(submission, self._brought).add_done_callback(self._task_ended)
 
-    async def _bring(self, store: StoreSide, key: Key, submission: Submit) -> None:
-        """Have what the store holds of a prompt loaded first; a cancel in the meantime ends this task."""
-        brought = await store.bring((*submission.prompt, *submission.generated), submission.stored_tokens)
-        del self._bringing[key]
+    def _brought(self, submission: Submit, brought: Brought | None) -> None:
+        """What the store had of a prompt, if anything, is on the device."""
         if brought is not None:
             self._link.send(
                 Loaded(
                     worker=self._identity.worker,
                     epoch=self._identity.epoch,
-                    request=key.request,
-                    attempt=key.attempt,
+                    request=submission.request,
+                    attempt=submission.attempt,
                     tokens=brought.tokens,
                     seconds=brought.seconds,
                 )
             )
         self._begin(submission)
+
+    def _saved(self, key: Key) -> None:
+        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
 
     def _begin(self, submission: Submit) -> None:
         key = Key(submission.request, submission.attempt)
@@ -235,8 +231,8 @@ class Worker:
         self._steps.wake()
 
     def _cancel(self, key: Key) -> None:
-        if (bringing := self._bringing.pop(key, None)) is not None:
-            bringing.cancel()
+        if self._store is not None:
+            self._store.cancel(key)
         self._prefill.cancel(key)
         self._decode.cancel(key)
         self._parts.engine.cancel(*key)
@@ -304,12 +300,16 @@ class Worker:
             key = Key(output.request, output.attempt)
             if output.finish is not None:
                 self._prefill.cancel(key)
+                if self._store is not None:
+                    self._store.ended(key)
             else:
                 self._prefill.first_token(key, output.token)
 
     # ------------------------------------------------------------ to the router
 
     def _fail(self, key: Key, message: str, *, retryable: bool) -> None:
+        if self._store is not None:
+            self._store.cancel(key)
         self._link.send(
             Failed(
                 worker=self._identity.worker,

@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from threading import Lock
 
-import numpy as np
 from msgspec import Struct
 
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
 from bascule.kv.store.base import Store, StoreStats
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
 from bascule.policies.load import UNMEASURED
 from bascule.types import BlockHash, LinkCost, Tier
 
-CODEC = "none"
 _BATCH = 16
 """Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
 _FORGOTTEN_S = 60.0
@@ -67,6 +66,7 @@ class Tiers:
         arena: Arena,
         books: Books,
         fingerprint: str,
+        forms: Forms,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`stores` from the fastest to the slowest, of different tiers; they are closed with this."""
@@ -76,6 +76,7 @@ class Tiers:
         self._arena = arena
         self._books = books
         self._fingerprint = fingerprint
+        self._forms = forms
         self._now = now
         self._lock = Lock()
 
@@ -143,14 +144,14 @@ class Tiers:
 
     def _load_from(self, tier: Tier, batch: Sequence[Wanted]) -> list[bool]:
         begun = self._now()
-        store, planes = self.stores[tier], self._arena.layout.planes
+        store = self.stores[tier]
         good, invalid, size = [False] * len(batch), [], 0
         for index, (each, data) in enumerate(zip(batch, store.get([one.name for one in batch]), strict=True)):
             if data is None:
                 continue
             try:
                 payload = unpack(each.name, self._fingerprint, each.tokens, data)
-                self._put(each.block, payload, planes)
+                self._forms.decode(payload, self._arena.bytes[:, each.block : each.block + 1])
             except InvalidRecord as error:
                 invalid.append((each.name, error.reason))
             else:
@@ -161,14 +162,6 @@ class Tiers:
             store.drop([name for name, _ in invalid])
         return good
 
-    def _put(self, block: int, payload: Payload, planes: int) -> None:
-        if payload.codec != CODEC:
-            raise InvalidRecord("codec")
-        data = np.frombuffer(payload.data, np.uint8)
-        if data.size != self._arena.layout.block_bytes:
-            raise InvalidRecord("layout")
-        self._arena.bytes[:, block] = data.reshape(planes, -1)
-
     def _loaded(self, tier: Tier, blocks: int, size: int, seconds: float, invalid: Counter[str]) -> None:
         with self._lock:
             figures = self.figures[tier]
@@ -178,7 +171,9 @@ class Tiers:
             figures.invalid.update(invalid)
             if blocks > 1 and seconds > 0:
                 guess = UNMEASURED[tier]
-                times = seconds / (guess.latency_s + size / guess.bytes_per_s)
+                # By what lies in the arena then: whoever asks for the cost knows nothing of codecs.
+                whole = blocks * self._arena.layout.block_bytes
+                times = seconds / (guess.latency_s + whole / guess.bytes_per_s)
                 self._slowness[tier] = _Slowness(self._times(tier) ** (1 - _LEARNT) * times**_LEARNT, self._now())
 
     # ------------------------------------------------------------ down
@@ -191,7 +186,7 @@ class Tiers:
         store, taken = self.stores[tier], list[BlockHash]()
         for batch in _batches(names):
             absent = [name for name, held in zip(batch, store.holds(batch), strict=True) if not held]
-            items = self._records(self._books.peek(absent))
+            items = self._records(self._books.peek(absent), tier)
             if not items:
                 continue
             count = store.put(items)
@@ -202,11 +197,15 @@ class Tiers:
                 self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
         return taken
 
-    def _records(self, entries: Sequence[CachedBlock]) -> dict[BlockHash, bytes]:
-        copies = [np.ascontiguousarray(self._arena.bytes[:, entry.block]) for entry in entries]
+    def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
+        if not entries:
+            return {}
+        copies = self._arena.bytes[:, [entry.block for entry in entries]]
+        unchanged = self._books.unchanged(entries)
+        codec, data = self._forms.encode(copies, self.costs()[tier])
         return {
-            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(CODEC, copy.data))
-            for entry, copy, whole in zip(entries, copies, self._books.unchanged(entries), strict=True)
+            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data))
+            for entry, record, whole in zip(entries, data, unchanged, strict=True)
             if whole
         }
 
