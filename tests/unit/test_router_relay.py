@@ -88,6 +88,22 @@ async def test_what_is_not_saved_in_time_is_not_waited_for() -> None:
 
 
 @scenario
+async def test_a_first_leg_whose_token_was_lost_on_the_way_is_placed_again() -> None:
+    """Nothing else would come after it to show that it is missing."""
+    bench = RelayBench()
+    task = bench.start(tokens=40)
+    await settle()
+    bench.saved()
+    assert [each.attempt for each in bench.sent("p")] == [0, 1]
+    bench.tokens("p", item(0, 50, attempt=1, finish=FinishReason.LENGTH))
+    flight = await task
+    bench.saved(attempt=1)
+    [second] = bench.sent("d")
+    assert (second.attempt, second.generated) == (1, (50,))
+    flight.cancel()
+
+
+@scenario
 async def test_a_prefill_worker_that_dies_after_the_second_leg_began_is_not_missed() -> None:
     bench = RelayBench()
     task = bench.start(tokens=40)

@@ -165,8 +165,13 @@ class Service:
     def saved(self, message: Saved) -> None:
         """The KV of a request's first leg is in the store."""
         flight = self._flights.get(message.request)
-        if flight is not None and flight.attempt == message.attempt:
-            self._send_second_leg(flight)
+        if flight is None or flight.attempt != message.attempt:
+            return
+        if flight.first_leg and flight.prefilling:  # its one token was sent before this, and nothing comes after it
+            self._again(flight, message.worker, "its first token was lost")
+            self._dispatch()
+            return
+        self._send_second_leg(flight)
 
     def failed(self, message: Failed) -> None:
         flight = self._flights.get(message.request)
