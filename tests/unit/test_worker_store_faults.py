@@ -15,7 +15,7 @@ from test_worker_store_side import HASHER, Node, prompt_of
 from bascule.control.actuators import process
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
-from bascule.kv.store.tiers import Tiers
+from bascule.kv.store.tiers import Tiers, _Slowness
 from bascule.types import BlockHash, CostModel, Tier
 from bascule.worker import store_side
 from bascule.worker.store_side import Brought, StoreSide
@@ -159,3 +159,28 @@ def test_a_request_whose_loading_fails_unforeseen_is_not_lost() -> None:
 def test_a_worker_gives_up_saving_long_before_it_is_killed() -> None:
     """A killed one closes no store: the memory of the host tier would stay taken."""
     assert store_side._FLUSH_S <= process._GRACE_S / 2
+
+
+class Asked(MemoryStore):
+    """Counts how often it is asked for anything."""
+
+    times = 0
+
+    def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        self.times += 1
+        return super().holds(names)
+
+
+def test_a_tier_that_takes_longer_than_computing_is_not_even_asked(stack: ExitStack) -> None:
+    host, remote = Asked(1 << 20), Asked(1 << 20, Tier.REMOTE)
+
+    async def run() -> None:
+        node = Node([host, remote], stack)
+        node.rig.engine.cost = CostModel(token_s=1e-4)
+        node.tiers._slowness[Tier.REMOTE] = _Slowness(1000.0, node.tiers._now())
+        await node.side.bring(list(range(1, 41)), believed_tokens=40)
+        await asyncio.sleep(0)
+        assert (host.times, remote.times) == (1, 0)
+        assert {tier for tier, _, _ in node.told} == {Tier.HOST}, "of the other nothing was learnt"
+
+    asyncio.run(run())

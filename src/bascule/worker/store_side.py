@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers, Wanted
 from bascule.policies.load import blocks_to_load, prompt_seconds
-from bascule.types import BlockHash, KVLayout, StoreLoad, Tier
+from bascule.types import BlockHash, CostModel, KVLayout, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
 from bascule.worker.saver import Saver
 
@@ -200,11 +201,13 @@ class StoreSide:
         if given_up.is_set():
             return None
         begun = self._loop.time()
-        run = self._tiers.find(hashes[cached:])
-        if missing := hashes[cached + len(run) : believed]:
-            self._loop.call_soon_threadsafe(self._missing, missing)
         size, block_bytes = self._layout.block_size, self._layout.block_bytes
         model = self._engine.cost
+        spared = math.inf if model == CostModel() else prompt_seconds(model, len(tokens), cached * size)
+        tiers = self._tiers.within(spared)
+        run = self._tiers.find(hashes[cached:], tiers)
+        if missing := hashes[cached + len(run) : believed]:
+            self._loop.call_soon_threadsafe(self._missing, missing, tiers)
         count = blocks_to_load(
             run,
             self._tiers.costs(),
@@ -245,8 +248,8 @@ class StoreSide:
         self._saved_s.update({tier: saved_s * count / (len(came) * size) for tier, count in by_tier.items()})
         return Brought(by_tier, seconds)
 
-    def _missing(self, names: Sequence[BlockHash]) -> None:
-        for tier in self._tiers.stores:
+    def _missing(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
+        for tier in tiers:
             self._tell(tier, (), names)
 
     def _found(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
@@ -262,7 +265,7 @@ class StoreSide:
         if not self._places:
             for tier, store in self._tiers.stores.items():
                 capacity = store.stats().capacity_bytes or 0
-                self._places[tier] = StorePlace(store.place, capacity // self._layout.block_bytes)
+                self._places[tier] = StorePlace(store.place, capacity // self._tiers.least_block_bytes)
         return self._places
 
     def tell_all(self) -> None:

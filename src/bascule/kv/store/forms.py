@@ -39,6 +39,8 @@ class Forms:
         names = AUTOMATIC if codec == AUTO else (EXACT, codec)
         self._codecs = {name: codec_named(name, layout) for name in names}
         self._layout = layout
+        self.least_bytes = min(each.record_bytes for each in self._codecs.values())
+        """Of a block in the smallest form that is used."""
         self._costs: Sequence[CodecCost] = ()
         self._chosen = self._codecs.get(codec, self._exact)
         if codec == AUTO:

@@ -85,6 +85,11 @@ class Tiers:
         with self._lock:
             return {tier: self._cost(tier) for tier in self.stores}
 
+    @property
+    def least_block_bytes(self) -> int:
+        """Of a block in the form that takes least."""
+        return self._forms.least_bytes
+
     def _cost(self, tier: Tier) -> LinkCost:
         guess, times = UNMEASURED[tier], self._times(tier)
         return LinkCost(guess.latency_s * times, guess.bytes_per_s / times)
@@ -99,13 +104,17 @@ class Tiers:
 
     # ------------------------------------------------------------ up
 
-    def find(self, names: Sequence[BlockHash]) -> list[Tier]:
-        """The fastest tier of each leading block that any tier has; ends with the first that none has."""
+    def within(self, seconds: float) -> list[Tier]:
+        """The tiers that have anything to give in that time, the fastest first."""
+        return [tier for tier, cost in self.costs().items() if cost.latency_s <= seconds]
+
+    def find(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> list[Tier]:
+        """The fastest of `tiers` for each leading block that any of them has; ends with the first that none has."""
         found: dict[int, Tier] = {}
         missing = list(range(len(names)))
-        for tier, store in self.stores.items():
+        for tier in tiers:
             if missing:
-                there = store.holds([names[index] for index in missing])
+                there = self.stores[tier].holds([names[index] for index in missing])
                 found |= {index: tier for index, held in zip(missing, there, strict=True) if held}
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
