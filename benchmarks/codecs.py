@@ -6,8 +6,7 @@ The KV of the first `--context` tokens of each text is computed, passed through 
 `--positions` tokens are computed over it. What is compared are the distributions after each of these, with those over
 the KV as it was (`none`): KL of the exact distribution from the other, in nats, mean over positions; "top moved" is the
 mean change of the log probability of the exact one's most likely token; "same top" the share of positions whose most
-likely token is the same. Ratio and GB/s (10^9 bytes of KV before encoding, one thread, median) are of the texts' KV;
-ADR 0014 says what the variants are for.
+likely token is the same. Ratio and GB/s (10^9 bytes of KV before encoding, one thread, median) are of the texts' KV.
 """
 
 from __future__ import annotations

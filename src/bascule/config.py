@@ -89,6 +89,30 @@ class EngineConfig:
         return parse_size(self.kv_memory, "kv-memory")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """The KV store: where computed blocks are kept beside the workers' own KV memory, and found again."""
+
+    kv_host: str | None = None
+    """Memory of this machine, shared by all its workers, in which blocks outlive their eviction: `4GiB`."""
+    kv_disk: str | None = None
+    """Directory and size, `/var/cache/kv:50GiB`, in which blocks outlive workers; machines may share it."""
+    kv_remote: str | None = None
+    """Redis or Valkey servers, `redis://host1:6379,host2`, over which blocks are spread; any number of clusters may
+    share them."""
+    kv_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
+    """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quickest of
+    none, fp8 and int8."""
+
+    def __post_init__(self) -> None:
+        _require(self.tiers or self.kv_codec == "none", "kv_codec", self.kv_codec, "left out without a tier")
+
+    @property
+    def tiers(self) -> bool:
+        """Whether there is any."""
+        return (self.kv_host, self.kv_disk, self.kv_remote) != (None, None, None)
+
+
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 1e6
 """Beyond these, a bound is a slip of the pen."""
 
@@ -142,6 +166,9 @@ class RoutingConfig:
     admission: Literal["queue", "slo"] = "queue"
     """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their TTFT or
     TPOT are answered 429 with Retry-After, when they come or when it is their turn."""
+    handoff: Literal["push", "store"] = "push"
+    """How KV goes from a prefill to a decode worker: pushed from one to the other; or by way of a tier of the KV store
+    that both have (else pushed), so that neither needs to reach the other."""
     balance: Literal["least-loaded", "round-robin"] = "least-loaded"
     """How a worker is picked within a pool."""
     queue_limit: int = 1024

@@ -167,6 +167,31 @@ class StepLoad(Struct, frozen=True, array_like=True):
     """Tokens of context of these."""
 
 
+class StoreLoad(Struct, frozen=True, kw_only=True):
+    """One tier of the KV store as a worker sees it. What it holds is all that is there; the rest is this worker's own,
+    since its start."""
+
+    blocks: int = 0
+    bytes: int = 0
+    capacity_bytes: int | None = None
+    """None where no bound is known."""
+    evictions: int = 0
+    errors: dict[str, int] = {}
+    """Blocks not read, taken or dropped, by reason."""
+    invalid: dict[str, int] = {}
+    """Blocks that were read and were not what they should have been, by reason: misses."""
+    hit_tokens: int = 0
+    """Prompt tokens loaded and not computed."""
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
+    load_s: float = 0.0
+    """Seconds spent loading."""
+    spared_s: float = 0.0
+    """Seconds of computing that this has spared, by the cost model."""
+    cost: LinkCost | None = None
+    """What loading from it takes."""
+
+
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
@@ -184,7 +209,9 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     handoff_refused: dict[str, int] = {}
     """Handoffs that this worker refused since the start, by reason."""
     hit_tokens: int = 0
-    """Prompt tokens found in the device prefix cache since the start."""
+    """Prompt tokens found in the device prefix cache since the start, those loaded from a store included."""
+    stores: dict[Tier, StoreLoad] = {}
+    """The tiers below the device that this worker has."""
     step: StepLoad | None = None
     cost: CostModel | None = None
     """The worker's cost model as last fitted."""
@@ -257,6 +284,8 @@ class Delta(Struct, frozen=True, kw_only=True):
     """Set on the last delta only."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found and not computed (the same on every delta of a request)."""
+    loaded_tokens: dict[Tier, int] = {}
+    """Those of them that came from a tier of the store."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -294,5 +323,7 @@ class ClusterState(Struct, frozen=True, kw_only=True):
     active: int
     """Requests placed and not ended."""
     routing: RoutingFigures = RoutingFigures()
+    store_handoffs: int = 0
+    """Requests that went from one worker to another by way of the KV store."""
     kv_faults: dict[str, int] = {}
     """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), by kind."""

@@ -21,12 +21,13 @@ from bascule.types import (
     Slo,
     StepLoad,
     TicketId,
+    Tier,
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
 )
 
-VERSION = 2
+VERSION = 3
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -55,6 +56,14 @@ class Starting(Struct, frozen=True, tag=True):
     stage: str
 
 
+class StorePlace(Struct, frozen=True):
+    """A tier's place: equal ids mean that what one worker saves there, the other finds."""
+
+    id: str
+    blocks: int
+    """Most blocks of this worker's layout that it holds; 0 where no bound is known."""
+
+
 class Register(Struct, frozen=True, tag=True, kw_only=True):
     """A worker offers itself; answered by `Registered` or `Refused`."""
 
@@ -70,6 +79,8 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     kv_blocks: int
     machine: str
     """Equal where workers share memory."""
+    stores: dict[Tier, StorePlace] = {}
+    """The tiers of the KV store that this worker has."""
     cost: CostModel
 
 
@@ -102,6 +113,27 @@ class StepTokens(Struct, frozen=True, tag=True):
     items: tuple[TokenItem, ...]
     load: StepLoad | None = None
     """What the worker has before it now."""
+
+
+class Loaded(Struct, frozen=True, tag=True, kw_only=True):
+    """KV of a request's prompt was loaded from the store, before the engine had the request."""
+
+    worker: WorkerId
+    epoch: Epoch
+    request: RequestId
+    attempt: int
+    tokens: dict[Tier, int]
+    """By the tier that they came from."""
+    seconds: float
+
+
+class Saved(Struct, frozen=True, tag=True):
+    """What a request with `save_to` computed is in the store, or will not come there."""
+
+    worker: WorkerId
+    epoch: Epoch
+    request: RequestId
+    attempt: int
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
@@ -143,7 +175,7 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-WorkerMessage = Starting | Register | Heartbeat | StepTokens | Failed | KvEvents | Goodbye
+WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | Failed | KvEvents | Goodbye
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -179,6 +211,11 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     decode: PeerAddress | None = None
     slo: Slo | None = None
     """What this request asks for itself; None for what the worker was started with."""
+    stored_tokens: int = 0
+    """Leading tokens that the worker is expected to have once it has loaded what the store holds; 0 if none of them
+    are to be loaded."""
+    save_to: Tier | None = None
+    """Answer `Saved` once the prompt's KV is in that tier of the store."""
 
 
 class Cancel(Struct, frozen=True, tag=True):

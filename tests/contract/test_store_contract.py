@@ -8,10 +8,11 @@ from threading import Thread
 from time import sleep
 
 import pytest
-from store_rig import Place, RedisProcess, make_place, name_of, redis_process, value_of
+from store_rig import Place, make_place, name_of, value_of
 
 from bascule.kv.store.base import Fault
 from bascule.types import Tier
+from support.redis_server import RedisProcess, redis_process
 
 A, B, C, D, E, F = (name_of(number) for number in range(1, 7))
 LARGE = 400_000
@@ -190,6 +191,17 @@ def test_eight_threads_at_once_see_whole_blocks_only(place: Place) -> None:
         thread.join()
     assert wrong == []
     assert store.stats().errors == {}
+
+
+@lasting
+def test_stores_on_one_place_have_its_name_and_tell_what_is_there(place: Place) -> None:
+    one, other = place.open(), place.open()
+    assert one.place == other.place != ""
+    names = {name_of(number) for number in range(300)}
+    one.put({name: value_of(1, 10) for name in names})
+    assert {name for page in other.names() for name in page} == names
+    other.close()
+    assert list(other.names()) in ([], [[]])
 
 
 @lasting

@@ -179,6 +179,27 @@ def test_kv_copied_to_another_engine_continues_exactly_as_it_would_locally(
     decode.assert_idle()
 
 
+@pytest.mark.parametrize("handoff", [False, True])
+def test_where_all_blocks_are_published_those_found_in_the_cache_have_been(handoff: bool) -> None:
+    """A long prefix copied anew for each prompt that begins with it would make every stream wait."""
+    rig = Rig(own_memory=True)
+    rig.engine.publishes = True
+    rig.engine.submit(work("before", PROMPT, greedy(1)))
+    rig.run()
+    published: list[int] = []
+    publish = rig.runner.publish
+    rig.runner.publish = lambda blocks: (published.extend(blocks), publish(blocks))[1]  # type: ignore[method-assign]
+    rig.engine.submit(work("a", PROMPT, greedy(2), handoff=handoff))
+    rig.engine.permit(NAME, 1)
+    rig.step()
+    [sequence] = rig.engine._scheduler.sequences.values()
+    cached = sequence.lease.blocks[: sequence.lease.cached]
+    assert cached and published and not set(cached) & set(published)
+    if handoff:
+        held = list(rig.progress[-1].blocks[: len(cached)])
+        assert (rig.arena.bytes[:, held] == rig.runner._memory[:, held]).all()
+
+
 def test_a_block_that_did_not_arrive_changes_the_tokens() -> None:
     prefill, decode = Rig(), Rig()
     progress = parked(prefill, greedy(8))

@@ -1,4 +1,4 @@
-"""The books: leases, the prefix cache, eviction, quarantine, placement, and the proof that they add up."""
+"""The books: leases, the prefix cache, quarantine, placement, and the proof that they add up."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from threading import Thread
 
 import pytest
+from books_rig import HASHER, SIZE, cache, find, prompt, seal, take
 
 from bascule.kv.arena import runs
-from bascule.kv.books import Books, Counts, Lease, LeaseError
-from bascule.kv.hashing import BlockHasher
+from bascule.kv.books import Books, Counts, LeaseError
 from bascule.types import BlockHash
-
-SIZE = 4
-HASHER = BlockHasher("model", SIZE)
 
 
 @pytest.fixture
@@ -21,33 +18,6 @@ def books() -> Iterator[Books]:
     books = Books(16, SIZE)
     yield books
     assert books.check_integrity() == []
-
-
-def prompt(blocks: int, seed: int = 0) -> list[int]:
-    return [1000 * seed + position for position in range(blocks * SIZE)]
-
-
-def take(books: Books, total: int, room: int = 0) -> Lease:
-    lease = books.acquire([], [], total, room)
-    assert lease is not None
-    return lease
-
-
-def find(books: Books, tokens: list[int], total: int, room: int = 0) -> Lease:
-    lease = books.acquire(HASHER.chain(tokens), tokens, total, room)
-    assert lease is not None
-    return lease
-
-
-def seal(lease: Lease, tokens: list[int], start: int = 0) -> None:
-    lease.seal(start, HASHER.chain(tokens)[start:], tokens[start * SIZE :])
-
-
-def cache(books: Books, tokens: list[int]) -> list[int]:
-    """Leave the blocks of `tokens` cached; returns them."""
-    with take(books, len(tokens) // SIZE) as lease:
-        seal(lease, tokens)
-        return list(lease.blocks)
 
 
 # ---------------------------------------------------------------- states
@@ -177,56 +147,6 @@ def test_only_full_blocks_of_the_lease_can_be_sealed(books: Books, start: int, h
     lease = take(books, 2)
     with pytest.raises(LeaseError, match="cannot seal"):
         lease.seal(start, [BlockHash(bytes([n] * 16)) for n in range(hashes)], list(range(tokens)))
-
-
-# ---------------------------------------------------------------- eviction
-
-
-def test_free_blocks_are_used_before_cached_ones(books: Books) -> None:
-    cache(books, prompt(4))
-    take(books, 12)
-    assert books.counts == Counts(0, 4, 12, 0)
-    assert books.evictions == 0
-
-
-def test_the_oldest_prefix_is_evicted_first_and_from_its_end(books: Books) -> None:
-    old, new = prompt(4), prompt(4, seed=1)
-    cache(books, old)
-    cache(books, new)
-    take(books, 10).release()
-    assert find(books, new, 4).cached == 4
-    assert find(books, old, 4).cached == 2
-    assert books.evictions == 2
-
-
-def test_a_prefix_that_was_used_again_is_young(books: Books) -> None:
-    old, new = prompt(4), prompt(4, seed=1)
-    cache(books, old)
-    cache(books, new)
-    find(books, old, 4).release()
-    take(books, 12).release()
-    assert find(books, old, 4).cached == 4
-    assert find(books, new, 4).cached == 0
-
-
-def test_what_an_acquisition_pins_it_does_not_evict(books: Books) -> None:
-    tokens = prompt(8)
-    cache(books, tokens)
-    take(books, 8)
-    assert books.acquire(HASHER.chain(tokens), tokens, 9) is None
-    assert books.counts == Counts(0, 8, 8, 0)
-    lease = find(books, tokens[: 4 * SIZE], 8)
-    assert lease.cached == 4
-    assert len(set(lease.blocks)) == 8
-
-
-def test_a_failed_acquisition_does_not_make_its_prefix_young(books: Books) -> None:
-    old, new = prompt(4), prompt(4, seed=1)
-    cache(books, old)
-    cache(books, new)
-    assert books.acquire(HASHER.chain(old), old, 17) is None
-    take(books, 12).release()
-    assert find(books, new, 4).cached == 4
 
 
 # ---------------------------------------------------------------- quarantine
@@ -359,7 +279,10 @@ def test_every_kind_of_lie_is_found() -> None:
         "books._free[3] = False",
         "books._free[1] = True",
         "books._quarantined.add(2)",
-        "books._evictable[1] = None",
+        "books._evictable.offer([1])",
+        "books._evictable._count += 1",
+        "books._evictable._after[-1] = 1",
+        "books._evictable.use([3])",
         "books._by_hash.clear()",
         "books._leases.clear()",
         "lease._blocks.append(0)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -16,7 +17,12 @@ from bascule.types import BlockHash
 SIZE = 2
 BLOCKS = 7
 HASHER = BlockHasher("model", SIZE)
-prompts = st.lists(st.integers(0, 1), max_size=4 * SIZE)
+prompts = st.lists(st.integers(0, 1), max_size=4 * SIZE) | st.integers(0, 4).map(lambda blocks: [0] * blocks * SIZE)
+PREVIOUS: dict[BlockHash, BlockHash | None] = {}
+"""By hash, that of the block before it; None for a first block. Of all prompts that there are."""
+for bits in product((0, 1), repeat=4 * SIZE):
+    chain = HASHER.chain(bits)
+    PREVIOUS.update(zip(chain, [None, *chain], strict=False))
 
 
 class Held:
@@ -123,14 +129,14 @@ class BooksMachine(RuleBasedStateMachine):
         changes = self.books.changes()
         assert self.told.isdisjoint(changes.stored) and self.told.issuperset(changes.removed)
         self.told = (self.told - set(changes.removed)) | set(changes.stored)
-        assert self.told == set(self.books.findable())
+        assert self.told == set(self.books._by_hash)
 
     @rule()
     def tell_all(self) -> None:
         inventory = self.books.inventory()
         assert inventory.removed == []
         self.told = set(inventory.stored)
-        assert self.told == set(self.books.findable())
+        assert self.told == set(self.books._by_hash)
 
     @invariant()
     def books_are_clean_and_agree(self) -> None:
@@ -140,6 +146,13 @@ class BooksMachine(RuleBasedStateMachine):
         assert counts.held == len(naming)
         assert counts.quarantined == len(self.out_of_use)
         assert counts.free + counts.cached == len(self.unused())
+
+    @invariant()
+    def what_nobody_holds_has_its_prefix(self) -> None:
+        held = {block for held in self.held for block in held.blocks}
+        findable = set(self.books._by_hash)
+        for name, entry in self.books._by_hash.items():
+            assert entry.block in held or PREVIOUS[name] in {None, *findable}
 
     def teardown(self) -> None:
         for held in self.held:

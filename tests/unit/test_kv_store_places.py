@@ -9,10 +9,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bascule.config import StoreConfig
 from bascule.errors import ConfigError
-from bascule.kv.store.places import DiskPlace, disk_store, host_store, parse_disk, parse_host
+from bascule.kv.store import remote
+from bascule.kv.store.places import (
+    DiskPlace,
+    check_host,
+    check_stores,
+    disk_store,
+    host_store,
+    parse_disk,
+    parse_host,
+)
 from bascule.kv.store.targets import parse_remote
-from bascule.types import Tier
+from bascule.types import BlockHash, Tier
 
 SECRET = "hunter2"
 
@@ -149,3 +159,60 @@ def test_a_malformed_server_names_the_key_and_tells_no_password(text: str) -> No
         parse_remote(text)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_the_last_to_leave_the_host_tier_gives_its_memory_back(tmp_path: Path) -> None:
+    first, second = (host_store(1 << 20, tmp_path) for _ in range(2))
+    name = BlockHash(bytes(16))
+    first.put({name: b"kv"})
+    first.close()
+    assert second.get([name]) == [b"kv"]
+    check_host(1 << 20, tmp_path)
+    assert second.holds([name]) == [True], "looking at it is not using it"
+    second.close()
+    third = host_store(1 << 20, tmp_path)
+    assert third.get([name]) == [None]
+    third.close()
+
+
+def test_all_tiers_are_checked_before_a_worker_starts(tmp_path: Path) -> None:
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB", kv_remote="redis://127.0.0.1:1"))
+    for config, key in (
+        (StoreConfig(kv_disk=f"{tmp_path}/file/x:1MiB"), "--kv-disk"),
+        (StoreConfig(kv_disk=str(tmp_path)), "--kv-disk"),
+        (StoreConfig(kv_host="much"), "--kv-host"),
+        (StoreConfig(kv_remote="http://host"), "--kv-remote"),
+    ):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match=key):
+            check_stores(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("redis://localhost", True),
+        ("redis://127.0.0.1:7000,h2", True),
+        ("redis://[::1]", True),
+        ("unix:///run/redis.sock", True),
+        ("redis://10.0.0.1,h2", False),
+    ],
+)
+def test_a_machines_own_server_is_not_the_next_ones(text: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+    for machine in ("here", "there"):
+        monkeypatch.setattr(remote, "machine_id", lambda name=machine: name)
+        store = remote.RemoteStore(parse_remote(text))
+        places.append(store.place)
+        store.close()
+    assert (places[0] != places[1]) is own
+
+
+def test_a_check_evicts_nothing(tmp_path: Path) -> None:
+    """What the check is made for may be refused for another reason, and a bound may be a slip of the pen."""
+    store = disk_store(DiskPlace(tmp_path, 1 << 20))
+    names = [BlockHash(bytes([number]) * 16) for number in range(8)]
+    store.put({name: bytes(1000) for name in names})
+    store.close()
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:2000"))
+    assert len(list(tmp_path.glob("v1/*/" + "[0-9a-f]" * 32))) == 8

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
+from bascule.kv.store.record import (
+    HEAD_BYTES,
+    InvalidRecord,
+    Label,
+    Payload,
+    inspect,
+    label,
+    model_digest,
+    pack,
+    unpack,
+)
 from bascule.types import BlockHash
 
 NAME = BlockHash(bytes(range(16)))
@@ -16,10 +26,16 @@ PAYLOAD = Payload("int8", bytes(range(256)) * 4)
 RECORD = pack(NAME, "model", TOKENS, PAYLOAD)
 
 
+LABEL = Label(NAME, model_digest("model"), "int8", 4)
+
+
 def reason(name: BlockHash = NAME, model: str = "model", tokens: tuple[int, ...] = TOKENS, data: bytes = RECORD) -> str:
     with pytest.raises(InvalidRecord) as caught:
         unpack(name, model, tokens, data)
     assert caught.value.reason in str(caught.value)
+    if caught.value.reason not in ("fingerprint", "tokens"):
+        with pytest.raises(InvalidRecord, match=caught.value.reason):
+            inspect(name, data)
     return caught.value.reason
 
 
@@ -59,6 +75,34 @@ def test_what_has_no_room_in_a_record_is_an_error() -> None:
         pack(BlockHash(b"short"), "model", TOKENS, PAYLOAD)
     with pytest.raises(OverflowError):
         pack(NAME, "model", (2**32,), PAYLOAD)
+    with pytest.raises(ValueError, match="at most 204 bytes"):
+        pack(NAME, "model", TOKENS, Payload("x" * 205, b""))
+
+
+def test_a_record_says_what_it_is_without_model_and_tokens() -> None:
+    assert inspect(NAME, RECORD) == label(RECORD[:HEAD_BYTES], len(RECORD)) == LABEL
+    assert LABEL.model != model_digest("model2")
+
+
+def test_the_longest_name_of_a_codec_fits_into_the_head() -> None:
+    record = pack(NAME, "model", TOKENS, Payload("x" * 204, b"data"))
+    assert label(record[:HEAD_BYTES], len(record)).codec == "x" * 204
+    assert unpack(NAME, "model", TOKENS, record) == Payload("x" * 204, b"data")
+    longer = b"".join([record[:6], (205).to_bytes(2, "little"), record[8:52], b"x", record[52:]])
+    assert reason(data=longer) == "format"
+
+
+def test_a_head_shorter_than_its_record_should_have_is_refused() -> None:
+    for cut in (0, 10, HEAD_BYTES - 1):
+        with pytest.raises(InvalidRecord, match="length"):
+            label(RECORD[:cut], len(RECORD))
+
+
+def test_the_head_of_a_damaged_record_still_says_what_it_was() -> None:
+    damaged = RECORD[:-20] + b"?" + RECORD[-19:]
+    assert label(damaged[:HEAD_BYTES], len(damaged)) == LABEL
+    with pytest.raises(InvalidRecord, match="checksum"):
+        inspect(NAME, damaged)
 
 
 def test_the_payload_is_a_view_and_no_copy() -> None:

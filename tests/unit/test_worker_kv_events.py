@@ -26,7 +26,8 @@ from bascule.wire import KvEvents, Resync, WorkerMessage
 from bascule.worker import kv_events
 from bascule.worker.kv_events import KvReporter
 from bascule.worker.link import RouterSocket
-from bascule.worker.worker import Identity, Parts, Worker
+from bascule.worker.parts import Identity, Parts
+from bascule.worker.worker import Worker
 
 NAME, EPOCH = WorkerId("a"), Epoch("a-1")
 
@@ -62,7 +63,7 @@ def test_after_work_with_evictions_the_index_is_what_the_books_find(
             rig.step()
             reporter.tell_changes()
             if not lost:
-                assert_index_is(bench.view, rig.books.findable())
+                assert_index_is(bench.view, list(rig.books._by_hash))
     assert rig.books.evictions > 20
     assert bool(bench.view.kv_faults) == bool(lost)
     for _ in range(50):
@@ -71,7 +72,7 @@ def test_after_work_with_evictions_the_index_is_what_the_books_find(
         if not bench.view.members[NAME].kv.should_ask(bench.clock.now()):
             break
         reporter.tell_all()
-    assert_index_is(bench.view, rig.books.findable())
+    assert_index_is(bench.view, list(rig.books._by_hash))
     rig.arena.close()
 
 
@@ -158,7 +159,7 @@ class Cluster:
 
     def in_step(self) -> bool:
         """The books stand still, and the index says the same."""
-        names = self.books.findable()
+        names = list(self.books._by_hash)
         row = self.view.members[NAME].row
         here = [name for name in names if self.view.index.match([name]).device[row] == 1]
         return len(here) == len(names) == self.view.index.blocks

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 from msgspec import Struct
 
 from bascule.api.text import Piece
+from bascule.types import Tier
 
 _encode = msgspec.json.Encoder().encode
 
@@ -39,18 +41,23 @@ class Form(Protocol):
 
 
 class Usage(Struct, frozen=True):
-    """Token counts; `cached_tokens` are those of the prompt whose KV was found and not computed."""
+    """Token counts; `cached_tokens` are those of the prompt whose KV was found and not computed, `loaded_tokens` those
+    of them that came from a tier of the store."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    loaded_tokens: Mapping[Tier, int] = {}
 
     def fields(self) -> dict[str, object]:
+        cached: dict[str, object] = {"cached_tokens": self.cached_tokens}
+        if self.loaded_tokens:
+            cached["loaded_tokens"] = self.loaded_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": cached,
         }
 
 

@@ -19,7 +19,7 @@ from bascule.cli.report import write_json
 from bascule.errors import BasculeError, ConfigError
 
 _TIMEOUT_S = 10.0
-_TERMS = ("ttft", "tpot", "gap", "queue", "prefill", "transfer", "harm")
+_TERMS = ("ttft", "tpot", "gap", "queue", "load", "prefill", "transfer", "harm")
 _MEASURED = ("ttft", "tpot", "gap")
 
 
@@ -167,9 +167,11 @@ def _comparison(attempts: list[dict[str, Any]], actual: dict[str, Any]) -> Table
 
 
 def _summary(actual: dict[str, Any]) -> str:
+    loaded = ", ".join(f"{count} from {tier}" for tier, count in actual["loaded_tokens"].items())
     return (
         f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
         f"{actual['cached_tokens']} prompt tokens cached"
+        + (f", of which loaded {loaded} in {_ms(actual['load_s'])} ms" if loaded else "")
     )
 
 

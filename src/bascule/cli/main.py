@@ -18,6 +18,7 @@ from bascule.config import (
     PoolConfig,
     RoutingConfig,
     SloConfig,
+    StoreConfig,
     read_config_file,
 )
 from bascule.errors import BasculeError, ConfigError, ModelError
@@ -33,15 +34,26 @@ app.command("bascule.cli.router:router", name="router", help="Run a router witho
 app.command("bascule.cli.worker:worker", name="worker", help="Run one worker and join a router.")
 app.command("bascule.cli.explain:explain", name="explain", help="Say why a request went where it did.")
 app.command("bascule.cli.models:app", name="models", help="Pull models, and list those on this machine.")
+app.command("bascule.cli.kv:app", name="kv", help="Count, check or clear what the tiers of the KV store hold.")
 app.command(
     "bascule.cli.bench:app", name="bench", help="Measure the engine, the handoff, the front or the router here."
 )
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
-    "serve": (ModelConfig, EngineConfig, HandoffConfig, RoutingConfig, HttpConfig, PoolConfig, SloConfig, AttachConfig),
+    "serve": (
+        ModelConfig,
+        EngineConfig,
+        HandoffConfig,
+        RoutingConfig,
+        HttpConfig,
+        PoolConfig,
+        SloConfig,
+        AttachConfig,
+        StoreConfig,
+    ),
     "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig),
-    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig),
+    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig),
 }
 
 

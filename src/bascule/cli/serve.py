@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import uvloop
@@ -25,10 +28,12 @@ from bascule.config import (
     PoolConfig,
     RoutingConfig,
     SloConfig,
+    StoreConfig,
 )
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
+from bascule.kv.store.places import check_stores
 from bascule.models import LoadedModel, catalog, load
 from bascule.types import Role, WorkerId
 
@@ -51,6 +56,7 @@ def serve(
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
+    store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -69,12 +75,33 @@ def serve(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
-    flags = (f"--log-level={http.log_level}", *flags_of(model_config, engine_config, handoff_config, slo_config))
-    plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
-    if model in catalog.CATALOG:
-        pull_with_progress(model)
-    deployment = Deployment(model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config)
-    uvloop.run(deployment.run())
+    check_stores(store_config)
+    if routing.handoff == "store" and not store_config.tiers:
+        raise ConfigError("--handoff store needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config)
+    with _private_flags(kv_remote=store_config.kv_remote) as private:
+        public = (flag for flag in told if not flag.startswith("--kv-remote="))
+        flags = (f"--log-level={http.log_level}", *public, *private)
+        plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
+        if model in catalog.CATALOG:
+            pull_with_progress(model)
+        deployment = Deployment(
+            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config
+        )
+        uvloop.run(deployment.run())
+
+
+@contextmanager
+def _private_flags(**values: str | None) -> Iterator[tuple[str, ...]]:
+    """Flags for workers whose values, passwords perhaps, must not be in the list of processes: a config file's path."""
+    given = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    if not given:
+        yield ()
+        return
+    with NamedTemporaryFile("w", prefix="bascule-", suffix=".toml") as file:
+        file.writelines(f"{name} = {json.dumps(value)}\n" for name, value in given.items())
+        file.flush()
+        yield ("--config", file.name)
 
 
 def plan_workers(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.control.devices import parse_device
 from bascule.errors import ConfigError
 from bascule.types import Role, WorkerId
@@ -34,6 +34,7 @@ def worker(
     engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
+    store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
     config: Path | None = None,
 ) -> None:
     """Run one worker and join a router.
@@ -80,6 +81,7 @@ def worker(
             engine_config=engine_config,
             handoff_config=handoff_config,
             slo_config=slo_config,
+            store_config=store_config,
             parent=parent,
         )
     )

@@ -81,6 +81,8 @@ class Engine:
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Binds `runner` to `arena`, of whose blocks `books` keeps account; `now` (s) tells how long streams wait."""
+        self.publishes = False
+        """All computed blocks are to be read in the arena, those of handoffs in any case. Set before the first step."""
         self._now = now
         runner.bind(arena)
         self._runner = runner
@@ -154,6 +156,23 @@ class Engine:
         self._arena.prepare(self._books.high_water)
         return lease
 
+    def borrow(self, tokens: Tokens[int], blocks: int) -> Lease | None:
+        """The first `blocks` full blocks of a prompt, for whoever has their KV from elsewhere.
+
+        The lease starts with those that are cached here (`lease.cached` of them). None if there are not enough now,
+        keeping a block for each running sequence. What is written to the others is told to `take_in`, then sealed.
+        """
+        hashes = self._hasher.chain(tokens[: blocks * self._books.block_size]) if self._hasher else []
+        with self._lock:
+            lease = self._scheduler.acquire(hashes, tokens, blocks, 0)
+        self._arena.prepare(self._books.high_water)
+        return lease
+
+    def take_in(self, blocks: Tokens[int]) -> None:
+        """The arena's bytes of `blocks` are new: the device gets them before the next step."""
+        with self._lock:
+            self._adopted_blocks += blocks
+
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
         with self._lock:
@@ -199,7 +218,12 @@ class Engine:
             plan = self._scheduler.plan(woken)
             batch = [sequence.slice(tokens) for sequence, tokens in plan]
             handed_in = tuple(self._adopted_blocks)
-            handed_out = [block for sequence, tokens in plan for block in sequence.unpublished(tokens)]
+            handed_out = [
+                block
+                for sequence, tokens in plan
+                if sequence.handoff or self.publishes
+                for block in sequence.unpublished(tokens, cached=not self.publishes)
+            ]
             for sequence, _ in plan:
                 sequence.in_step = True
         if not plan:

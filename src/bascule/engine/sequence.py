@@ -222,14 +222,14 @@ class Sequence:
             prompt_tokens=len(self.work.prompt),
         )
 
-    def unpublished(self, count: int) -> list[int]:
-        """Blocks to publish when the next `count` tokens are computed: those a handoff's peer may read then."""
-        if not self.handoff:
-            return []
-        return self.lease.blocks[self._published : blocks_for(self.computed + count, self._block_size)]
+    def unpublished(self, count: int, *, cached: bool) -> list[int]:
+        """Blocks to publish when the next `count` tokens are computed, where somebody may read them then; with those
+        that were found in the cache, if they may be in the device's memory alone (`cached`)."""
+        first = self._published if cached else max(self._published, self.lease.cached)
+        return self.lease.blocks[first : blocks_for(self.computed + count, self._block_size)]
 
     def advance(self, count: int) -> None:
-        """`count` more tokens are computed, and published if this is a handoff."""
+        """`count` more tokens are computed, and published if anybody reads them."""
         self.computed += count
         self._published = self.computed // self._block_size
         self._seal()

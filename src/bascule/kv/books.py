@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from threading import RLock
 from types import TracebackType
@@ -15,6 +15,7 @@ from msgspec import Struct
 from bascule.errors import BasculeError
 from bascule.kv.journal import Changes, Journal
 from bascule.kv.placement import Mask, place, reach
+from bascule.policies.evict import EvictionOrder
 from bascule.types import BlockHash
 
 _NOBODY = 0
@@ -38,7 +39,7 @@ class Counts(Struct, frozen=True):
     """Out of use, because a peer may still write there."""
 
 
-class _Entry(Struct, frozen=True):
+class CachedBlock(Struct, frozen=True):
     """A block in the prefix cache and the tokens whose KV it holds."""
 
     block: int
@@ -56,7 +57,7 @@ class Books:
     """The states of `num_blocks` blocks of `block_size` tokens. Thread-safe; no call waits for more than bookkeeping.
 
     A block is free, cached, held (by as many leases as name it) or quarantined. Blocks enter the cache only by
-    `Lease.seal` and leave it by eviction: least recently held first, and the end of a prefix before its beginning.
+    `Lease.seal` and leave it by eviction, in the order of `policies.evict`: the end of a prefix before its beginning.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -75,10 +76,10 @@ class Books:
         """The number of the lease that a free block is kept for, softly."""
         self._holders = [0] * num_blocks
         self._quarantined: set[int] = set()
-        self._by_hash: dict[BlockHash, _Entry] = {}
-        self._by_block: dict[int, _Entry] = {}
+        self._by_hash: dict[BlockHash, CachedBlock] = {}
+        self._by_block: dict[int, CachedBlock] = {}
         self._journal = Journal()
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._evictable = EvictionOrder(num_blocks)
         """Cached blocks, the next to be evicted first."""
         self._leases: dict[int, Lease] = {}
         """Those held or quarantined, by number."""
@@ -90,11 +91,6 @@ class Books:
             free, cached, quarantined = self._count_free(), len(self._evictable), len(self._quarantined)
             return Counts(free, cached, self.num_blocks - free - cached - quarantined, quarantined)
 
-    def findable(self) -> list[BlockHash]:
-        """All hashes in the cache, those of held blocks included."""
-        with self._lock:
-            return list(self._by_hash)
-
     def changes(self) -> Changes:
         """What has become findable, or ceased to be, since the last `changes` or `inventory`."""
         with self._lock:
@@ -105,6 +101,16 @@ class Books:
         with self._lock:
             self._journal.clear()
             return Changes(list(self._by_hash), [])
+
+    def peek(self, names: Sequence[BlockHash]) -> list[CachedBlock]:
+        """Those of `names` that are in the cache; pins nothing, so what is read there counts only if `unchanged`."""
+        with self._lock:
+            return [entry for name in names if (entry := self._by_hash.get(name)) is not None]
+
+    def unchanged(self, entries: Sequence[CachedBlock]) -> list[bool]:
+        """Whether each of what `peek` gave has been in its block all the time since: no one writes a cached block."""
+        with self._lock:
+            return [self._by_hash.get(entry.hash) is entry for entry in entries]
 
     def acquire(self, hashes: Sequence[BlockHash], tokens: Sequence[int], total: int, room: int = 0) -> Lease | None:
         """Lease `total` blocks: the longest cached prefix of `hashes`, then fresh ones. None if there are not enough.
@@ -125,7 +131,7 @@ class Books:
             self._leases[self._last_number] = lease
             for block in pinned:
                 self._holders[block] += 1
-                self._evictable.pop(block, None)
+            self._evictable.use(pinned)
             self._grow(lease, needed)
             return lease
 
@@ -184,25 +190,42 @@ class Books:
         lease._kept = range(0)
 
     def _evict(self, count: int) -> None:
-        """Free the `count` least recently held cached blocks, or all if there are fewer."""
-        for _ in range(min(count, len(self._evictable))):
-            block, _unused = self._evictable.popitem(last=False)
+        """Free `count` cached blocks, or all if there are fewer."""
+        for block in self._evictable.pop(count):
             name = self._by_block.pop(block).hash
             del self._by_hash[name]
             self._journal.removed(name)
             self._free[block] = True
             self.evictions += 1
 
-    def _let_go(self, blocks: Sequence[int]) -> None:
-        """Drop one hold of each block, the end of the prefix first so that it is evicted first."""
+    def _let_go(self, blocks: Sequence[int], copies: Mapping[int, CachedBlock]) -> None:
+        """Drop one hold of each block: sealed ones may be evicted from now on, the end of the prefix first.
+
+        A block with `copies` holds what another is found by. It takes that one's place if it is gone; else that one has
+        been used now. So no suffix stays behind without its prefix, nor is younger than it.
+        """
+        holders, by_block, run = self._holders, self._by_block, list[int]()
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if self._holders[block]:
+            holders[block] = left = holders[block] - 1
+            if left:
                 continue
-            if block in self._by_block:
-                self._evictable[block] = None
+            if block in by_block:
+                run.append(block)
+            elif block in copies:
+                found = self._by_hash.get(copies[block].hash) or self._enter(copies[block])
+                self._evictable.use((found.block,))
+                self._free[block] = found.block != block
+                if not holders[found.block]:
+                    run.append(found.block)
             else:
                 self._free[block] = True
+        self._evictable.offer(run)
+
+    def _enter(self, entry: CachedBlock) -> CachedBlock:
+        """Make a block findable under a hash that nothing is found by."""
+        self._by_hash[entry.hash] = self._by_block[entry.block] = entry
+        self._journal.stored(entry.hash)
+        return entry
 
     def check_integrity(self) -> list[str]:
         """Recompute everything from the leases; every line returned names a lie in the books. Empty means clean."""
@@ -245,6 +268,7 @@ class Books:
         for block in self._evictable:
             if block not in self._by_block:
                 yield f"block {block} is cached but not findable"
+        yield from self._evictable.check_integrity(self._by_block)
 
     def _wrong_room(self) -> Iterator[str]:
         for block in np.flatnonzero(self._room_of != _NOBODY):
@@ -263,6 +287,8 @@ class Lease:
         self._books = books
         self._number = number
         self._blocks = pinned
+        self._copies: dict[int, CachedBlock] = {}
+        """By block, what was sealed while another block was found by its hash."""
         self._room = room
         self._kept = range(0)
         self._state = _State.HELD
@@ -300,19 +326,21 @@ class Lease:
                 )
             for index, name in enumerate(hashes):
                 block = self._blocks[start + index]
-                known = books._by_block.get(block)
+                known = books._by_block.get(block) or self._copies.get(block)
                 if known is not None and known.hash != name:
                     raise LeaseError(f"block {block} is sealed as {known.hash.hex()} and cannot become {name.hex()}")
-                if name not in books._by_hash:
-                    entry = _Entry(block, name, tuple(tokens[index * size : (index + 1) * size]))
-                    books._by_hash[name] = books._by_block[block] = entry
-                    books._journal.stored(name)
+                if known is None:
+                    entry = CachedBlock(block, name, tuple(tokens[index * size : (index + 1) * size]))
+                    if name in books._by_hash:
+                        self._copies[block] = entry
+                    else:
+                        books._enter(entry)
 
     def release(self) -> None:
         """Let go of all blocks: sealed ones stay cached. Idempotent; what is quarantined stays so until `lift`."""
         with self._books._lock:
             if self._state is _State.HELD:
-                self._books._let_go(self._blocks)
+                self._books._let_go(self._blocks, self._copies)
                 self._end()
 
     def quarantine(self) -> None:
@@ -328,7 +356,7 @@ class Lease:
             fresh = self._blocks[self.cached :]
             if any(block in books._by_block for block in fresh):
                 raise LeaseError(f"{self} has sealed blocks of its own, which others may read; it can only be released")
-            books._let_go(self._blocks[: self.cached])
+            books._let_go(self._blocks[: self.cached], {})
             books._give_up_room(self)
             books._quarantined.update(fresh)
             for block in fresh:

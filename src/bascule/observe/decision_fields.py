@@ -64,5 +64,6 @@ def candidate_fields(candidate: Candidate) -> dict[str, object]:
         "feasible": candidate.feasible,
         "why_not": candidate.why_not,
         "cached_tokens": candidate.cached_tokens,
+        "loaded_tokens": candidate.loaded_tokens,
         "cost_s": candidate.cost_s,
     }

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bascule.clock import Clock
-from bascule.types import ClusterState, RoutingFigures, WorkerLoad
+from bascule.types import ClusterState, RoutingFigures, Tier, WorkerLoad
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -141,12 +141,45 @@ class _ClusterCollector(Collector):
         )
         yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)
         yield _summed("bascule_handoff_refused", "Handoffs refused by the receiver", "reason", loads, _refused_of)
-        hits = CounterMetricFamily("bascule_kv_hit_tokens", "Prompt tokens found and not computed", labels=["tier"])
-        hits.add_metric(["device"], sum(load.hit_tokens for load in loads))
-        yield hits
+        yield from _stores(loads)
+        yield CounterMetricFamily(
+            "bascule_store_handoffs", "Requests handed over by way of the KV store", state.store_handoffs
+        )
         yield _prediction_errors(state)
         yield from _routing(state.routing)
         yield _counted("bascule_kv_event_faults", "Reports of KV that were lost or not usable", "kind", state.kv_faults)
+
+
+def _stores(loads: list[WorkerLoad]) -> Iterator[Metric]:
+    """Where prompts' KV was found, and what the tiers of the store hold and have done, by tier."""
+    tiers = {tier: [load.stores[tier] for load in loads if tier in load.stores] for tier in Tier}
+    hits: dict[str, int] = {}
+    for tier, each_of in tiers.items():
+        if each_of:
+            hits[tier] = sum(each.hit_tokens for each in each_of)
+    hits[Tier.DEVICE] = max(0, sum(load.hit_tokens for load in loads) - sum(hits.values()))
+    yield _counted("bascule_kv_hit_tokens", "Prompt tokens found and not computed", "tier", hits)
+    moved = CounterMetricFamily("bascule_kv_store_bytes", "Bytes of KV moved", labels=["tier", "way"])
+    spent = CounterMetricFamily("bascule_kv_store_load_seconds", "Spent on loading KV", labels=["tier"])
+    spared = CounterMetricFamily("bascule_kv_store_spared_seconds", "Computing that loads spared", labels=["tier"])
+    evicted = CounterMetricFamily("bascule_kv_store_evictions", "Blocks evicted from a tier", labels=["tier"])
+    faults = CounterMetricFamily("bascule_kv_store_faults", "Blocks not read or taken", labels=["tier", "reason"])
+    invalid = CounterMetricFamily("bascule_kv_store_invalid", "Blocks that were not valid", labels=["tier", "reason"])
+    held = GaugeMetricFamily("bascule_kv_store_blocks", "Blocks that a tier holds", labels=["tier"])
+    for tier, each_of in tiers.items():
+        if not each_of:
+            continue
+        held.add_metric([tier], max(each.blocks for each in each_of))
+        moved.add_metric([tier, "loaded"], sum(each.loaded_bytes for each in each_of))
+        moved.add_metric([tier, "saved"], sum(each.saved_bytes for each in each_of))
+        spent.add_metric([tier], sum(each.load_s for each in each_of))
+        spared.add_metric([tier], sum(each.spared_s for each in each_of))
+        evicted.add_metric([tier], sum(each.evictions for each in each_of))
+        for reason, count in sum((Sums(each.errors) for each in each_of), Sums()).items():
+            faults.add_metric([tier, reason], count)
+        for reason, count in sum((Sums(each.invalid) for each in each_of), Sums()).items():
+            invalid.add_metric([tier, reason], count)
+    yield from (held, moved, spent, spared, evicted, faults, invalid)
 
 
 def _prediction_errors(state: ClusterState) -> Metric:

@@ -81,7 +81,7 @@ def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float) -> Ver
     if not len(feeders):
         return ADMITTED
     prefill, decode = predict(snapshot, query)
-    soonest = float(np.min((prefill.queue_s + prefill.prefill_s)[feeders]))
+    soonest = float(np.min((prefill.queue_s + prefill.load_s + prefill.prefill_s)[feeders]))
     ttft = query.waited_s + queued_s / len(feeders) + soonest
     if ttft > query.slo.ttft_s:
         late = ttft - query.slo.ttft_s

@@ -28,7 +28,11 @@ class PrefillSide(Struct, frozen=True):
     """What prefilling the prompt on each worker means."""
 
     queue_s: Floats
+    load_s: Floats
+    """What loading from the store takes longer than the queue; 0 where nothing is loaded."""
     prefill_s: Floats
+    have: NDArray[np.int64]
+    """Prompt tokens that need not be computed: cached ones, and those that are loaded because it is quicker."""
     last_tokens: Floats
     """At most so many are in the last chunk, whose handoff nothing hides."""
     step_s: Floats
@@ -58,16 +62,39 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     streams = np.array([snapshot.streams, snapshot.decoding + 1.0])
     contexts = np.array([context * (snapshot.streams > 0), context + own_context])
     alone, beside, slope = snapshot.cost.steps(streams, contexts)
-    new = np.maximum(query.prompt_tokens - query.cached, 1.0)
+    have, load_s = _worth_loading(snapshot, query)
+    new = np.maximum(query.prompt_tokens - have, 1.0)
     token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
     chunk = _chunk(query, beside, token)
-    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0])
+    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0], have, load_s)
     more = slope[1] + snapshot.cost.context_s * own_context
     return prefill, _decode(snapshot, query, alone[1], more, beside[1] + chunk[1] * token)
 
 
+def _worth_loading(snapshot: Snapshot, query: RouteQuery) -> tuple[NDArray[np.int64], Floats]:
+    """Prompt tokens that each worker has once it has loaded what is quicker loaded than computed, and the seconds."""
+    if query.stored is None or query.load_s is None:
+        return query.cached, _NOTHING
+    cost = snapshot.cost
+    new = query.prompt_tokens - np.array([query.cached, query.stored])
+    plain, after = new * (cost.token_s + cost.pair_s * (query.prompt_tokens - new / 2))
+    quicker = (query.stored > query.cached) & (after + query.load_s < plain)
+    return np.where(quicker, query.stored, query.cached), np.where(quicker, query.load_s, 0.0)
+
+
+_NOTHING = np.zeros(1)
+
+
 def _prefill(
-    snapshot: Snapshot, query: RouteQuery, new: Floats, token: Floats, streams: Floats, base: Floats, chunk: Floats
+    snapshot: Snapshot,
+    query: RouteQuery,
+    new: Floats,
+    token: Floats,
+    streams: Floats,
+    base: Floats,
+    chunk: Floats,
+    have: NDArray[np.int64],
+    load_s: Floats,
 ) -> PrefillSide:
     """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
     chunk = np.where(streams > 0, chunk, query.chunk_tokens)
@@ -79,8 +106,11 @@ def _prefill(
     running = base * ((streams > 0) | (total > 0))
     own = new * token
     lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > query.chunk_tokens))
+    queue = lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk))
     return PrefillSide(
-        queue_s=lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk)),
+        queue_s=queue,
+        load_s=np.maximum(load_s - queue, 0.0),
+        have=have,
         prefill_s=lag * (own + np.ceil(new / chunk) * base),
         last_tokens=np.minimum(new, query.chunk_tokens),
         step_s=base + np.minimum(chunk, new) * token,

@@ -109,7 +109,7 @@ def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
     """Price each worker's two sides."""
     prefill, decode = predict(snapshot, query)
     slo, worth = query.slo, _worth(query)
-    ttft = query.waited_s + prefill.queue_s + prefill.prefill_s
+    ttft = query.waited_s + prefill.queue_s + prefill.load_s + prefill.prefill_s
     lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s, _GAP_WIDTH)
     lost_there = snapshot.decoding * _more_chance(decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
     own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s, _GAP_WIDTH)
@@ -250,6 +250,7 @@ def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Pr
     prefill, decode = int(priced.prefill[at]), int(priced.decode[at])
     predicted = Prediction(
         queue_s=float(sides.prefill.queue_s[prefill]),
+        load_s=float(sides.prefill.load_s[prefill]),
         prefill_s=float(sides.prefill.prefill_s[prefill]),
         transfer_s=float(priced.transfer_s[at]),
         ttft_s=float(sides.ttft_s[prefill]),
@@ -260,7 +261,8 @@ def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Pr
     return Candidate(
         placement=Placement(snapshot.ids[prefill], snapshot.ids[decode]),
         predicted=predicted,
-        cached_tokens=int(query.cached[prefill]),
+        cached_tokens=int(sides.prefill.have[prefill]),
+        loaded_tokens=int(sides.prefill.have[prefill] - query.cached[prefill]),
         cost_s=float(priced.price_s[at]),
         why_not=broken_bounds(predicted, query),
     )
@@ -287,6 +289,8 @@ def _reason(candidates: tuple[Candidate, ...]) -> str:
     told = f"{where}: TTFT {terms.ttft_s:.3g} s, TPOT {terms.tpot_s:.3g} s, harm {terms.harm_s:.3g} s"
     if first.cached_tokens:
         told += f", {first.cached_tokens} tokens cached"
+    if first.loaded_tokens:
+        told += f" ({first.loaded_tokens} of them in the store)"
     if len(candidates) > 1:
         second = candidates[1]
         other = second.placement

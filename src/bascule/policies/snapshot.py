@@ -92,6 +92,10 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     max_tokens: int
     cached: NDArray[np.int64]
     """How many of `prompt_tokens` each worker (row) has KV of."""
+    stored: NDArray[np.int64] | None = None
+    """How many it has or can load from the store, at least `cached`; None where there is no store."""
+    load_s: Floats | None = None
+    """Seconds that loading the difference takes."""
     output_tokens: float = 64.0
     """Output to be expected: a quantile of what this traffic does, at most `max_tokens`."""
     slo: Slo = Slo()
@@ -115,6 +119,8 @@ class Prediction(Struct, frozen=True, kw_only=True):
 
     queue_s: float = 0.0
     """From the decision until the worker starts on the prompt."""
+    load_s: float = 0.0
+    """What loading KV from the store takes longer than the queue."""
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     """What is left of the handoff once the last chunk is computed."""
@@ -134,6 +140,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
     predicted: Prediction
     cached_tokens: int = 0
     """Prompt tokens that need not be computed there."""
+    loaded_tokens: int = 0
+    """Those of them that are to be loaded from the store."""
     cost_s: float = 0.0
     """What it is chosen by: the request's own latency and the harm to others, with a price on each broken SLO."""
     feasible: bool = True

@@ -6,9 +6,11 @@ import asyncio
 import math
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from bascule.errors import RequestError
 from bascule.observe.decisions import Record
-from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
+from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, Tier, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -40,6 +42,8 @@ class Flight:
         """Seconds from then to the first token of this attempt, as predicted."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
+        self.first_leg = False
+        """It runs on the prefill worker for one token, and goes to the decode worker by way of the store."""
         self.handed_over = False
         """The decode worker of this attempt has sent a token: the prefill worker is no longer needed."""
         self.ended = False
@@ -60,6 +64,10 @@ class Flight:
         self._gap_since: float | None = None
         self.cached_tokens: int | None = None
         """Prompt tokens that the first prefill found."""
+        self.loaded: dict[Tier, int] = {}
+        """Those of them that came from the store, by tier."""
+        self.load_s = 0.0
+        """What loading took."""
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -94,7 +102,7 @@ class Flight:
         self.uncached = uncached
         self.context = context
         self.prefilling = True
-        self.handed_over = False
+        self.handed_over = self.first_leg = False
 
     def gap_outlasts(self, now: float, seconds: float) -> bool:
         """Whether later tokens have waited that long for one that is missing. Called now and then."""
@@ -115,6 +123,8 @@ class Flight:
         self.attempt += 1
         self.excluded |= {failed}
         self._held.clear()
+        if self.cached_tokens is None:
+            self.loaded, self.load_s = {}, 0.0
 
     def take(self, item: TokenItem) -> bool:
         """Take a token if it belongs to this attempt; returns whether the output has grown."""
@@ -166,6 +176,9 @@ class Flight:
         if self.cached_tokens is None:
             # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
             self.cached_tokens = item.cached_tokens
+        cut = self.first_leg and item.finish is FinishReason.LENGTH
+        if cut and item.position + 1 < self.request.sampling.max_tokens:
+            item = replace(item, finish=None)  # the end of a leg, not of the output
         self.tokens.append(item.token)
         self._fresh.append(item)
         if item.finish is not None:
@@ -190,4 +203,5 @@ class Flight:
             logprobs=logprobs,
             finish=items[-1].finish,
             cached_tokens=self.cached_tokens or 0,
+            loaded_tokens=self.loaded,
         )

@@ -7,7 +7,7 @@ from collections import Counter
 
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.types import Tier
-from bascule.wire import KvEvents
+from bascule.wire import KvEvents, TierChanges
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ class KvFeed:
         self._sequence = 0
         self._asked: float | None = None
 
-    def apply(self, events: KvEvents) -> None:
-        """One message, in order of arrival. What cannot be right is dropped, and puts the feed out of step."""
+    def apply(self, events: KvEvents) -> bool:
+        """One message, in order of arrival; False for what cannot be right: it is dropped, and we are out of step."""
         if events.sequence < 1:
             self._fault("malformed")
-            return
+            return False
         if events.anew:
             self._index.clear(self._row)
             self.in_step = True
@@ -47,8 +47,15 @@ class KvFeed:
         except ValueError as error:
             log.debug("KV events of row %d are malformed: %s", self._row, error)
             self._fault("malformed")
-            return
+            return False
         if not fits:
+            self._index.clear(self._row)
+            self._fault("overflow")
+        return fits
+
+    def also(self, part: TierChanges) -> None:
+        """Changes of a tier that this worker shares, told by another one, whose feed has found them well-formed."""
+        if not self._change(Tier(part.tier), part.stored, part.removed):
             self._index.clear(self._row)
             self._fault("overflow")
 

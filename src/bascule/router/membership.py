@@ -18,11 +18,13 @@ from bascule.wire import (
     Goodbye,
     Heartbeat,
     KvEvents,
+    Loaded,
     Register,
     Registered,
     RegistrationRefusal,
     Reregister,
     Resync,
+    Saved,
     Starting,
     StepTokens,
     WorkerMessage,
@@ -67,12 +69,16 @@ class Membership:
         elif isinstance(message, Heartbeat):
             self._beat(member, message)
         elif isinstance(message, KvEvents):
-            member.kv.apply(message)
+            self._view.kv_changed(member, message)
             self._keep_in_step(member)
         elif isinstance(message, StepTokens):
             if message.load is not None:
                 self._view.stepped(member, message.load, self._clock.now())
             self._service.tokens(message)
+        elif isinstance(message, Loaded):
+            self._service.loaded(message)
+        elif isinstance(message, Saved):
+            self._service.saved(message)
         elif isinstance(message, Failed):
             self._service.failed(message)
         elif isinstance(message, Goodbye):

@@ -47,12 +47,15 @@ class Queries:
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""
         card = self._view.card
+        stored, load_s = self._view.stored_tokens(flight.hashes)
         last = self._view.members.get(self._sessions.get(flight.request.session, WorkerId("")))
         return RouteQuery(
             request=flight.request.id,
             prompt_tokens=flight.known_tokens,
             max_tokens=flight.request.sampling.max_tokens - len(flight.tokens),
             cached=self._view.cached_tokens(flight.hashes),
+            stored=stored,
+            load_s=load_s,
             output_tokens=self.output_tokens(flight),
             slo=self.slo_of(flight),
             waited_s=now - flight.received,

@@ -18,9 +18,10 @@ from bascule.router.journal import Journal
 from bascule.router.line import FIRST, Line
 from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
+from bascule.router.relay import Relay
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
-from bascule.wire import Failed, StepTokens, Submit, TokenItem
+from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Service:
         self._queries = Queries(view, slo)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
+        self.relay = Relay(view)
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
 
@@ -107,6 +109,7 @@ class Service:
             active=len(self._flights) - len(self._line),
             routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
             kv_faults=dict(self.view.kv_faults),
+            store_handoffs=self.relay.count,
         )
 
     # ------------------------------------------------------------ what members report
@@ -153,6 +156,23 @@ class Service:
         if freed:
             self._dispatch()
 
+    def loaded(self, message: Loaded) -> None:
+        """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
+        flight = self._flights.get(message.request)
+        if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
+            flight.loaded, flight.load_s = message.tokens, message.seconds
+
+    def saved(self, message: Saved) -> None:
+        """The KV of a request's first leg is in the store."""
+        flight = self._flights.get(message.request)
+        if flight is None or flight.attempt != message.attempt:
+            return
+        if flight.first_leg and flight.prefilling:  # its one token was sent before this, and nothing comes after it
+            self._again(flight, message.worker, "its first token was lost")
+            self._dispatch()
+            return
+        self._send_second_leg(flight)
+
     def failed(self, message: Failed) -> None:
         flight = self._flights.get(message.request)
         if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
@@ -186,6 +206,8 @@ class Service:
                     code="timeout",
                 ),
             )
+        for flight in self.relay.overdue(now):
+            self._send_second_leg(flight)
         self._end_stranded()
         self._dispatch()
 
@@ -263,19 +285,27 @@ class Service:
         self.view.place(placement, uncached, context, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context)
-        flight.placed_at, flight.expected_s = now, chosen.predicted.queue_s + chosen.predicted.prefill_s
+        terms = chosen.predicted
+        flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
         decode = self.view.members[placement.decode].registration.peer
-        self.clients[placement.prefill].submit(
-            Submit(
-                request=flight.request.id,
-                attempt=flight.attempt,
-                prompt=flight.request.prompt,
-                generated=tuple(flight.tokens),
-                sampling=flight.request.sampling,
-                decode=decode if placement.remote else None,
-                slo=flight.request.slo,
-            )
+        submission = Submit(
+            request=flight.request.id,
+            attempt=flight.attempt,
+            prompt=flight.request.prompt,
+            generated=tuple(flight.tokens),
+            sampling=flight.request.sampling,
+            decode=decode if placement.remote else None,
+            slo=flight.request.slo,
+            stored_tokens=chosen.loaded_tokens and chosen.cached_tokens,
         )
+        if placement.remote and self._config.handoff == "store" and (tier := self.relay.tier(placement)) is not None:
+            submission = self.relay.first_leg(flight, submission, tier)
+        self.clients[placement.prefill].submit(submission)
+
+    def _send_second_leg(self, flight: Flight) -> None:
+        submission = self.relay.second_leg(flight)
+        if submission is not None and flight.placed is not None:
+            self.clients[flight.placed.decode].submit(submission)
 
     def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
         """Place a request anew, at the head of the queue, behind the tokens its client has."""

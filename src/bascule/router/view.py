@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
-from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
+from bascule.policies.cost import Floats, PrefillPart, decode_seconds, step_seconds
 from bascule.policies.snapshot import CHUNK_TOKENS, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.kv_feed import KvFeed
+from bascule.router.stores import Stores
 from bascule.types import (
     BlockHash,
     CostModel,
@@ -30,7 +31,7 @@ from bascule.types import (
     WorkerLoad,
     WorkerStatus,
 )
-from bascule.wire import VERSION, Register
+from bascule.wire import VERSION, KvEvents, Register
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class ClusterView:
     _own: ModelCard | None = None
     """What the first worker of our own brought."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
+    stores: Stores = field(default_factory=Stores)
     kv_faults: Counter[str] = field(default_factory=Counter)
     """KV events that could not be used as they came, by kind."""
 
@@ -105,8 +107,10 @@ class ClusterView:
         """Take in a worker that `check` (or `check_server`) let pass and whose id is free."""
         taken = {member.row for member in self.members.values()}
         row = next(row for row in count() if row not in taken)
-        self.index.join(row, {Tier.DEVICE: 0 if attached else offer.kv_blocks})
+        held = {Tier.DEVICE: 0 if attached else offer.kv_blocks}
+        self.index.join(row, held | self.stores.capacity(offer.stores))
         feed = KvFeed(self.index, row, self.kv_faults)
+        self.stores.join(row, feed, offer.stores)
         member = self.members[offer.worker] = Member(offer, row, now, feed, attached=attached)
         if not attached:
             self._own = self._own or offer.card
@@ -136,6 +140,7 @@ class ClusterView:
             self.columns.report(member.row, load.step)
         if load.cost is not None:
             self.columns.cost.put(member.row, load.cost)
+        self.stores.measured(member.row, {tier: store.cost for tier, store in load.stores.items() if store.cost})
         for peer, link in load.links.items():
             self.links[member.id, peer] = link
 
@@ -181,6 +186,7 @@ class ClusterView:
             self.links = {ends: link for ends, link in self.links.items() if worker not in ends}
             self._update_card()
             self.index.leave(member.row)
+            self.stores.leave(member.row)
 
     def place(self, placement: Placement, uncached: int, context: float, now: float) -> None:
         """Count a request on its workers before they report it: tokens to compute, and of context while it decodes."""
@@ -224,6 +230,19 @@ class ClusterView:
             cached[: len(found)] = found[: len(cached)]
             cached *= self.card.layout.block_size
         return cached
+
+    def stored_tokens(self, hashes: Sequence[BlockHash]) -> tuple[NDArray[np.int64], Floats] | tuple[None, None]:
+        """How many each worker has or can load from the store, and the seconds for that; None without a store."""
+        if self.card is None or not self.stores:
+            return None, None
+        layout = self.card.layout
+        token_bytes = layout.block_bytes // layout.block_size
+        return self.stores.stored(self.index.match(hashes), layout.block_size, token_bytes, len(self.columns.ids))
+
+    def kv_changed(self, member: Member, events: KvEvents) -> None:
+        """What a worker's cache and the tiers below it hold has changed."""
+        if member.kv.apply(events):
+            self.stores.changed(member.row, events)
 
     def expect(self, placement: Placement, hashes: Sequence[BlockHash], now: float) -> None:
         """The worker that computes these blocks will have them soon: siblings that come there wait for them.

@@ -18,9 +18,18 @@ MOST_BLOCKS = 4096
 class KvReporter:
     """Numbers and sends the changes of a worker's books. Runs in the asyncio loop, so that numbers go out in order."""
 
-    def __init__(self, worker: WorkerId, epoch: Epoch, books: Books, send: Callable[[KvEvents], None]) -> None:
+    def __init__(
+        self,
+        worker: WorkerId,
+        epoch: Epoch,
+        books: Books,
+        send: Callable[[KvEvents], None],
+        on_stored: Callable[[Sequence[BlockHash]], None] = lambda _: None,
+    ) -> None:
+        """`on_stored` is told, too, of what has become findable on the device."""
         self.sequence = 0
         """Of the last message."""
+        self._on_stored = on_stored
         self._worker = worker
         self._epoch = epoch
         self._books = books
@@ -38,6 +47,14 @@ class KvReporter:
         if self._listening:
             self._tell(self._books.changes(), anew=False)
 
+    def tell(self, tier: Tier, stored: Sequence[BlockHash], removed: Sequence[BlockHash] = ()) -> None:
+        """Blocks have come into a tier below the device or were found there, others were found missing."""
+        if self._listening:
+            for names in _parts(removed):
+                self._message(TierChanges(tier, b"", b"".join(names)), anew=False)
+            for names in _parts(stored):
+                self._message(TierChanges(tier, b"".join(names), b""), anew=False)
+
     def pause(self) -> None:
         """The router does not know this worker any more; say nothing until it wants to hear all."""
         self._listening = False
@@ -52,6 +69,8 @@ class KvReporter:
         for names in parts:
             self._message(TierChanges(Tier.DEVICE, b"".join(names), b""), anew=anew)
             anew = False
+        if changes.stored:
+            self._on_stored(changes.stored)
 
     def _message(self, changes: TierChanges, *, anew: bool) -> None:
         self.sequence += 1

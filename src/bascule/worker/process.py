@@ -16,7 +16,7 @@ import msgspec
 from msgspec import structs
 
 from bascule.clock import WallClock
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Runner
@@ -24,12 +24,17 @@ from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import Store
+from bascule.kv.store.forms import Forms, fingerprint_with
+from bascule.kv.store.places import open_stores
+from bascule.kv.store.tiers import Tiers
 from bascule.models import load
-from bascule.types import CostModel, Epoch, Role, WorkerId
+from bascule.types import CostModel, Epoch, ModelCard, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
+from bascule.worker.parts import Identity, Parts
 from bascule.worker.profile import cpu_name, profiled
-from bascule.worker.worker import Identity, Parts, Worker
+from bascule.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class WorkerSettings:
     engine_config: EngineConfig
     handoff_config: HandoffConfig
     slo_config: SloConfig
+    store_config: StoreConfig
     parent: int | None = None
     """Process id of the launcher: this worker ends with it."""
 
@@ -97,7 +103,9 @@ async def _run(settings: WorkerSettings) -> None:
 def build(settings: WorkerSettings) -> Parts:
     """Load the model, map KV memory and compose the engine."""
     config = settings.engine_config
+    codec = settings.store_config.kv_codec
     runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
+    runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec))
     layout = runner.card.layout
     num_blocks = config.kv_bytes // layout.block_bytes
     if num_blocks < 2:
@@ -105,6 +113,9 @@ def build(settings: WorkerSettings) -> Parts:
             f"kv-memory {config.kv_memory} holds {num_blocks} blocks of {layout.block_bytes} bytes "
             f"({layout.block_size} tokens each); give a few hundred blocks, {2 * layout.block_bytes} bytes at the least"
         )
+    if settings.store_config.tiers and not config.prefix_cache:
+        raise ConfigError("--kv-host, --kv-disk and --kv-remote need the prefix cache; leave out --no-prefix-cache")
+    stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
     books = Books(num_blocks, layout.block_size)
     hasher = BlockHasher(runner.card.fingerprint, layout.block_size)
@@ -117,8 +128,10 @@ def build(settings: WorkerSettings) -> Parts:
     )
     engine = Engine(runner, arena, books, hasher, limits)
     engine.cost = cost = _cost_model(config.cost_model)
+    engine.publishes = bool(stores)
     return Parts(
         runner=runner,
+        tiers=_tiers(stores, arena, books, runner.card, codec) if stores else None,
         arena=arena,
         books=books,
         hasher=hasher,
@@ -126,6 +139,14 @@ def build(settings: WorkerSettings) -> Parts:
         max_sequences=config.max_sequences,
         cost=cost,
     )
+
+
+def _tiers(stores: list[Store], arena: Arena, books: Books, card: ModelCard, codec: str) -> Tiers:
+    try:
+        forms = Forms(codec, card.layout)
+    except ConfigError as error:
+        raise ConfigError(f"--kv-codec: {error}") from error
+    return Tiers(stores, arena, books, card.fingerprint, forms)
 
 
 def _torch_runner(settings: WorkerSettings) -> Runner:

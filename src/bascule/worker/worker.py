@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bascule.clock import Clock
 from bascule.config import HandoffConfig
-from bascule.engine.core import Engine, StepResult, Work
-from bascule.engine.protocol import Runner
+from bascule.engine.core import StepResult, Work
 from bascule.engine.sequence import Key
 from bascule.errors import RegistrationRefused, RequestError
-from bascule.kv.arena import Arena
-from bascule.kv.books import Books
-from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.types import CostModel, Epoch, Role, StepLoad, TicketId, WorkerId, WorkerLoad
+from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerLoad
 from bascule.wire import (
     VERSION,
     Abort,
@@ -29,6 +24,7 @@ from bascule.wire import (
     Failed,
     Goodbye,
     Heartbeat,
+    Loaded,
     PeerMessage,
     Prepare,
     Register,
@@ -38,6 +34,7 @@ from bascule.wire import (
     Reregister,
     Resync,
     RouterMessage,
+    Saved,
     StepTokens,
     Stop,
     Submit,
@@ -48,9 +45,11 @@ from bascule.worker.decode_side import DecodeSide
 from bascule.worker.kv_events import REPORT_S, KvReporter
 from bascule.worker.learning import StepCosts
 from bascule.worker.link import RouterSocket
+from bascule.worker.parts import Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.steploop import StepLoop
+from bascule.worker.store_side import Brought, StoreSide
 
 log = logging.getLogger(__name__)
 
@@ -58,30 +57,6 @@ _REGISTER_AGAIN_S = 1.0
 _RENEW_S = 1.0
 _EXPIRE_S = 0.1
 _REFIT_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Who a worker is to the others."""
-
-    worker: WorkerId
-    epoch: Epoch
-    role: Role
-    device: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a worker is made of, built before it starts."""
-
-    runner: Runner
-    arena: Arena
-    books: Books
-    hasher: BlockHasher
-    engine: Engine
-    max_sequences: int
-    cost: CostModel
-    """What a step is expected to cost."""
 
 
 class Worker:
@@ -100,10 +75,15 @@ class Worker:
         self._received = 0
         """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
-        self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send)
+        self._store: StoreSide | None = None
+        self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
+        if parts.tiers is not None:
+            self._store = StoreSide(
+                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell, self._saved
+            )
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
             parts.engine,
@@ -142,6 +122,8 @@ class Worker:
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
             asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
+        if self._store is not None:
+            tasks.append(asyncio.create_task(self._store.watch()))
         for task in tasks:
             task.add_done_callback(self._task_ended)
         try:
@@ -154,6 +136,8 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._steps.stop, 10.0)
+            if self._store is not None:
+                await self._store.close()
             self._decode.close()
             for sender in self._senders.values():
                 sender.close()
@@ -174,21 +158,54 @@ class Worker:
         elif isinstance(message, Registered):
             self._heartbeat_s = message.heartbeat_s
             self._registered.set()
-            self._reporter.tell_all()
+            self._tell_all()
         elif isinstance(message, Reregister):
             self._registered.clear()
             self._received = 0
             self._reporter.pause()
         elif isinstance(message, Resync):
-            self._reporter.tell_all()
+            self._tell_all()
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Stop):
             self.stop()
 
+    def _tell_all(self) -> None:
+        self._reporter.tell_all()
+        if self._store is not None:
+            self._store.tell_all()
+
+    def _computed(self, names: Sequence[BlockHash]) -> None:
+        if self._store is not None:
+            self._store.computed(names)
+
     def _submit(self, submission: Submit) -> None:
-        key = Key(submission.request, submission.attempt)
         self._received += 1
+        if self._store is None:
+            self._begin(submission)
+        else:
+            self._store.start(submission, self._brought).add_done_callback(self._task_ended)
+
+    def _brought(self, submission: Submit, brought: Brought | None) -> None:
+        """What the store had of a prompt, if anything, is on the device."""
+        if brought is not None:
+            self._link.send(
+                Loaded(
+                    worker=self._identity.worker,
+                    epoch=self._identity.epoch,
+                    request=submission.request,
+                    attempt=submission.attempt,
+                    tokens=brought.tokens,
+                    seconds=brought.seconds,
+                )
+            )
+        self._begin(submission)
+
+    def _saved(self, key: Key) -> None:
+        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
+
+    def _begin(self, submission: Submit) -> None:
+        key = Key(submission.request, submission.attempt)
         if submission.decode is not None:
             # Before the engine has it: a step of another thread may be done with it at once.
             self._prefill.begin(submission, submission.decode)
@@ -214,6 +231,8 @@ class Worker:
         self._steps.wake()
 
     def _cancel(self, key: Key) -> None:
+        if self._store is not None:
+            self._store.cancel(key)
         self._prefill.cancel(key)
         self._decode.cancel(key)
         self._parts.engine.cancel(*key)
@@ -281,12 +300,16 @@ class Worker:
             key = Key(output.request, output.attempt)
             if output.finish is not None:
                 self._prefill.cancel(key)
+                if self._store is not None:
+                    self._store.ended(key)
             else:
                 self._prefill.first_token(key, output.token)
 
     # ------------------------------------------------------------ to the router
 
     def _fail(self, key: Key, message: str, *, retryable: bool) -> None:
+        if self._store is not None:
+            self._store.cancel(key)
         self._link.send(
             Failed(
                 worker=self._identity.worker,
@@ -313,6 +336,7 @@ class Worker:
             kv_blocks=self._parts.books.num_blocks,
             machine=machine_id(),
             cost=self._parts.cost,
+            stores=self._store.places() if self._store is not None else {},
         )
         while True:
             if not self._registered.is_set():
@@ -328,7 +352,10 @@ class Worker:
 
     def _step_load(self) -> StepLoad:
         load = self._parts.engine.load()
-        return StepLoad(self._received, load.prefilling, load.backlog_tokens, load.streams, load.context_tokens)
+        prefilling, backlog = load.prefilling, load.backlog_tokens
+        if self._store is not None:
+            prefilling, backlog = prefilling + self._store.waiting, backlog + self._store.waiting_tokens
+        return StepLoad(self._received, prefilling, backlog, load.streams, load.context_tokens)
 
     def _load(self) -> WorkerLoad:
         engine, counts = self._parts.engine.load(), self._parts.books.counts
@@ -344,6 +371,7 @@ class Worker:
             handoff_bytes=dict(self._prefill.bytes_sent),
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
+            stores=self._store.loads() if self._store is not None else {},
             step=self._step_load(),
             cost=self._costs.model,
             cost_error=self._costs.error,

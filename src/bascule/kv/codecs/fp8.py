@@ -1,7 +1,7 @@
 """`fp8`: eight-bit floats, e4m3, under one power of two for each block of a plane.
 
 A power of two moves nothing but the exponent, so that eight-bit floats lose as little under it as under any other
-factor, and e4m3 spans so much (2**-9 to 448) that a factor for every channel or token gains little; ADR 0014 has the
+factor, and e4m3 spans so much (2**-9 to 448) that a factor for every channel or token gains little; ADR 0015 has the
 figures.
 
     record of a block in a plane:  exponent (int8) | codes (one byte a number, as they lie in the block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from threading import Lock
 from typing import Protocol, TypeAlias
@@ -62,6 +62,11 @@ class Store(Protocol):
     @property
     def tier(self) -> Tier: ...
 
+    @property
+    def place(self) -> str:
+        """Equal for stores that share what they hold, on whatever machines they are."""
+        ...
+
     def put(self, items: Mapping[BlockHash, Blob]) -> int:
         """Keep blocks, replacing those of the same name; returns how many were taken."""
         ...
@@ -72,6 +77,13 @@ class Store(Protocol):
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         """Whether a `get` would probably find each of `names`; does not count as use."""
+        ...
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        """What is there, some at a time, and all of it as far as that can be told now; a block may come twice.
+
+        Other models' blocks are among them.
+        """
         ...
 
     def drop(self, names: Sequence[BlockHash]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
-from bascule.kv.store.folder import Folder, fault_of
+from bascule.kv.store.folder import Entry, Folder, fault_of
 from bascule.kv.store.gate import Gate, Step
 from bascule.kv.store.keeper import Keeper
 from bascule.types import BlockHash, Tier
@@ -43,6 +44,7 @@ class DirectoryStore:
         self._touch_after_s = touch_after_s
         self._folder = Folder(directory, capacity)
         self._folder.prepare()
+        self.place = self._folder.identity()
         self._tally = Tally()
         self._keeper = Keeper(self._folder, capacity, self._tally)
         self._reads, self._writes = (
@@ -83,6 +85,16 @@ class DirectoryStore:
         self._run(self._reads, [partial(self._look, name, index, answers) for index, name in enumerate(names)])
         return list(answers)
 
+    def names(self) -> Iterator[list[BlockHash]]:
+        pages = self._folder.pages()
+        while True:
+            found: list[list[Entry]] = []  # a subfolder in each step: all of them take longer than a step may
+            self._run(self._reads, [partial(self._list, pages, found)])
+            if not found:
+                return
+            if page := found[0]:
+                yield [BlockHash(bytes.fromhex(entry.name)) for entry in page]
+
     def drop(self, names: Sequence[BlockHash]) -> None:
         self._run(self._writes, [partial(self._remove, name.hex()) for name in names])
 
@@ -91,9 +103,8 @@ class DirectoryStore:
         return self._tally.stats(blocks=contents.blocks, size=contents.bytes, capacity=self._keeper.capacity)
 
     def clear(self) -> None:
-        names: list[str] = []
-        self._run(self._reads, [partial(self._list, names)])
-        self._run(self._writes, [partial(self._remove, name) for name in names])
+        for page in self.names():
+            self.drop(page)
 
     def close(self) -> None:
         self._reads.close()
@@ -149,8 +160,8 @@ class DirectoryStore:
             if size is not None:
                 self._keeper.removed(key, size)
 
-    def _list(self, names: list[str]) -> None:
+    def _list(self, pages: Iterator[list[Entry]], found: list[list[Entry]]) -> None:
         try:
-            names += [entry.name for entry in self._folder.scan()]
+            found += islice(pages, 1)
         except OSError as error:
             self._tally.failed(fault_of(error))

@@ -2,6 +2,7 @@
 
 DIR/v1/ab/ab54...      a block, named by its hash in hex
 DIR/v1/tmp/ab54....x   one being written, renamed when it is complete
+DIR/v1/id              a random name, by which those who share the directory know that they do
 DIR/v1/lock            held by whoever measures and evicts
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import re
 import secrets
@@ -53,6 +55,13 @@ class Entry(Struct, frozen=True):
     size: int
 
 
+class Head(Struct, frozen=True):
+    """The beginning of a block, and the size of the whole."""
+
+    data: bytes
+    size: int
+
+
 class Folder:
     """The files of one directory. Every method but `prepare` and `locked` raises OSError as the system does.
 
@@ -73,12 +82,30 @@ class Folder:
         os.close(os.open(trial, _WRITE_FLAGS, 0o600))
         os.unlink(trial)
 
+    def identity(self) -> str:
+        """A name that this directory alone has; the first who asks gives it one."""
+        path = f"{self._top}/id"
+        name = secrets.token_hex(16)
+        trial = f"{self._temporaries}/{name}.{secrets.token_hex(8)}"
+        with open(trial, "xb", opener=_private) as file:
+            file.write(name.encode())
+        with suppress(FileExistsError):
+            os.link(trial, path)  # whole or not there, and never over another's
+        os.unlink(trial)
+        with open(path, "rb") as file:
+            return file.read(64).decode("ascii", "replace")
+
     def check(self) -> None:
         """Raises OSError if the folders cannot be reached."""
         os.stat(self._temporaries)
 
     def read(self, name: BlockHash, touch_after_s: float) -> bytes | None:
         """The block, None if it is not there; marked as used now if it last was longer than `touch_after_s` ago."""
+        head = self.head(name, self._largest, touch_after_s)
+        return None if head is None else head.data
+
+    def head(self, name: BlockHash, length: int, touch_after_s: float = math.inf) -> Head | None:
+        """The first `length` bytes of a block; otherwise like `read`."""
         try:
             file = os.open(self._path(name.hex()), _READ_FLAGS)
         except FileNotFoundError:
@@ -90,7 +117,7 @@ class Folder:
             if time.time() - facts.st_mtime > touch_after_s:
                 with suppress(OSError):
                     os.utime(file)
-            return _read_all(file, facts.st_size)
+            return Head(_read_all(file, min(length, facts.st_size)), facts.st_size)
         finally:
             os.close(file)
 
@@ -130,10 +157,14 @@ class Folder:
 
     def scan(self) -> list[Entry]:
         """All blocks, in no order. What comes and goes meanwhile may be in it or not."""
-        found: list[Entry] = []
+        return [entry for page in self.pages() for entry in page]
+
+    def pages(self) -> Iterator[list[Entry]]:
+        """What `scan` finds, one subfolder after the other."""
         with os.scandir(self._top) as subfolders:
             names = [each.name for each in subfolders if _SUBFOLDER_NAME.fullmatch(each.name)]
         for subfolder in names:
+            found: list[Entry] = []
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(f"{self._top}/{subfolder}") as files:
                 for file in files:
                     if _BLOCK_NAME.fullmatch(file.name) and file.name.startswith(subfolder):
@@ -141,7 +172,7 @@ class Folder:
                             facts = file.stat(follow_symlinks=False)
                             if stat.S_ISREG(facts.st_mode):
                                 found.append(Entry(file.name, facts.st_mtime_ns, facts.st_size))
-        return found
+            yield found
 
     def remove_abandoned(self) -> None:
         """Delete what was being written by processes that must be dead by now."""
@@ -170,6 +201,10 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self._top}/{name[:2]}/{name}"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _lock(file: int, patience_s: float) -> bool:

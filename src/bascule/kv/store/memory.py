@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
@@ -15,6 +16,7 @@ class MemoryStore:
 
     def __init__(self, capacity: int, tier: Tier = Tier.HOST) -> None:
         self.tier = tier
+        self.place = secrets.token_hex(16)
         self._capacity = capacity
         self._lock = Lock()
         self._tally = Tally()
@@ -53,6 +55,11 @@ class MemoryStore:
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
             return [name in self._blocks for name in names]
+
+    def names(self) -> Iterator[list[BlockHash]]:
+        with self._lock:
+            names = list(self._blocks)
+        yield names
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         with self._lock:

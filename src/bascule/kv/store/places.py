@@ -10,14 +10,17 @@ from pathlib import Path
 
 import psutil
 
-from bascule.config import parse_size
+from bascule.config import StoreConfig, parse_size
 from bascule.errors import ConfigError
+from bascule.kv.store.base import Store
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.folder import Folder
-from bascule.types import Tier
+from bascule.kv.store.host import HostStore
+from bascule.kv.store.remote import RemoteStore
+from bascule.kv.store.targets import parse_remote
 
 HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,31 @@ class DiskPlace:
 
     directory: Path
     capacity: int
+
+
+def open_stores(config: StoreConfig) -> list[Store]:
+    """The tiers asked for, the fastest first; raises ConfigError, naming the key, if one of them cannot be used.
+
+    Servers of the remote tier need not be there yet.
+    """
+    stores: list[Store] = []
+    if config.kv_host is not None:
+        stores.append(host_store(parse_host(config.kv_host)))
+    if config.kv_disk is not None:
+        stores.append(disk_store(parse_disk(config.kv_disk)))
+    if config.kv_remote is not None:
+        stores.append(RemoteStore(parse_remote(config.kv_remote)))
+    return stores
+
+
+def check_stores(config: StoreConfig) -> None:
+    """Raises ConfigError as `open_stores` does, before any worker is started, and leaves what is stored alone."""
+    if config.kv_host is not None:
+        check_host(parse_host(config.kv_host))
+    if config.kv_disk is not None:
+        check_disk(parse_disk(config.kv_disk))
+    if config.kv_remote is not None:
+        parse_remote(config.kv_remote)
 
 
 def parse_host(text: str) -> int:
@@ -41,17 +69,29 @@ def parse_disk(text: str) -> DiskPlace:
     return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
 
 
-def host_store(capacity: int, shared_memory: Path = _SHARED_MEMORY) -> DirectoryStore:
+def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> HostStore:
     """The host tier: a folder in shared memory that all workers of this user on this machine share.
+
+    Raises ConfigError as `check_host` does.
+    """
+    directory = check_host(capacity, shared_memory)
+    try:
+        return HostStore(directory, capacity)
+    except OSError as error:
+        raise _unusable(HOST_KEY, directory, error, "leave the key out, or mend the permissions there") from error
+
+
+def check_host(capacity: int, shared_memory: Path = SHARED_MEMORY) -> Path:
+    """Where the host tier is; it is made if need be.
 
     Raises ConfigError if the machine does not have `capacity` bytes to give, or the folder is not ours.
     """
     if capacity > (memory := psutil.virtual_memory().total):
         raise ConfigError(f"{HOST_KEY}: {capacity} bytes are more than this machine's memory of {memory}; ask for less")
-    directory = shared_memory / f"bascule-{os.getuid()}"
+    directory = host_directory(shared_memory)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        _check_private(directory)
+        check_private(directory)
         room = shutil.disk_usage(shared_memory).free + _held(directory)
     except OSError as error:
         raise _unusable(HOST_KEY, directory, error, "leave the key out, or mend the permissions there") from error
@@ -60,14 +100,27 @@ def host_store(capacity: int, shared_memory: Path = _SHARED_MEMORY) -> Directory
             f"{HOST_KEY}: {capacity} bytes are more than the {room} that {shared_memory} has free; ask for less, "
             "or give that file system more"
         )
-    return _open(directory, capacity, Tier.HOST, HOST_KEY)
+    return directory
 
 
 def disk_store(place: DiskPlace) -> DirectoryStore:
-    """The disk tier. Raises ConfigError if the directory cannot be written to or its file system is smaller."""
+    """The disk tier. Raises ConfigError as `check_disk` does."""
+    check_disk(place)
+    try:
+        return DirectoryStore(place.directory, place.capacity)
+    except OSError as error:
+        raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
+
+
+def check_disk(place: DiskPlace) -> None:
+    """Make the directory if need be, and evict nothing there.
+
+    Raises ConfigError if it cannot be written to or its file system is smaller than what is asked for.
+    """
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         total = shutil.disk_usage(place.directory).total
+        Folder(place.directory, place.capacity).prepare()
     except OSError as error:
         raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
     if place.capacity > total:
@@ -75,14 +128,6 @@ def disk_store(place: DiskPlace) -> DirectoryStore:
             f"{DISK_KEY}: {place.capacity} bytes are more than the whole file system of {place.directory}, which has "
             f"{total}; ask for less"
         )
-    return _open(place.directory, place.capacity, Tier.DISK, DISK_KEY)
-
-
-def _open(directory: Path, capacity: int, tier: Tier, key: str) -> DirectoryStore:
-    try:
-        return DirectoryStore(directory, capacity, tier)
-    except OSError as error:
-        raise _unusable(key, directory, error, "give a directory that this user can write to") from error
 
 
 def _positive(size: int, text: str, key: str) -> int:
@@ -91,7 +136,12 @@ def _positive(size: int, text: str, key: str) -> int:
     return size
 
 
-def _check_private(directory: Path) -> None:
+def host_directory(shared_memory: Path = SHARED_MEMORY) -> Path:
+    """Where the host tier of this user is."""
+    return shared_memory / f"bascule-{os.getuid()}"
+
+
+def check_private(directory: Path) -> None:
     """Anyone may make folders in shared memory, so ours might be somebody else's; raises PermissionError."""
     facts = directory.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:

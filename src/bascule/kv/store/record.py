@@ -26,6 +26,9 @@ _VERSION = 1
 _HASH_BYTES = 16
 _CHECKSUM_BYTES = 16
 _HEADER = struct.Struct(f"<4sHHIQ{_HASH_BYTES}s16s")
+HEAD_BYTES = 256
+"""The beginning of a record that `label` needs, codec included."""
+_LONGEST_CODEC = HEAD_BYTES - _HEADER.size
 
 
 class InvalidRecord(BasculeError):
@@ -44,16 +47,28 @@ class Payload(Struct, frozen=True):
     data: Blob
 
 
+class Label(Struct, frozen=True):
+    """What a record says of itself; `model` is what `model_digest` makes of the fingerprint."""
+
+    name: BlockHash
+    model: bytes
+    codec: str
+    tokens: int
+
+
 def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payload) -> bytes:
     """The record of the block `name` of the model with `fingerprint`, which holds the KV of `tokens` (its own ids).
 
-    Raises ValueError if `name` is not 16 bytes, OverflowError for a token id that has no room in four.
+    Raises ValueError if `name` is not 16 bytes or the codec's is too long, OverflowError for a token id that has no
+    room in four.
     """
     if len(name) != _HASH_BYTES:
         raise ValueError(f"a block's hash has {_HASH_BYTES} bytes, not {len(name)}")
     codec = payload.codec.encode()
+    if len(codec) > _LONGEST_CODEC:
+        raise ValueError(f"a codec's name has at most {_LONGEST_CODEC} bytes, not {len(codec)}")
     data = memoryview(payload.data).cast("B")
-    header = _HEADER.pack(_MAGIC, _VERSION, len(codec), len(tokens), len(data), name, _digest(fingerprint))
+    header = _HEADER.pack(_MAGIC, _VERSION, len(codec), len(tokens), len(data), name, model_digest(fingerprint))
     pieces: list[Blob] = [header, codec, _little_endian(tokens), data]
     checksum = xxhash.xxh3_128()
     for piece in pieces:
@@ -67,9 +82,52 @@ def unpack(name: BlockHash, fingerprint: str, tokens: Sequence[int], data: Blob)
     Raises InvalidRecord for anything else, a block of the same hash but other tokens included.
     """
     view = memoryview(data).cast("B")
-    if len(view) < _HEADER.size + _CHECKSUM_BYTES:
+    parts = _check(name, view)
+    if parts.model != model_digest(fingerprint):
+        raise InvalidRecord("fingerprint")
+    if view[parts.codec_end : parts.tokens_end] != _little_endian(tokens):
+        raise InvalidRecord("tokens")
+    return Payload(_codec(view, parts), view[parts.tokens_end : parts.payload_end])
+
+
+def inspect(name: BlockHash, data: Blob) -> Label:
+    """What a record says of itself, after all the checks that need neither the model nor the tokens.
+
+    Raises InvalidRecord for what is not a whole record of the block `name`.
+    """
+    view = memoryview(data).cast("B")
+    return _label(view, _check(name, view))
+
+
+def label(head: Blob, size: int) -> Label:
+    """What a record of `size` bytes says of itself in its first `HEAD_BYTES`, unchecked but for its form and length.
+
+    Raises InvalidRecord for what does not even look like a record.
+    """
+    view = memoryview(head).cast("B")
+    return _label(view, _measure(view, size))
+
+
+def model_digest(fingerprint: str) -> bytes:
+    """What stands in a record for the model's fingerprint."""
+    return blake3(fingerprint.encode()).digest(16)
+
+
+class _Parts(Struct, frozen=True):
+    """What is read from a header, and where the parts behind it end."""
+
+    name: bytes
+    model: bytes
+    codec_end: int
+    tokens_end: int
+    payload_end: int
+
+
+def _measure(head: memoryview, size: int) -> _Parts:
+    """The parts of a record of `size` bytes; raises InvalidRecord if they do not add up to that."""
+    if size < _HEADER.size + _CHECKSUM_BYTES or len(head) < min(size, HEAD_BYTES):
         raise InvalidRecord("length")
-    magic, version, codec_bytes, count, payload_bytes, stored_name, digest = _HEADER.unpack_from(view)
+    magic, version, codec_bytes, count, payload_bytes, name, model = _HEADER.unpack_from(head)
     if magic != _MAGIC:
         raise InvalidRecord("format")
     if version != _VERSION:
@@ -77,25 +135,33 @@ def unpack(name: BlockHash, fingerprint: str, tokens: Sequence[int], data: Blob)
     codec_end = _HEADER.size + codec_bytes
     tokens_end = codec_end + 4 * count
     payload_end = tokens_end + payload_bytes
-    if payload_end + _CHECKSUM_BYTES != len(view):
+    if payload_end + _CHECKSUM_BYTES != size:
         raise InvalidRecord("length")
-    if xxhash.xxh3_128_digest(view[:payload_end]) != view[payload_end:]:
+    if codec_bytes > _LONGEST_CODEC:
+        raise InvalidRecord("format")
+    return _Parts(name, model, codec_end, tokens_end, payload_end)
+
+
+def _check(name: BlockHash, view: memoryview) -> _Parts:
+    """The parts of a record that is whole and of this name; raises InvalidRecord."""
+    parts = _measure(view, len(view))
+    if xxhash.xxh3_128_digest(view[: parts.payload_end]) != view[parts.payload_end :]:
         raise InvalidRecord("checksum")
-    if stored_name != name:
+    if parts.name != name:
         raise InvalidRecord("name")
-    if digest != _digest(fingerprint):
-        raise InvalidRecord("fingerprint")
-    if view[codec_end:tokens_end] != _little_endian(tokens):
-        raise InvalidRecord("tokens")
+    return parts
+
+
+def _codec(head: memoryview, parts: _Parts) -> str:
     try:
-        codec = str(view[_HEADER.size : codec_end], "utf-8")
+        return str(head[_HEADER.size : parts.codec_end], "utf-8")
     except UnicodeDecodeError:
         raise InvalidRecord("format") from None
-    return Payload(codec, view[tokens_end:payload_end])
 
 
-def _digest(fingerprint: str) -> bytes:
-    return blake3(fingerprint.encode()).digest(16)
+def _label(head: memoryview, parts: _Parts) -> Label:
+    tokens = (parts.tokens_end - parts.codec_end) // 4
+    return Label(BlockHash(parts.name), parts.model, _codec(head, parts), tokens)
 
 
 def _little_endian(tokens: Sequence[int]) -> bytes:

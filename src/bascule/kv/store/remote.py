@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+
+from redis.exceptions import ResponseError
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
 from bascule.kv.store.gate import Job
 from bascule.kv.store.ring import Ring
 from bascule.kv.store.server import Command, Server, ServerFacts, fault_of
 from bascule.kv.store.targets import Target
+from bascule.kv.transfer.base import machine_id
 from bascule.types import BlockHash, Tier
 
 PREFIX = b"bascule:1:"
+_KEY = re.compile(re.escape(PREFIX) + rb"([0-9a-f]{32})")
 CONNECT_S = 0.2
 TIMEOUT_S = 0.5
 TTL_S = 86_400
@@ -49,6 +55,9 @@ class RemoteStore:
             target.label: Server(target, connections=connections, connect_s=connect_s, timeout_s=timeout_s)
             for target in servers
         }
+        self.place = ",".join(
+            sorted(f"{target.label} of {machine_id()}" if target.local else target.label for target in servers)
+        )
         self._ring = Ring(list(self._servers))
         self._ttl_s = ttl_s
         self._tally = Tally()
@@ -67,7 +76,7 @@ class RemoteStore:
                 return True
             return False
 
-        self._each(names, lambda i: ("SET", _key(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
+        self._each(names, lambda i: ("SET", key_of(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
@@ -79,7 +88,7 @@ class RemoteStore:
                 self._learn_size(len(reply))
             return reply is None or isinstance(reply, bytes)
 
-        self._each(names, lambda i: ("GETEX", _key(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
+        self._each(names, lambda i: ("GETEX", key_of(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
         answers = list(found)  # a round that was given up may still write to the other
         self._tally.answered(answers)
         return answers
@@ -91,17 +100,39 @@ class RemoteStore:
             found[index] = reply == 1
             return reply in (0, 1)
 
-        self._each(names, lambda i: ("EXISTS", _key(names[i])), take)
+        self._each(names, lambda i: ("EXISTS", key_of(names[i])), take)
         return list(found)
 
+    def names(self) -> Iterator[list[BlockHash]]:
+        for server in self._servers.values():
+            cursor, keys = 0, list[bytes]()
+
+            def look(server: Server) -> None:
+                nonlocal cursor, keys
+                try:
+                    cursor, keys = server.scan(PREFIX, cursor)
+                except ResponseError:
+                    cursor, keys = 0, []
+
+            while self._everywhere(look, [server]):
+                yield [name for key in keys if (name := name_in(key)) is not None]
+                if not cursor:
+                    break
+
     def drop(self, names: Sequence[BlockHash]) -> None:
-        self._each(names, lambda i: ("UNLINK", _key(names[i])), lambda _, reply: reply in (0, 1))
+        self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))
 
     def stats(self) -> StoreStats:
         """Asks the servers that can be reached; their blocks are all keys of their databases."""
-        facts: list[ServerFacts] = []
-        self._everywhere(lambda server: facts.append(server.facts()))
-        facts = list(facts)
+        told: list[ServerFacts] = []
+
+        def ask(server: Server) -> None:
+            # Servers for hire do not tell everyone, which is no reason to do without them.
+            with suppress(ResponseError):
+                told.append(server.facts())
+
+        self._everywhere(ask)
+        facts = list(told)
         bounded = bool(facts) and all(each.capacity_bytes for each in facts)
         return self._tally.stats(
             blocks=sum(each.keys for each in facts),
@@ -166,5 +197,12 @@ class RemoteStore:
         return True
 
 
-def _key(name: BlockHash) -> bytes:
+def key_of(name: BlockHash) -> bytes:
+    """The key that a block has on its server."""
     return PREFIX + name.hex().encode()
+
+
+def name_in(key: bytes) -> BlockHash | None:
+    """The block that has this key; None for a key that no block has."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else BlockHash(bytes.fromhex(match[1].decode()))

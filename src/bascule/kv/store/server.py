@@ -25,6 +25,8 @@ Command: TypeAlias = tuple[Any, ...]
 
 _READ_BYTES = 1 << 20
 _SCAN_COUNT = 1000
+_TOO_MANY = 1 << 56
+"""Bytes or keys: no server has so many, and what sums of them are sent in has room for them."""
 
 
 def fault_of(error: Exception) -> Fault:
@@ -95,26 +97,34 @@ class Server:
         return list(replies)
 
     def facts(self) -> ServerFacts:
-        """Raises like `pipeline`, and for answers that make no sense."""
+        """Raises like `pipeline`, and ResponseError for a refusal or an answer that makes no sense."""
         replies = self.pipeline([("DBSIZE",), ("INFO", "memory"), ("INFO", "stats")])
         match replies:
             case [int(keys), dict(memory), dict(stats)]:
                 pass
             case _:
                 raise ResponseError("not an answer to DBSIZE and INFO")
-        return ServerFacts(
-            keys, int(memory["used_memory"]), int(memory.get("maxmemory", 0)), int(stats["evicted_keys"])
-        )
+        numbers: list[Any] = [keys, memory.get("used_memory"), memory.get("maxmemory", 0), stats.get("evicted_keys")]
+        if not all(isinstance(number, int) and 0 <= number < _TOO_MANY for number in numbers):
+            raise ResponseError("no number of keys or bytes in an answer to DBSIZE and INFO")
+        return ServerFacts(*numbers)
 
-    def unlink_some(self, prefix: bytes, cursor: int) -> int:
-        """Delete some of the keys that begin with `prefix`; returns the next cursor, 0 when all were seen."""
+    def scan(self, prefix: bytes, cursor: int) -> tuple[int, list[bytes]]:
+        """The next cursor, 0 when all were seen, and some of the keys that begin with `prefix`; some come twice."""
         match self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
             case [(int(following), list(keys))]:
-                if keys:
-                    self.pipeline([("UNLINK", *keys)])
-                return following
+                return following, keys
+            case [ResponseError() as refusal]:
+                raise refusal
             case _:
                 raise ResponseError("not an answer to SCAN")
+
+    def unlink_some(self, prefix: bytes, cursor: int) -> int:
+        """Delete some of the keys that begin with `prefix`; returns the next cursor like `scan`."""
+        following, keys = self.scan(prefix, cursor)
+        if keys:
+            self.pipeline([("UNLINK", *keys)])
+        return following
 
     def close(self) -> None:
         """Idempotent."""

@@ -1,0 +1,224 @@
+"""What the KV store saves: TTFT of a long prefix by where its KV is found, and of conversations that outgrow memory.
+
+    python benchmarks/kv_store.py --rounds 5 --disk /var/tmp
+
+One worker on one core with device memory for one prefix (or for two conversations), once for each tier, each with that
+tier alone, and once without a store; all are up at once and take turns with the same prompts (one that waits is
+stopped). `remote` is a Redis server on loopback, started here if there is one. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from layouts import System, running
+from prometheus_client.parser import text_string_to_metric_families
+
+VOCABULARY = range(100, 40_000)
+TOKEN_BYTES = 23_040
+"""Of the embedded model's KV in bfloat16."""
+
+
+@dataclass
+class Answer:
+    """What one request gave."""
+
+    ttft_s: float
+    tokens: list[int]
+    cached: int
+    loaded: dict[str, int]
+
+
+def ask(system: System, prompt: list[int], output: int = 4) -> Answer:
+    """One streamed completion of token ids."""
+    body = {"model": system.model, "prompt": prompt, "max_tokens": output, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    tokens: list[int] = []
+    first, details = 0.0, {}
+    begun = time.perf_counter()
+    with httpx.stream("POST", f"{system.url}/v1/completions", json=body, timeout=300) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = httpx.Response(200, content=line[6:]).json()
+            for choice in chunk["choices"]:
+                first = first or time.perf_counter() - begun
+                tokens += choice.get("token_ids") or []
+            details = (chunk.get("usage") or {}).get("prompt_tokens_details") or details
+    return Answer(first, tokens, details.get("cached_tokens", 0), details.get("loaded_tokens", {}))
+
+
+def settle(system: System) -> None:
+    """Until nothing more is saved to the tier."""
+    before, since = -1.0, time.monotonic()
+    while time.monotonic() - since < 1.5:
+        families = text_string_to_metric_families(httpx.get(f"{system.url}/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        saved = sum(each.value for each in samples if each.labels.get("way") == "saved")
+        if saved != before:
+            before, since = saved, time.monotonic()
+        time.sleep(0.1)
+
+
+@contextmanager
+def turn(system: System) -> Iterator[None]:
+    system.signal(signal.SIGCONT)
+    yield
+    system.signal(signal.SIGSTOP)
+
+
+def systems(arguments: argparse.Namespace, memory: int, folder: Path, stack: ExitStack) -> dict[str, System]:
+    """One for each tier, and one without a store, all stopped."""
+    flags = {"none": [], "host": ["--kv-host", "2GiB"], "disk": ["--kv-disk", f"{folder / 'kv'}:8GiB"]}
+    if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
+        flags["remote"] = ["--kv-remote", stack.enter_context(redis(binary))]
+    found = {}
+    for name, store in flags.items():
+        ready = folder / f"ready-{name}"
+        command = [sys.executable, "-m", "bascule", "serve", arguments.model, "--port", "0", "--policy", "single"]
+        command += ["--devices", "cpu:0", "--ready-file", str(ready), "--log-level", "warning"]
+        command += ["--kv-memory", str(memory), *store]
+        found[name] = stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log"))
+        found[name].signal(signal.SIGSTOP)
+    return found
+
+
+@contextmanager
+def redis(binary: str) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    arguments = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    server = subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def prompts(seed: int, count: int, length: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.choice(VOCABULARY) for _ in range(length)] for _ in range(count)]
+
+
+def prefixes(arguments: argparse.Namespace, folder: Path) -> None:
+    """A long prefix and a short question: cold, found on the device, found in each tier."""
+    length, question = arguments.prefix, 50
+    rows: dict[str, list[float]] = {}
+    same: list[bool] = []
+    with ExitStack() as stack:
+        memory = TOKEN_BYTES * (length + question + 200)
+        nodes = systems(arguments, memory, folder, stack)
+        for number in range(arguments.rounds):
+            prefix, other = prompts(2 * number, 2, length)
+            asked = prompts(1000 + number, 3, question)
+            for name, node in nodes.items():
+                with turn(node):
+                    cold = ask(node, prefix + asked[0])
+                    device = ask(node, prefix + asked[1])
+                    ask(node, other + asked[0])
+                    settle(node)
+                    again = ask(node, prefix + asked[2])
+                if name == "none":
+                    reference = again
+                    rows.setdefault("evicted, no store", []).append(again.ttft_s / cold.ttft_s)
+                else:
+                    assert again.loaded.get(name, 0) >= length - 16, (name, again)
+                    same.append(again.tokens == reference.tokens)
+                    rows.setdefault(name, []).append(again.ttft_s / cold.ttft_s)
+                rows.setdefault("cold, s", []).append(cold.ttft_s)
+                rows.setdefault("device", []).append(device.ttft_s / cold.ttft_s)
+    print(
+        f"\n**TTFT of {length} known tokens and {question} new ones**, over a cold one of the same system and round\n"
+    )
+    print("| found | median | least | most |\n|---|---|---|---|")
+    for label, values in sorted(rows.items()):
+        print(f"| {label} | {statistics.median(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
+    print(f"\n{sum(same)} of {len(same)} answers had the tokens of the one without a store.")
+
+
+def conversations(arguments: argparse.Namespace, folder: Path) -> None:
+    """Sessions in turns, with device memory for two of them; then the workers are killed, and each has a turn more."""
+    sessions, turns, answer = 8, 6, 50
+    said = 300 - answer
+    rows: dict[str, list[float]] = {}
+    killed: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        memory = TOKEN_BYTES * 2 * 300 * turns
+        nodes = systems(arguments, memory, folder, stack)
+        texts = {name: [list[int]() for _ in range(sessions)] for name in nodes}
+        news = prompts(5, sessions * (turns + 1), said)
+
+        def round_of(number: int, note: Callable[[str, float], None]) -> None:
+            for session in range(sessions):
+                for name, node in nodes.items():
+                    text = texts[name][session]
+                    text += news[number * sessions + session]
+                    with turn(node):
+                        found = ask(node, text, answer)
+                    text += found.tokens
+                    note(name, found.ttft_s)
+
+        for number in range(turns):
+            round_of(
+                number, lambda name, ttft, late=number > 0: rows.setdefault(name, []).append(ttft) if late else None
+            )
+        for name, node in nodes.items():
+            with turn(node):
+                settle(node) if name != "none" else None
+                kill_workers(node)
+        round_of(turns, lambda name, ttft: killed.setdefault(name, []).append(ttft))
+        same = all(texts[name] == texts["none"] for name in nodes)
+    print(f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two; TTFT p50 of later turns\n")
+    print("| tier | s | over none | after kill -9 of the worker, s | over none |\n|---|---|---|---|---|")
+    base, after = statistics.median(rows["none"]), statistics.median(killed["none"])
+    for name in nodes:
+        mid, end = statistics.median(rows[name]), statistics.median(killed[name])
+        print(f"| {name} | {mid:.3f} | {mid / base:.2f} | {end:.3f} | {end / after:.2f} |")
+    print(f"\nAll systems gave the same tokens: {'yes' if same else 'no'}.")
+
+
+def kill_workers(system: System) -> None:
+    """SIGKILL, and wait until the one that is started in its place answers."""
+    for process in system.tree()[1:]:
+        os.kill(process.pid, signal.SIGKILL)
+    time.sleep(1.0)
+    deadline = time.monotonic() + 120
+    while httpx.get(f"{system.url}/ready").status_code != 200:
+        if time.monotonic() > deadline:
+            sys.exit(f"{system.label}: no worker came back")
+        time.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefix", type=int, default=4000, help="tokens")
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"))
+    parser.add_argument("--parts", default="prefixes,conversations")
+    arguments = parser.parse_args()
+    parts = {"prefixes": prefixes, "conversations": conversations}
+    for part in arguments.parts.split(","):
+        with tempfile.TemporaryDirectory(prefix="bascule-bench-", dir=arguments.disk) as folder:
+            parts[part](arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

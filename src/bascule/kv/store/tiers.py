@@ -1,0 +1,232 @@
+"""The tiers below one arena, fastest first: what they hold of a prompt, and blocks on their way down and up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from threading import Lock
+
+from msgspec import Struct
+
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books, CachedBlock
+from bascule.kv.store.base import Store, StoreStats
+from bascule.kv.store.forms import Forms
+from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
+from bascule.policies.load import UNMEASURED
+from bascule.types import BlockHash, LinkCost, Tier
+
+_BATCH = 16
+"""Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
+_FORGOTTEN_S = 60.0
+"""After this, half of what was measured still counts, the other half being what is assumed of such a tier."""
+_LEARNT = 0.5
+"""How much the latest load counts in what a tier is said to cost."""
+
+
+class Wanted(Struct, frozen=True):
+    """One block to be loaded: its name, its tokens, and the block of the arena that it goes to."""
+
+    name: BlockHash
+    tokens: tuple[int, ...]
+    block: int
+
+
+class _Slowness(Struct, frozen=True):
+    times: float
+    """Longer than assumed."""
+    measured_at: float
+
+
+class TierFigures(Struct):
+    """What has gone up and down between one tier and the arena."""
+
+    loaded_blocks: int = 0
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    saved_blocks: int = 0
+    saved_bytes: int = 0
+    invalid: Counter[str] = {}  # type: ignore[assignment]
+    """Blocks that were not what they should have been, by reason."""
+
+
+class Tiers:
+    """Blocks between an arena and the stores below it. Thread-safe; nothing here raises for what a store does.
+
+    What a store gives back is used only if its record says that it is this model's KV of these very tokens, whole and
+    unaltered; else it is dropped from there, counted, and looked for one tier further down.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        arena: Arena,
+        books: Books,
+        fingerprint: str,
+        forms: Forms,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`stores` from the fastest to the slowest, of different tiers; they are closed with this."""
+        self.stores = {store.tier: store for store in stores}
+        self.figures = {tier: TierFigures(invalid=Counter()) for tier in self.stores}
+        self._slowness: dict[Tier, _Slowness] = {}
+        self._arena = arena
+        self._books = books
+        self._fingerprint = fingerprint
+        self._forms = forms
+        self._now = now
+        self._lock = Lock()
+
+    def costs(self) -> dict[Tier, LinkCost]:
+        """What loading from each tier has lately taken, checks included."""
+        with self._lock:
+            return {tier: self._cost(tier) for tier in self.stores}
+
+    @property
+    def least_block_bytes(self) -> int:
+        """Of a block in the form that takes least."""
+        return self._forms.least_bytes
+
+    def _cost(self, tier: Tier) -> LinkCost:
+        guess, times = UNMEASURED[tier], self._times(tier)
+        return LinkCost(guess.latency_s * times, guess.bytes_per_s / times)
+
+    def _times(self, tier: Tier) -> float:
+        """How many times longer than assumed it takes. What was measured long ago counts less: a tier that was slow
+        once has to be tried again."""
+        if (slowness := self._slowness.get(tier)) is None:
+            return 1.0
+        trust: float = 0.5 ** ((self._now() - slowness.measured_at) / _FORGOTTEN_S)
+        return math.pow(slowness.times, trust)
+
+    # ------------------------------------------------------------ up
+
+    def within(self, seconds: float) -> list[Tier]:
+        """The tiers that have anything to give in that time, the fastest first."""
+        return [tier for tier, cost in self.costs().items() if cost.latency_s <= seconds]
+
+    def find(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> list[Tier]:
+        """The fastest of `tiers` for each leading block that any of them has; ends with the first that none has."""
+        found: dict[int, Tier] = {}
+        missing = list(range(len(names)))
+        for tier in tiers:
+            if missing:
+                there = self.stores[tier].holds([names[index] for index in missing])
+                found |= {index: tier for index, held in zip(missing, there, strict=True) if held}
+                missing = [index for index in missing if index not in found]
+        return [found[index] for index in range(missing[0] if missing else len(names))]
+
+    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier], patience_s: float | None = None) -> list[Tier]:
+        """Write blocks to the arena, `run` being the first tier to look in for each; returns where each came from.
+
+        Ends with the first block that no tier gives, or when it has taken `patience_s` seconds; what lies in the
+        arena's blocks from there on is undefined.
+        """
+        came: list[Tier] = []
+        end = math.inf if patience_s is None else self._now() + patience_s
+        for tier, group in groupby(zip(wanted, run, strict=True), key=lambda pair: pair[1]):
+            part = [each for each, _ in group]
+            for start in range(0, len(part), _BATCH):
+                batch = part[start : start + _BATCH]
+                sources = self._load_batch(batch, tier)
+                came += sources
+                if len(sources) < len(batch) or self._now() > end:
+                    return came
+        return came
+
+    def _load_batch(self, batch: Sequence[Wanted], first: Tier) -> list[Tier]:
+        """The blocks of a batch from one tier, and one by one from those below it where it fails."""
+        sources: list[Tier | None] = [None] * len(batch)
+        tiers = list(self.stores)
+        for tier in tiers[tiers.index(first) :]:
+            left = [index for index, source in enumerate(sources) if source is None]
+            for index, good in zip(left, self._load_from(tier, [batch[index] for index in left]), strict=True):
+                if good:
+                    sources[index] = tier
+            if None not in sources:
+                break
+        whole = sources.index(None) if None in sources else len(sources)
+        return [source for source in sources[:whole] if source is not None]
+
+    def _load_from(self, tier: Tier, batch: Sequence[Wanted]) -> list[bool]:
+        begun = self._now()
+        store = self.stores[tier]
+        good, invalid, size = [False] * len(batch), [], 0
+        for index, (each, data) in enumerate(zip(batch, store.get([one.name for one in batch]), strict=True)):
+            if data is None:
+                continue
+            try:
+                payload = unpack(each.name, self._fingerprint, each.tokens, data)
+                self._forms.decode(payload, self._arena.bytes[:, each.block : each.block + 1])
+            except InvalidRecord as error:
+                invalid.append((each.name, error.reason))
+            else:
+                good[index] = True
+                size += len(data)
+        self._loaded(tier, sum(good), size, self._now() - begun, Counter(reason for _, reason in invalid))
+        if invalid:
+            store.drop([name for name, _ in invalid])
+        return good
+
+    def _loaded(self, tier: Tier, blocks: int, size: int, seconds: float, invalid: Counter[str]) -> None:
+        with self._lock:
+            figures = self.figures[tier]
+            figures.loaded_blocks += blocks
+            figures.loaded_bytes += size
+            figures.load_s += seconds
+            figures.invalid.update(invalid)
+            if blocks > 1 and seconds > 0:
+                guess = UNMEASURED[tier]
+                # By what lies in the arena then: whoever asks for the cost knows nothing of codecs.
+                whole = blocks * self._arena.layout.block_bytes
+                times = seconds / (guess.latency_s + whole / guess.bytes_per_s)
+                self._slowness[tier] = _Slowness(self._times(tier) ** (1 - _LEARNT) * times**_LEARNT, self._now())
+
+    # ------------------------------------------------------------ down
+
+    def save(self, tier: Tier, names: Sequence[BlockHash]) -> list[BlockHash]:
+        """Give a tier those of `names` that are cached on the device and not there; returns what it took.
+
+        Blocks are copied while they may be evicted: what changed meanwhile is thrown away.
+        """
+        store, taken = self.stores[tier], list[BlockHash]()
+        for batch in _batches(names):
+            absent = [name for name, held in zip(batch, store.holds(batch), strict=True) if not held]
+            items = self._records(self._books.peek(absent), tier)
+            if not items:
+                continue
+            count = store.put(items)
+            # How many were taken, and not which: where some were not, nothing is said of any of them.
+            taken += items if count == len(items) else ()
+            with self._lock:
+                self.figures[tier].saved_blocks += count
+                self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
+        return taken
+
+    def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
+        if not entries:
+            return {}
+        copies = self._arena.bytes[:, [entry.block for entry in entries]]
+        unchanged = self._books.unchanged(entries)
+        codec, data = self._forms.encode(copies, self.costs()[tier])
+        return {
+            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data))
+            for entry, record, whole in zip(entries, data, unchanged, strict=True)
+            if whole
+        }
+
+    def stats(self) -> dict[Tier, StoreStats]:
+        """What each tier holds; asks servers."""
+        return {tier: store.stats() for tier, store in self.stores.items()}
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.close()
+
+
+def _batches(names: Sequence[BlockHash]) -> Iterator[Sequence[BlockHash]]:
+    for start in range(0, len(names), _BATCH):
+        yield names[start : start + _BATCH]

@@ -1,0 +1,55 @@
+"""Whether stored KV is worth loading: only where that is predicted to take less time than computing it anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from bascule.policies.cost import PrefillPart, part_seconds
+from bascule.policies.snapshot import CHUNK_TOKENS
+from bascule.types import CostModel, LinkCost, Tier
+
+UNMEASURED = {Tier.HOST: LinkCost(0.001, 1e9), Tier.DISK: LinkCost(0.002, 5e8), Tier.REMOTE: LinkCost(0.003, 1e8)}
+"""What loading from a tier is taken to cost before it has been done."""
+
+
+def load_seconds(costs: Mapping[Tier, LinkCost], tokens: Mapping[Tier, int], token_bytes: int) -> float:
+    """Predicted seconds to load so many tokens' KV, of `token_bytes` each, from each tier."""
+    used = ((costs[tier], count) for tier, count in tokens.items() if count)
+    return sum(cost.latency_s + count * token_bytes / cost.bytes_per_s for cost, count in used)
+
+
+def prompt_seconds(model: CostModel, tokens: int, cached: int, chunk_tokens: int = CHUNK_TOKENS) -> float:
+    """Predicted seconds to compute what is behind the `cached` first of a prompt's `tokens`, alone."""
+    new = max(tokens - cached, 0)
+    return part_seconds(model, PrefillPart(new, cached)) + model.step_s * math.ceil(new / chunk_tokens)
+
+
+def blocks_to_load(
+    run: Sequence[Tier],
+    costs: Mapping[Tier, LinkCost],
+    model: CostModel,
+    *,
+    prompt_tokens: int,
+    cached_tokens: int,
+    block_tokens: int,
+    token_bytes: int,
+) -> int:
+    """How many leading blocks of `run`, which follow the cached ones, to load so that the prompt is soonest computed.
+
+    All or a beginning: what is left out has to be computed, and all behind it. While nothing is known of what computing
+    costs (a model of zeros), all.
+    """
+    if model == CostModel():
+        return len(run)
+    best, least = 0, prompt_seconds(model, prompt_tokens, cached_tokens)
+    tokens: dict[Tier, int] = {}
+    for blocks, tier in enumerate(run, 1):
+        tokens[tier] = tokens.get(tier, 0) + block_tokens
+        if blocks < len(run) and run[blocks] is tier:
+            continue  # a tier's blocks cost the same each, and computing costs more the further back: all, or none
+        loaded = cached_tokens + blocks * block_tokens
+        seconds = load_seconds(costs, tokens, token_bytes) + prompt_seconds(model, prompt_tokens, loaded)
+        if seconds < least:
+            best, least = blocks, seconds
+    return best

@@ -1,0 +1,98 @@
+"""The KV store as the router sees it: who shares which tier, what is in it, and what loading from it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bascule.kv.prefix_index import Match
+from bascule.policies.cost import Floats
+from bascule.policies.load import UNMEASURED
+from bascule.router.kv_feed import KvFeed
+from bascule.types import LinkCost, Tier
+from bascule.wire import KvEvents, StorePlace
+
+TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
+"""Below the device, the fastest first."""
+_UNBOUNDED = 1_000_000
+"""Blocks that the index keeps of a tier without a known bound."""
+_SLACK = 2
+"""Nobody tells when a tier evicts, so the index may name more blocks than it holds, until they are found missing."""
+
+_Place = tuple[Tier, str]
+
+
+class Stores:
+    """One row a worker, as in the columns. What one worker saves, all that share the tier can load."""
+
+    def __init__(self) -> None:
+        self._sharing: dict[_Place, dict[int, KvFeed]] = {}
+        self._places: dict[int, dict[Tier, _Place]] = {}
+        self._latency_s = np.zeros((0, len(TIERS)))
+        self._byte_s = np.zeros((0, len(TIERS)))
+
+    def __bool__(self) -> bool:
+        """Whether any worker has a store."""
+        return bool(self._sharing)
+
+    @staticmethod
+    def capacity(places: Mapping[Tier, StorePlace]) -> dict[Tier, int]:
+        """Blocks of each tier that the index is to have room for."""
+        return {tier: _SLACK * (place.blocks or _UNBOUNDED) for tier, place in places.items() if tier in TIERS}
+
+    def join(self, row: int, feed: KvFeed, places: Mapping[Tier, StorePlace]) -> None:
+        """A worker with these tiers, perhaps none, has taken a row."""
+        if row >= len(self._latency_s):
+            more = np.zeros((row + 1 - len(self._latency_s), len(TIERS)))
+            self._latency_s = np.concatenate([self._latency_s, more])
+            self._byte_s = np.concatenate([self._byte_s, more])
+        self._places[row] = {tier: (tier, place.id) for tier, place in places.items() if tier in TIERS}
+        for place in self._places[row].values():
+            self._sharing.setdefault(place, {})[row] = feed
+        self.measured(row, {tier: UNMEASURED[tier] for tier in self._places[row]})
+
+    def leave(self, row: int) -> None:
+        for place in self._places.pop(row, {}).values():
+            rows = self._sharing[place]
+            del rows[row]
+            if not rows:
+                del self._sharing[place]
+
+    def shared(self, one: int, other: int) -> Tier | None:
+        """The fastest tier that two workers share."""
+        theirs = self._places.get(other, {})
+        return next((tier for tier in TIERS if tier in theirs and self._places[one].get(tier) == theirs[tier]), None)
+
+    def measured(self, row: int, costs: Mapping[Tier, LinkCost]) -> None:
+        """What loading from each tier takes this worker."""
+        for at, tier in enumerate(TIERS):
+            if (cost := costs.get(tier)) is not None and cost.bytes_per_s > 0:
+                self._latency_s[row, at], self._byte_s[row, at] = cost.latency_s, 1 / cost.bytes_per_s
+
+    def changed(self, row: int, events: KvEvents) -> None:
+        """A worker's events, which its own feed has applied, go for all that share the tiers, too."""
+        for part in events.changes:
+            place = self._places[row].get(part.tier)  # type: ignore[call-overload]
+            for other, feed in self._sharing.get(place, {}).items():
+                if other != row:
+                    feed.also(part)
+
+    def stored(self, match: Match, block_tokens: int, token_bytes: int, rows: int) -> tuple[NDArray[np.int64], Floats]:
+        """How many tokens of a prompt each of `rows` rows has or can load, and the seconds that loading takes.
+
+        A tier that is asked for nothing costs nothing.
+        """
+        tokens, seconds = np.zeros(rows, np.int64), np.zeros(rows)
+        known = min(len(match.device), len(self._latency_s), rows)
+        above = match.device[:known]
+        for at, tier in enumerate(TIERS):
+            blocks = match.tiers[tier][:known]
+            more = (blocks - above) * block_tokens
+            seconds[:known] += (more > 0) * (
+                self._latency_s[:known, at] + more * token_bytes * self._byte_s[:known, at]
+            )
+            above = blocks
+        tokens[:known] = above
+        return tokens * block_tokens, seconds

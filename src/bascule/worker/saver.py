@@ -1,0 +1,92 @@
+"""Computed blocks on their way down to one tier, in a thread that gives way to all others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from bascule.types import BlockHash
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 16
+_NICENESS = 10
+
+Save = Callable[[Sequence[BlockHash]], Sequence[BlockHash]]
+
+
+class Saver:
+    """A line of blocks before a tier, so that a slow one holds up no other. Runs in the asyncio loop."""
+
+    def __init__(self, save: Save, saved: Callable[[Sequence[BlockHash]], None], most: int) -> None:
+        """`save`, called in the thread, returns what was taken, which `saved` is told in the loop.
+
+        Of more than `most` blocks in the line the first are left out: they will have been evicted by then.
+        """
+        self._save = save
+        self._saved = saved
+        self._most = most
+        self._line: dict[BlockHash, None] = {}
+        self._busy: Sequence[BlockHash] = ()
+        self._batch_done = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "kv-save", initializer=_give_way)
+
+    @property
+    def idle(self) -> bool:
+        return self._task is None
+
+    def add(self, names: Sequence[BlockHash]) -> None:
+        self._line |= dict.fromkeys(names)
+        while len(self._line) > self._most:
+            del self._line[next(iter(self._line))]
+        if self._line and self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def passed(self, names: Sequence[BlockHash]) -> None:
+        """Wait until none of these blocks is in the line or being saved."""
+        while self._task is not None and any(name in self._line or name in self._busy for name in names):
+            batch_done = self._batch_done
+            await batch_done.wait()
+
+    async def drain(self) -> None:
+        """Wait until the line is empty."""
+        if self._task is not None:
+            await self._task
+
+    def close(self) -> None:
+        self._line.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while names := list(self._line)[:_AT_ONCE]:
+                for name in names:
+                    del self._line[name]
+                self._busy = names
+                taken = await loop.run_in_executor(self._thread, self._save, names)
+                if taken:
+                    self._saved(taken)
+                self._end_batch()
+        except Exception:
+            log.exception("KV store: computed blocks could not be saved")
+        finally:
+            self._task = None
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        self._busy = ()
+        self._batch_done.set()
+        self._batch_done = asyncio.Event()
+
+
+def _give_way() -> None:
+    """Let this thread run where nothing else wants to: steps and loads go first."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,0 +1,241 @@
+"""What the remote tier must survive: servers absent, killed, hung, full, locked, shared and mad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from time import monotonic, sleep
+
+import pytest
+from store_rig import PATIENT, MadServer, name_of, value_of
+
+from bascule.kv.store.base import Fault, Store
+from bascule.kv.store.record import InvalidRecord, unpack
+from bascule.kv.store.remote import RemoteStore
+from bascule.kv.store.targets import parse_remote
+from support.redis_server import RedisProcess, redis_process, wait_until
+
+A, B, C = (name_of(number) for number in range(1, 4))
+TIMEOUT = 1.0
+TOKENS = tuple(range(16))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisProcess]:
+    with redis_process() as process:
+        yield process
+
+
+def open_remote(stack: ExitStack, *urls: str, timeout_s: float = PATIENT) -> RemoteStore:
+    return stack.enter_context(closing(RemoteStore(parse_remote(",".join(urls)), timeout_s=timeout_s)))
+
+
+def latency(store: Store) -> float:
+    """Seconds that a miss takes."""
+    began = monotonic()
+    assert store.get([A, B]) == [None, None]
+    return monotonic() - began
+
+
+def test_a_server_that_is_absent_at_the_start_is_used_when_it_comes(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    process.stop()
+    store = open_remote(stack, process.url)
+    assert store.put({A: b"a"}) == 0
+    assert store.get([A]) == [None]
+    assert store.stats().errors == {Fault.GONE: 1, Fault.SKIPPED: 1}
+    process.start()
+    wait_until(lambda: store.put({A: b"a"}), "the server to be found")
+    assert store.get([A]) == [b"a"]
+
+
+def test_a_killed_server_is_missed_and_found_again(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    store = open_remote(stack, process.url)
+    assert store.put({A: b"a"}) == 1
+    process.stop()
+    assert store.get([A]) == [None]
+    assert store.put({B: b"b"}) == 0
+    assert store.holds([A]) == [False]
+    store.drop([A])
+    store.clear()
+    assert store.stats().blocks == 0
+    assert store.stats().errors[Fault.GONE] == 1
+    process.start()
+    wait_until(lambda: store.put({A: b"new"}), "the server to be found")
+    assert store.get([A]) == [b"new"]
+
+
+def test_a_hung_server_costs_one_timeout_and_is_found_again(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    store = open_remote(stack, process.url, timeout_s=TIMEOUT)
+    store.put({C: b"c"})
+    process.pause()
+    try:
+        first = latency(store)
+        rest = [latency(store) for _ in range(20)]
+    finally:
+        process.resume()
+    assert TIMEOUT / 2 < first < PATIENT
+    assert sum(rest) < len(rest) * TIMEOUT / 4
+    assert store.stats().errors[Fault.SLOW] == 2
+    assert store.stats().errors[Fault.SKIPPED] >= 40
+    wait_until(lambda: store.get([C]) == [b"c"], "the server to be found")
+
+
+def test_probes_of_a_hung_server_are_not_waited_for(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    store = open_remote(stack, process.url, timeout_s=TIMEOUT)
+    process.pause()
+    try:
+        latency(store)
+        for _ in range(3):
+            sleep(1.1)
+            assert sum(latency(store) for _ in range(20)) < TIMEOUT
+    finally:
+        process.resume()
+
+
+def test_losing_one_of_three_servers_loses_only_its_share(stack: ExitStack) -> None:
+    processes = [stack.enter_context(redis_process()) for _ in range(3)]
+    store = open_remote(stack, *(process.url for process in processes))
+    values = {name_of(number): value_of(number) for number in range(300)}
+    assert store.put(values) == 300
+    share = processes[1].client().dbsize()
+    assert 50 < share < 150
+    processes[1].stop()
+    answers = store.get(list(values))
+    assert answers.count(None) == share
+    assert all(answer in (None, value) for answer, value in zip(answers, values.values(), strict=True))
+    assert store.stats().errors[Fault.GONE] == share
+
+
+def test_a_full_server_refuses_and_goes_on_answering(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process("--maxmemory", "4mb", "--maxmemory-policy", "noeviction"))
+    store = open_remote(stack, process.url)
+    names = [name_of(number) for number in range(40)]
+    taken = sum(store.put({name: value_of(1, 400_000)}) for name in names)
+    assert 0 < taken < 20
+    stats = store.stats()
+    assert stats.errors == {Fault.FULL: 40 - taken}
+    assert stats.capacity_bytes == 4 << 20
+    answers = store.get(names)
+    assert [answer for answer in answers if answer is not None] == [value_of(1, 400_000)] * taken
+    assert store.stats().errors == {Fault.FULL: 40 - taken}
+
+
+def test_a_full_server_that_evicts_takes_everything(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-lru"))
+    store = open_remote(stack, process.url)
+    names = [name_of(number) for number in range(40)]
+    assert sum(store.put({name: value_of(1, 400_000)}) for name in names) == 40
+    assert store.get([names[-1]]) == [value_of(1, 400_000)]
+    assert store.stats().evictions > 0
+
+
+def test_a_wrong_password_is_a_counted_miss(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    process = stack.enter_context(redis_process("--requirepass", "right"))
+    wrong = open_remote(stack, process.url.replace("//", "//:hunter2@"))
+    assert wrong.get([A]) == [None]
+    assert wrong.stats().errors[Fault.DENIED] == 1
+    assert "hunter2" not in caplog.text
+    without = open_remote(stack, process.url)
+    assert without.get([A]) == [None]
+    assert without.stats().errors[Fault.DENIED] == 1
+    right = open_remote(stack, process.url.replace("//", "//:right@"))
+    assert right.put({A: b"a"}) == 1
+
+
+def test_a_server_that_tells_nothing_of_itself_is_used_all_the_same(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    store = open_remote(stack, process.url)
+    process.client().execute_command("ACL", "SETUSER", "default", "-info", "-dbsize", "-scan")
+    assert store.put({A: b"a"}) == 1
+    for _ in range(3):
+        assert (store.stats().blocks, store.stats().capacity_bytes) == (0, None)
+        assert [name for page in store.names() for name in page] == []
+        assert store.get([A]) == [b"a"]
+    assert store.stats().errors == {}
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 64, 10**30])
+def test_numbers_that_cannot_be_are_not_passed_on(stack: ExitStack, number: int) -> None:
+    """A message to the router has no room for them."""
+    store = open_remote(stack, "redis://127.0.0.1:1")
+    [server] = store._servers.values()
+    good = [7, {"used_memory": 8, "maxmemory": 9}, {"evicted_keys": 0}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "pipeline", lambda _: good)
+        assert store.stats().capacity_bytes == 9
+        patch.setattr(server, "pipeline", lambda _: [good[0], {"used_memory": 8, "maxmemory": number}, good[2]])
+        assert (store.stats().blocks, store.stats().capacity_bytes) == (0, None)
+
+
+def test_blocks_expire_and_a_read_renews_them(server: RedisProcess, stack: ExitStack) -> None:
+    store = stack.enter_context(closing(RemoteStore(parse_remote(server.url), ttl_s=1000, timeout_s=PATIENT)))
+    store.put({A: b"a"})
+    client = server.client()
+    key = f"bascule:1:{A.hex()}"
+    assert 990 < client.ttl(key) <= 1000
+    client.expire(key, 10)
+    store.get([A])
+    assert client.ttl(key) > 990
+
+
+def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisProcess, stack: ExitStack) -> None:
+    store = open_remote(stack, server.url)
+    client = server.client()
+    client.flushall()
+    client.set("mine", "x")
+    client.lpush(f"bascule:1:{A.hex()}", "not a string")
+    store.put({B: b"b"})
+    assert store.get([A, B]) == [None, b"b"]
+    assert store.stats().errors == {Fault.BROKEN: 1}
+    store.clear()
+    assert client.keys("*") == [b"mine"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n",
+        b"+OK\r\n+PONG\r\n" * 20,
+        b":7\r\n" * 20,
+        b"*2\r\n$1\r\na\r\n$1\r\nb\r\n" * 20,
+        b"$-5\r\n",
+        b"$99999999999999999999\r\nx",
+        b"$1000000000\r\nx",
+        b"-ERR unknown command\r\n" * 20,
+        b"-MOVED 1 127.0.0.1:1\r\n" * 20,
+        b"*1000000000\r\n",
+        bytes(range(256)) * 50,
+        b"\r\n" * 100,
+    ],
+)
+def test_a_server_that_answers_garbage_is_a_counted_miss(stack: ExitStack, answer: bytes) -> None:
+    mad = stack.enter_context(closing(MadServer(answer)))
+    store = open_remote(stack, mad.url)
+    for _ in range(3):
+        [found] = store.get([A])
+        if found is not None:
+            with pytest.raises(InvalidRecord):
+                unpack(A, "model", TOKENS, found)
+        store.holds([A])
+        store.drop([A])
+        store.clear()
+        store.stats()
+    assert sum(store.stats().errors.values()) > 0
+
+
+def test_a_server_that_drips_its_answer_costs_one_timeout(stack: ExitStack) -> None:
+    mad = stack.enter_context(closing(MadServer(b"+OK\r\n$1000\r\n" + bytes(1000), drip_s=0.05)))
+    store = open_remote(stack, mad.url, timeout_s=TIMEOUT)
+    assert latency(store) < PATIENT
+    assert sum(latency(store) for _ in range(20)) < 20 * TIMEOUT / 4
+    assert store.stats().errors[Fault.SLOW] == 2

@@ -1,0 +1,93 @@
+"""Blocks in tiers by codec: smaller, found again by those who allow the same, and never taken for exact ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bascule.errors import ConfigError
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.codecs.base import EXACT
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.forms import AUTO, AUTOMATIC, Forms, fingerprint_with
+from bascule.kv.store.memory import MemoryStore
+from bascule.kv.store.record import InvalidRecord, Payload, label
+from bascule.kv.store.tiers import Tiers, Wanted
+from bascule.types import KVLayout, LinkCost, Tier
+
+SIZE = 16
+LAYOUT = KVLayout("float32", 2, 1, 64, SIZE, 4, 256)
+TOKENS = tuple(range(2 * SIZE))
+NEAR, FAR = LinkCost(0.0, 1e12), LinkCost(0.0, 1e5)
+
+
+def blocks(count: int = 2) -> np.ndarray:
+    numbers = np.random.default_rng(1).standard_normal((LAYOUT.planes, count, LAYOUT.plane_block_bytes // 4))
+    return numbers.astype(np.float32).view(np.uint8)
+
+
+@pytest.mark.parametrize("codec", ["none", "fp8", "int8", "int4"])
+def test_a_tier_holds_smaller_records_and_gives_nearly_the_same_kv(codec: str) -> None:
+    store = MemoryStore(1 << 20)
+    names = BlockHasher("m", SIZE).chain(TOKENS)
+    fingerprint = fingerprint_with("m", codec)
+    whole = blocks()
+    with Arena.create(LAYOUT, 4) as arena:
+        books = Books(4, SIZE)
+        tiers = Tiers([store], arena, books, fingerprint, Forms(codec, LAYOUT))
+        with books.acquire([], [], 2) or pytest.fail("no blocks") as lease:
+            arena.bytes[:, lease.blocks] = whole
+            lease.seal(0, names, TOKENS)
+            assert tiers.save(Tier.HOST, names) == names
+            assert store.stats().bytes < 2 * LAYOUT.block_bytes / {"none": 0.9, "fp8": 3, "int8": 3, "int4": 4.5}[codec]
+            [data] = store.get(names[:1])
+            assert data is not None and label(data[:256], len(data)).codec == codec
+            wanted = [Wanted(name, TOKENS[at * SIZE : (at + 1) * SIZE], 2 + at) for at, name in enumerate(names)]
+            assert tiers.load(wanted, [Tier.HOST] * 2) == [Tier.HOST] * 2
+            difference = np.abs(arena.bytes[:, 2:].copy().view(np.float32) - whole.view(np.float32))
+            assert difference.max() <= {"none": 0, "fp8": 0.3, "int8": 0.05, "int4": 0.6}[codec]
+            assert (difference.max() == 0) == (codec == "none")
+
+
+def test_auto_takes_a_smaller_form_where_the_tier_is_slow() -> None:
+    forms = Forms(AUTO, LAYOUT)
+    near, _ = forms.encode(blocks(), NEAR)
+    far, _ = forms.encode(blocks(), FAR)
+    assert near == EXACT
+    assert far in AUTOMATIC and far != EXACT
+
+
+def test_what_a_codec_has_no_code_for_stays_as_it_is() -> None:
+    whole = blocks()
+    whole.view(np.float32)[0, 0, 0] = np.inf
+    codec, records = Forms("int8", LAYOUT).encode(whole, FAR)
+    assert codec == EXACT
+    out = np.zeros_like(whole[:, :1])
+    Forms("int8", LAYOUT).decode(Payload(codec, records[0].data), out)
+    assert (out == whole[:, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (Payload("int8", bytes(10)), "layout"),
+        (Payload("int4", bytes(LAYOUT.block_bytes)), "codec"),
+        (Payload("zip", b""), "codec"),
+    ],
+)
+def test_forms_that_were_not_allowed_or_have_the_wrong_size_are_invalid(payload: Payload, reason: str) -> None:
+    with pytest.raises(InvalidRecord, match=reason):
+        Forms("int8", LAYOUT).decode(payload, blocks(1))
+
+
+def test_who_allows_a_lossy_codec_shares_with_nobody_who_does_not() -> None:
+    assert fingerprint_with("m", "none") == "m"
+    assert len({fingerprint_with("m", codec) for codec in ("none", "fp8", "int8", "int4", "auto")}) == 5
+
+
+def test_a_codec_that_cannot_represent_the_kv_is_refused() -> None:
+    odd = KVLayout("int32", 2, 1, 64, SIZE, 4, 256)
+    Forms("none", odd)
+    with pytest.raises(ConfigError, match="int8"):
+        Forms("int8", odd)
