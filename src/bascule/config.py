@@ -101,8 +101,8 @@ class StoreConfig:
     """Redis or Valkey servers, `redis://host1:6379,host2`, over which blocks are spread; any number of clusters may
     share them."""
     kv_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
-    """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quickest of
-    none, fp8 and int8."""
+    """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quicker of
+    none and int8."""
 
     def __post_init__(self) -> None:
         _require(self.tiers or self.kv_codec == "none", "kv_codec", self.kv_codec, "left out without a tier")

@@ -20,8 +20,8 @@ from bascule.policies.codec import Crossing, fastest_codec
 from bascule.types import CodecCost, KVLayout, LinkCost
 
 AUTO = "auto"
-AUTOMATIC = (EXACT, "fp8", "int8")
-"""What `auto` chooses from."""
+AUTOMATIC = (EXACT, "int8")
+"""What `auto` chooses from; fp8 loses more for hardly fewer bytes (docs/adr/0015)."""
 _TRIAL_BLOCKS = 16
 
 
