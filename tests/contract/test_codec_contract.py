@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from bascule.errors import ConfigError
 from bascule.kv.codecs import NAMES, codec_named
-from bascule.kv.codecs.base import CannotDecode, CannotEncode, Codec, name_after
+from bascule.kv.codecs.base import CannotDecode, CannotEncode, Codec
 from bascule.kv.codecs.floats import FORMS, loaded, magnitudes
 from bascule.kv.codecs.grouped import CHANNEL_TOKENS
-from bascule.kv.hashing import BlockHasher
-from bascule.types import BlockHash, KVLayout
+from bascule.types import KVLayout
 
 LOSSY = NAMES[1:]
 DTYPES = tuple(FORMS)
@@ -330,30 +329,3 @@ def test_an_odd_count_of_numbers_is_refused_by_int4_alone() -> None:
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="'int5'; use one of none, fp8, int8, int4"):
         codec_named("int5", layout("float32"))
-
-
-# ---------------------------------------------------------------- identity
-
-
-def test_a_lossy_block_has_a_name_of_its_own_and_so_has_all_that_follows() -> None:
-    hasher = BlockHasher("model", 4)
-    first, second = hasher.chain(range(8))
-    names = {codec: name_after(codec, first) for codec in NAMES}
-    assert names["none"] == first
-    assert len({*names.values(), second}) == len(NAMES) + 1
-    assert all(len(name) == len(first) for name in names.values())
-    after = {codec: hasher.chain(range(4, 8), name)[0] for codec, name in names.items()}
-    assert after["none"] == second
-    assert len(set(after.values())) == len(NAMES)
-
-
-def test_what_a_block_has_been_through_counts_in_order() -> None:
-    block = BlockHash(bytes(16))
-    histories = [("int8",), ("int8", "int8"), ("int8", "fp8"), ("fp8", "int8")]
-    names = set()
-    for history in histories:
-        name = block
-        for codec in history:
-            name = name_after(codec, name)
-        names.add(name)
-    assert len(names) == len(histories)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from bascule.errors import BasculeError
-from bascule.kv.hashing import HASH_BYTES
-from bascule.types import BlockHash, KVLayout
+from bascule.types import KVLayout
 
 Bytes = NDArray[np.uint8]
 Bits = NDArray[Any]
@@ -55,20 +53,6 @@ class Codec(Protocol):
         writes, though not all such bytes can be told; ValueError if shapes do not fit.
         """
         ...
-
-
-def name_after(codec: str, block: BlockHash) -> BlockHash:
-    """What `block` is called once it has been through `codec`: the same if that is `none`, else as nothing else is.
-
-    What a block has been through is part of what it is. Were a lossy block known by the name of the exact one, a
-    request could be served from it that was promised exact KV, and nobody could tell from then on. The KV of later
-    tokens computed over a lossy block is not exact either: chain their hashes from this name (`BlockHasher.chain`), and
-    they have names of their own. Every lossy passage makes a new name; only who knows that a block came out of this
-    very codec last may keep the one it has, for then nothing more is lost.
-    """
-    if codec == EXACT:
-        return block
-    return BlockHash(blake3(block + codec.encode(), derive_key_context="bascule 1 lossy block").digest(HASH_BYTES))
 
 
 def check_blocks(layout: KVLayout, blocks: Bytes) -> int:
