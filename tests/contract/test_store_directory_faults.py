@@ -354,3 +354,14 @@ def test_threads_and_files_are_let_go_of(tmp_path: Path, tier: Tier) -> None:
 
 def _descriptors() -> list[str]:
     return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+def test_a_directory_that_is_lost_is_said_once_and_not_for_each_block(
+    tmp_path: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)))
+    shutil.rmtree(tmp_path / "v1")
+    assert store.get([name_of(number) for number in range(50)]) == [None] * 50
+    said = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "disk" in said[0].getMessage() and "gone" in said[0].getMessage()

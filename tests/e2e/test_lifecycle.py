@@ -32,6 +32,11 @@ def slow_mock(folder: Path) -> list[str]:
     [
         (["--kv-memory", "10KiB"], "kv-memory"),
         (["--kv-memory", "lots"], "kv-memory"),
+        (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
+        (["--kv-host", "1", "--engine", "mock"], "--kv-host: 1 bytes hold no two blocks"),
+        (["--handoff", "store"], "--handoff store needs a KV store"),
+        (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
+        (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
         (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
         (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
         (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),

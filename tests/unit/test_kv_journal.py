@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.journal import Journal
+from bascule.kv.journal import Changes, Journal
 from bascule.types import BlockHash
 
 A, B, C = (BlockHash(bytes([letter]) * 16) for letter in b"abc")
@@ -67,9 +67,10 @@ def test_books_that_nobody_asks_remember_no_more_than_they_hold() -> None:
 def test_an_inventory_is_all_that_is_findable_and_changes_follow_it() -> None:
     books = Books(8, SIZE)
     names = fill(books, 0)
-    inventory = books.inventory()
-    assert (inventory.stored, inventory.removed) == (names, [])
+    found, untold = books.inventory()
+    assert (found, untold.stored, untold.removed) == (names, names, [])
     assert books.changes().stored == []
+    assert books.inventory() == (names, Changes([], []))
     again = fill(books, 1000)
     changes = books.changes()
     assert (changes.stored, set(changes.removed)) == (again, set(names))

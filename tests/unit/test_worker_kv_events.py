@@ -95,6 +95,22 @@ def test_a_reporter_says_nothing_unasked_and_nothing_without_news() -> None:
     rig.arena.close()
 
 
+def test_whoever_saves_blocks_hears_of_each_once_however_often_the_router_asks() -> None:
+    heard: list[BlockHash] = []
+    rig = Rig()
+    reporter = KvReporter(NAME, EPOCH, rig.books, lambda _: None, heard.extend)
+    rig.engine.submit(work("r", range(1, 3 * BLOCK + 1), greedy(1)))
+    rig.run()
+    reporter.tell_all()
+    reporter.tell_all()
+    rig.engine.submit(work("s", range(50, 50 + 2 * BLOCK), greedy(1)))
+    rig.run()
+    reporter.tell_all()
+    reporter.tell_changes()
+    assert len(heard) == len(set(heard)) == 5
+    rig.arena.close()
+
+
 def test_an_empty_cache_is_told_too() -> None:
     sent: list[KvEvents] = []
     KvReporter(NAME, EPOCH, Books(4, BLOCK), sent.append).tell_all()

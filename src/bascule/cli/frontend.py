@@ -53,6 +53,8 @@ class Frontend:
         attach: AttachConfig = AttachConfig(),
     ) -> None:
         """Listens for workers at `bind`; HTTP starts with `serve_http`."""
+        self._http = http
+        self._check_ready_file()
         clock = WallClock()
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
         self.journal = Journal(routing.policy, decision_log)
@@ -62,7 +64,6 @@ class Frontend:
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
-        self._http = http
         self._context = Context(
             backend=self.service,
             tokenizer=ModelTokenizer(loaded.tokenizer, loaded.chat_template, name),
@@ -116,6 +117,14 @@ class Frontend:
         at_once.cancel()
         await asyncio.gather(api.stop(), *(server.stop() for server in others))
         await stopping
+
+    def _check_ready_file(self) -> None:
+        """Raises ConfigError if it could not be written once all is up."""
+        path = self._http.ready_file
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+            raise ConfigError(
+                f"--ready-file {path} cannot be written; give a file in a directory that is there and yours"
+            )
 
     def write_ready_file(self, url: str, admin_url: str, model: str) -> None:
         """Tell scripts where we listen; written whole or not at all."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated
 
+import psutil
 import uvloop
 from cyclopts import Parameter
 from rich.console import Console
@@ -33,7 +34,7 @@ from bascule.config import (
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
-from bascule.kv.store.places import check_stores
+from bascule.kv.store.places import check_stores, parse_host
 from bascule.models import LoadedModel, catalog, load
 from bascule.types import Role, WorkerId
 
@@ -76,6 +77,7 @@ def serve(
         handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
     )
     check_stores(store_config)
+    _check_memory(engine_config, store_config, plan_workers(pools, routing, (), attached=len(attach_config.urls)))
     if routing.handoff == "store" and not store_config.tiers:
         raise ConfigError("--handoff store needs a KV store; give --kv-host, --kv-disk or --kv-remote")
     told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config)
@@ -89,6 +91,17 @@ def serve(
             model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config
         )
         uvloop.run(deployment.run())
+
+
+def _check_memory(engine: EngineConfig, store: StoreConfig, workers: list[WorkerPlan]) -> None:
+    """Raises ConfigError where the KV memory of all workers, and of the host tier, is more than there is."""
+    asked = len(workers) * engine.kv_bytes + (parse_host(store.kv_host) if store.kv_host is not None else 0)
+    if workers and asked > (memory := psutil.virtual_memory().total):
+        host = "" if store.kv_host is None else f" and --kv-host {store.kv_host}"
+        raise ConfigError(
+            f"--kv-memory {engine.kv_memory} for each of {len(workers)} workers{host} are more than this machine's "
+            f"memory of {memory} bytes; ask for less"
+        )
 
 
 @contextmanager

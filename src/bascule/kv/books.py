@@ -96,11 +96,10 @@ class Books:
         with self._lock:
             return self._journal.drain()
 
-    def inventory(self) -> Changes:
-        """All that is findable, as if it had just been stored; the next `changes` are those made to it."""
+    def inventory(self) -> tuple[list[BlockHash], Changes]:
+        """All that is findable, and the `changes` that led there; the next ones are those made to it."""
         with self._lock:
-            self._journal.clear()
-            return Changes(list(self._by_hash), [])
+            return list(self._by_hash), self._journal.drain()
 
     def peek(self, names: Sequence[BlockHash]) -> list[CachedBlock]:
         """Those of `names` that are in the cache; pins nothing, so what is read there counts only if `unchanged`."""

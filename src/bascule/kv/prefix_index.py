@@ -175,6 +175,11 @@ class PrefixIndex:
         holder.held[tier] += added
         return holder.held[tier] <= room
 
+    def room(self, row: int, tier: Tier) -> int | None:
+        """How many blocks more the worker can have in a tier; None where it has no such tier."""
+        holder = self._holders[row]
+        return holder.capacity[tier] - holder.held[tier] if tier in holder.capacity else None
+
     def remove(self, row: int, tier: Tier, hashes: bytes) -> None:
         """The worker no longer has these blocks in `tier`. Raises ValueError for bytes that are no hashes."""
         names = _unpacked(hashes)

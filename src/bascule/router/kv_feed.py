@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from bascule.kv.hashing import HASH_BYTES
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.types import Tier
 from bascule.wire import KvEvents, TierChanges
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 1.0
 """Seconds between two requests to tell everything anew."""
+CROWDED_S = 30.0
+"""The same where a tier below the device seems to hold more than it can, because nobody tells what it evicts."""
 
 
 class KvFeed:
@@ -30,6 +33,8 @@ class KvFeed:
         self._faults = faults
         self._sequence = 0
         self._asked: float | None = None
+        self._crowded = False
+        """Some tier below the device seemed full; what came there since is not in the index."""
 
     def apply(self, events: KvEvents) -> bool:
         """One message, in order of arrival; False for what cannot be right: it is dropped, and we are out of step."""
@@ -38,7 +43,7 @@ class KvFeed:
             return False
         if events.anew:
             self._index.clear(self._row)
-            self.in_step = True
+            self.in_step, self._crowded = True, False
         else:
             self.told(events.sequence - 1)
         self._sequence = events.sequence
@@ -55,9 +60,7 @@ class KvFeed:
 
     def also(self, part: TierChanges) -> None:
         """Changes of a tier that this worker shares, told by another one, whose feed has found them well-formed."""
-        if not self._change(Tier(part.tier), part.stored, part.removed):
-            self._index.clear(self._row)
-            self._fault("overflow")
+        self._change(Tier(part.tier), part.stored, part.removed)
 
     def told(self, sequence: int) -> None:
         """The worker has sent events up to `sequence`; those that did not come are lost."""
@@ -67,7 +70,9 @@ class KvFeed:
 
     def should_ask(self, now: float) -> bool:
         """Whether to ask the worker to tell everything anew; then it is asked now (s)."""
-        if self.in_step or (self._asked is not None and now - self._asked < ASK_AGAIN_S):
+        if self.in_step and not self._crowded:
+            return False
+        if self._asked is not None and now - self._asked < (CROWDED_S if self.in_step else ASK_AGAIN_S):
             return False
         self._asked = now
         return True
@@ -75,6 +80,10 @@ class KvFeed:
     def _change(self, tier: Tier, stored: bytes, removed: bytes) -> bool:
         """First what went, so that a full worker that exchanges blocks never seems to have too many."""
         self._index.remove(self._row, tier, removed)
+        room = self._index.room(self._row, tier)
+        if tier is not Tier.DEVICE and room is not None and len(stored) > HASH_BYTES * room:
+            self._crowded = True
+            return True
         return self._index.store(self._row, tier, stored)
 
     def _fault(self, kind: str) -> None:

@@ -26,7 +26,7 @@ class KvReporter:
         send: Callable[[KvEvents], None],
         on_stored: Callable[[Sequence[BlockHash]], None] = lambda _: None,
     ) -> None:
-        """`on_stored` is told, too, of what has become findable on the device."""
+        """`on_stored` is told, too, of what has become findable on the device: once, however often the router asks."""
         self.sequence = 0
         """Of the last message."""
         self._on_stored = on_stored
@@ -40,12 +40,16 @@ class KvReporter:
     def tell_all(self) -> None:
         """The router knows nothing, or nothing for sure."""
         self._listening = True
-        self._tell(self._books.inventory(), anew=True)
+        names, changes = self._books.inventory()
+        self._tell(Changes(names, []), anew=True)
+        self._on_stored(changes.stored)
 
     def tell_changes(self) -> None:
         """Send what has changed since the last report, if anything has."""
         if self._listening:
-            self._tell(self._books.changes(), anew=False)
+            changes = self._books.changes()
+            self._tell(changes, anew=False)
+            self._on_stored(changes.stored)
 
     def tell(self, tier: Tier, stored: Sequence[BlockHash], removed: Sequence[BlockHash] = ()) -> None:
         """Blocks have come into a tier below the device or were found there, others were found missing."""
@@ -69,8 +73,6 @@ class KvReporter:
         for names in parts:
             self._message(TierChanges(Tier.DEVICE, b"".join(names), b""), anew=anew)
             anew = False
-        if changes.stored:
-            self._on_stored(changes.stored)
 
     def _message(self, changes: TierChanges, *, anew: bool) -> None:
         self.sequence += 1

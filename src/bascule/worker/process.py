@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import psutil
 from msgspec import structs
 
 from bascule.clock import WallClock
@@ -29,7 +30,7 @@ from bascule.kv.store.forms import Forms, fingerprint_with
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
 from bascule.models import load
-from bascule.types import CostModel, Epoch, ModelCard, Role, WorkerId
+from bascule.types import CostModel, Epoch, ModelCard, Role, Tier, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
 from bascule.worker.parts import Identity, Parts
@@ -107,6 +108,10 @@ def build(settings: WorkerSettings) -> Parts:
     runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
     runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec))
     layout = runner.card.layout
+    if config.kv_bytes > (memory := psutil.virtual_memory().total):
+        raise ConfigError(
+            f"--kv-memory {config.kv_memory} is more than this machine's memory of {memory}; ask for less"
+        )
     num_blocks = config.kv_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -142,6 +147,13 @@ def build(settings: WorkerSettings) -> Parts:
 
 
 def _tiers(stores: list[Store], arena: Arena, books: Books, card: ModelCard, codec: str) -> Tiers:
+    for store in stores:
+        capacity = store.stats().capacity_bytes
+        if capacity is not None and store.tier is not Tier.REMOTE and capacity < 2 * card.layout.block_bytes:
+            raise ConfigError(
+                f"--kv-{store.tier}: {capacity} bytes hold no two blocks of {card.layout.block_bytes}; give a few "
+                "hundred blocks, or leave the key out"
+            )
     try:
         forms = Forms(codec, card.layout)
     except ConfigError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,8 +16,12 @@ from bascule.kv.store.gate import Gate, Step
 from bascule.kv.store.keeper import Keeper
 from bascule.types import BlockHash, Tier
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 0.5
 TOUCH_AFTER_S = 60.0
+_SILENCE_S = 60.0
+"""Between two lines in the log about a tier that fails."""
 _READ_LANES, _WRITE_LANES = 4, 2
 _STEPS_PER_LANE = 8
 """Fewer are not worth another thread."""
@@ -42,6 +48,7 @@ class DirectoryStore:
         self.tier = tier
         self._patience_s = timeout_s / 2
         self._touch_after_s = touch_after_s
+        self._silent_until = -math.inf
         self._folder = Folder(directory, capacity)
         self._folder.prepare()
         self.place = self._folder.identity()
@@ -121,6 +128,14 @@ class DirectoryStore:
             elif fault := gate.finish(job):
                 self._tally.failed(fault, len(part) - job.completed)
 
+    def _note(self, fault: Fault) -> None:
+        """Count a block that was not read or taken, and say so in the log now and then."""
+        self._tally.failed(fault)
+        now = time.monotonic()
+        if now > self._silent_until:
+            self._silent_until = now + _SILENCE_S
+            log.warning("KV store: the %s tier is %s; what it does not give or take is computed", self.tier, fault)
+
     def _write(self, name: BlockHash, reserved: dict[BlockHash, Blob], taken: list[BlockHash]) -> None:
         """Write a block, unless `put` has taken its reservation back."""
         data = reserved.pop(name, None)
@@ -132,7 +147,7 @@ class DirectoryStore:
         except OSError as error:
             fault = fault_of(error)
             self._keeper.failed(key, size, fault)
-            self._tally.failed(fault)
+            self._note(fault)
         else:
             self._keeper.written(key, replaced)
             taken.append(name)
@@ -143,19 +158,19 @@ class DirectoryStore:
             if answers[index] is None:
                 self._folder.check()
         except OSError as error:
-            self._tally.failed(fault_of(error))
+            self._note(fault_of(error))
 
     def _look(self, name: BlockHash, index: int, answers: list[bool]) -> None:
         try:
             answers[index] = self._folder.holds(name)
         except OSError as error:
-            self._tally.failed(fault_of(error))
+            self._note(fault_of(error))
 
     def _remove(self, key: str) -> None:
         try:
             size = self._folder.remove(key)
         except OSError as error:
-            self._tally.failed(fault_of(error))
+            self._note(fault_of(error))
         else:
             if size is not None:
                 self._keeper.removed(key, size)
@@ -164,4 +179,4 @@ class DirectoryStore:
         try:
             found += islice(pages, 1)
         except OSError as error:
-            self._tally.failed(fault_of(error))
+            self._note(fault_of(error))
