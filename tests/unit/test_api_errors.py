@@ -184,6 +184,12 @@ def test_output_that_never_fits_the_kv_memory_is_refused(rig: ApiRig) -> None:
     assert rig.complete(max_tokens=KV_TOKENS - 3).status_code == 200
 
 
+def test_while_no_worker_is_there_a_request_is_not_blamed_for_its_size(rig: ApiRig) -> None:
+    rig.backend.kv_tokens = 0
+    rig.backend.refusal = lambda request: Unavailable("no worker is ready")
+    assert_shape(rig.complete(max_tokens=4), 503)
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_an_unknown_model_is_not_found(rig: ApiRig, path: str) -> None:
     error = assert_shape(rig.post(path, {"model": "gpt-9", "prompt": "a", "messages": []}), 404)

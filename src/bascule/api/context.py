@@ -50,7 +50,8 @@ class Context:
         card = self.backend.card
         if card is None:
             raise Unavailable(NOT_REGISTERED, code="not_ready")
-        return Served(card, self.backend.kv_tokens)
+        # While no worker is there, nobody knows what would fit; that it has to wait is said further on.
+        return Served(card, self.backend.kv_tokens or card.context)
 
     def check_ready(self) -> None:
         """Raises Unavailable, with the reason, while no request could be placed."""
