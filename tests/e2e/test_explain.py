@@ -13,7 +13,7 @@ import pytest
 
 from support.cluster import Cluster, run_cli, serve
 
-TERMS = {"queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s", "gap_s", "harm_s"}
+TERMS = {"queue_s", "load_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s", "gap_s", "harm_s"}
 
 
 @pytest.fixture(scope="module")
