@@ -14,9 +14,7 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ from pathlib import Path
 import httpx
 from layouts import System, running
 from prometheus_client.parser import text_string_to_metric_families
+from store import redis_server
 
 VOCABULARY = range(100, 40_000)
 TOKEN_BYTES = 23_040
@@ -87,7 +86,7 @@ def systems(arguments: argparse.Namespace, memory: int, folder: Path, stack: Exi
     """One for each tier, and one without a store, all stopped."""
     flags = {"none": [], "host": ["--kv-host", "2GiB"], "disk": ["--kv-disk", f"{folder / 'kv'}:8GiB"]}
     if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
-        flags["remote"] = ["--kv-remote", stack.enter_context(redis(binary))]
+        flags["remote"] = ["--kv-remote", stack.enter_context(redis_server(binary))]
     found = {}
     for name, store in flags.items():
         ready = folder / f"ready-{name}"
@@ -97,19 +96,6 @@ def systems(arguments: argparse.Namespace, memory: int, folder: Path, stack: Exi
         found[name] = stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log"))
         found[name].signal(signal.SIGSTOP)
     return found
-
-
-@contextmanager
-def redis(binary: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    arguments = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
-    try:
-        yield f"redis://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def prompts(seed: int, count: int, length: int) -> list[list[int]]:

@@ -84,7 +84,7 @@ def _stores(capacity: int, disk: Path, stack: ExitStack) -> Iterator[tuple[str, 
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bascule-bench-", dir=above)))
         yield tier, stack.enter_context(closing(DirectoryStore(directory, capacity, tier)))
     if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
-        url = stack.enter_context(_redis(binary))
+        url = stack.enter_context(redis_server(binary))
         store = stack.enter_context(closing(RemoteStore(parse_remote(url))))
         while not store.put({BlockHash(bytes(16)): b""}):
             time.sleep(0.1)
@@ -92,7 +92,8 @@ def _stores(capacity: int, disk: Path, stack: ExitStack) -> Iterator[tuple[str, 
 
 
 @contextmanager
-def _redis(binary: str) -> Iterator[str]:
+def redis_server(binary: str) -> Iterator[str]:
+    """A server on a free loopback port, without persistence; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     arguments = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
