@@ -145,6 +145,8 @@ class HandoffConfig:
 
     transfer: Literal["auto", "shm", "tcp"] = "auto"
     """Transport: shared memory where both workers are on one host, else TCP; or one of them always."""
+    peer_fetch: bool = True
+    """Workers take computed KV from each other where that is predicted to be quicker than computing it."""
     reserve_timeout: float = 5.0
     """Seconds that a handoff waits for blocks on the decode worker; then the request decodes where it prefilled."""
     handoff_timeout: float = 30.0

@@ -32,6 +32,10 @@ class Tier(StrEnum):
     REMOTE = "remote"
 
 
+PEER = "peer"
+"""Beside the tiers, where KV may come from: another worker."""
+
+
 class Slo(Struct, frozen=True):
     """Bounds on a request's latencies, in seconds; infinity where there is none."""
 
@@ -192,6 +196,20 @@ class StoreLoad(Struct, frozen=True, kw_only=True):
     """What loading from it takes."""
 
 
+class FetchLoad(Struct, frozen=True, kw_only=True):
+    """What a worker has fetched from its peers since its start."""
+
+    hit_tokens: int = 0
+    """Prompt tokens fetched and not computed."""
+    bytes: int = 0
+    fetch_s: float = 0.0
+    """Seconds spent on it."""
+    spared_s: float = 0.0
+    """Seconds of computing that this has spared, by the cost model."""
+    failed: dict[str, int] = {}
+    """Fetches that brought nothing, by reason."""
+
+
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
@@ -209,16 +227,17 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     handoff_refused: dict[str, int] = {}
     """Handoffs that this worker refused since the start, by reason."""
     hit_tokens: int = 0
-    """Prompt tokens found in the device prefix cache since the start, those loaded from a store included."""
+    """Prompt tokens found in the device prefix cache since the start, those from a store or a peer included."""
     stores: dict[Tier, StoreLoad] = {}
     """The tiers below the device that this worker has."""
+    fetches: FetchLoad = FetchLoad()
     step: StepLoad | None = None
     cost: CostModel | None = None
     """The worker's cost model as last fitted."""
     cost_error: float | None = None
     """Median of |predicted - measured| / measured over its latest steps."""
     links: dict[WorkerId, LinkCost] = {}
-    """To the decode workers that it has handed KV to."""
+    """To the workers that it has given KV to."""
 
 
 class CodecCost(Struct, frozen=True, kw_only=True):
@@ -284,8 +303,8 @@ class Delta(Struct, frozen=True, kw_only=True):
     """Set on the last delta only."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found and not computed (the same on every delta of a request)."""
-    loaded_tokens: dict[Tier, int] = {}
-    """Those of them that came from a tier of the store."""
+    loaded_tokens: dict[str, int] = {}
+    """Those of them that came from a `Tier` of the store or a `PEER`."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):

@@ -1,4 +1,7 @@
-"""Every message between processes: plain structs in MessagePack, decoded against their types; no pickle anywhere."""
+"""Messages between router and workers, and how all messages look: MessagePack, decoded against its types, no pickle.
+
+Those between workers are in `peer_wire`.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,22 @@ from msgspec import Struct
 
 from bascule.errors import BasculeError
 from bascule.types import (
-    BlockHash,
     CostModel,
     Epoch,
     FinishReason,
-    KVLayout,
     ModelCard,
     RequestId,
     Role,
     SamplingParams,
     Slo,
     StepLoad,
-    TicketId,
     Tier,
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
 )
 
-VERSION = 3
+VERSION = 4
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -81,6 +81,8 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     """Equal where workers share memory."""
     stores: dict[Tier, StorePlace] = {}
     """The tiers of the KV store that this worker has."""
+    lends: bool = False
+    """Peers may fetch what it has computed."""
     cost: CostModel
 
 
@@ -116,14 +118,14 @@ class StepTokens(Struct, frozen=True, tag=True):
 
 
 class Loaded(Struct, frozen=True, tag=True, kw_only=True):
-    """KV of a request's prompt was loaded from the store, before the engine had the request."""
+    """KV of a request's prompt came from a peer or from the store, before the engine had the request."""
 
     worker: WorkerId
     epoch: Epoch
     request: RequestId
     attempt: int
-    tokens: dict[Tier, int]
-    """By the tier that they came from."""
+    tokens: dict[str, int]
+    """By the `Tier` that they came from, or `PEER`."""
     seconds: float
 
 
@@ -199,6 +201,13 @@ class RegistrationRefusal(Struct, frozen=True, tag=True):
     reason: str
 
 
+class FetchFrom(Struct, frozen=True):
+    """A peer that has the KV of a prompt's first `tokens` tokens."""
+
+    peer: PeerAddress
+    tokens: int
+
+
 class Submit(Struct, frozen=True, tag=True, kw_only=True):
     """Run this request; with `decode`, prefill it and hand it to that worker."""
 
@@ -214,6 +223,8 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     stored_tokens: int = 0
     """Leading tokens that the worker is expected to have once it has loaded what the store holds; 0 if none of them
     are to be loaded."""
+    fetch: FetchFrom | None = None
+    """Where to fetch the prompt's KV from before computing the rest."""
     save_to: Tier | None = None
     """Answer `Saved` once the prompt's KV is in that tier of the store."""
 
@@ -236,144 +247,29 @@ class Stop(Struct, frozen=True, tag=True):
 RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Resync | Stop
 
 
-# ---------------------------------------------------------------- prefill worker <-> decode worker
-
-
-class TransferEndpoint(Struct, frozen=True):
-    """One way to reach a worker's arena: `shm` or `tcp`; `machine` names the host that shm works on."""
-
-    transport: str
-    address: str
-    machine: str
-
-
-class Prepare(Struct, frozen=True, tag=True, kw_only=True):
-    """Opens a handoff: asks for blocks for a request whose KV the sender is computing."""
-
-    ticket: TicketId
-    secret: bytes
-    source: PeerAddress
-    request: RequestId
-    attempt: int
-    prompt: tuple[int, ...]
-    generated: tuple[int, ...]
-    """Output tokens known before this attempt (the first token of this one comes with `Commit`)."""
-    sampling: SamplingParams
-    fingerprint: str
-    layout: KVLayout
-    slo: Slo | None = None
-
-
-class Reserved(Struct, frozen=True, tag=True, kw_only=True):
-    """Blocks are leased. `blocks` is the whole table; its first `have_blocks` are held already and not to be sent."""
-
-    ticket: TicketId
-    epoch: Epoch
-    blocks: tuple[int, ...]
-    have_blocks: int
-    endpoints: tuple[TransferEndpoint, ...]
-
-
-class Manifest(Struct, frozen=True, kw_only=True):
-    """What the decode side checks before it trusts the blocks."""
-
-    fingerprint: str
-    layout: KVLayout
-    source_epoch: Epoch
-    target_epoch: Epoch
-    attempt: int
-    tokens: int
-    """Positions whose KV the blocks hold."""
-    have_blocks: int
-    hashes: tuple[BlockHash, ...]
-    """Chained hashes of all full blocks, from position 0 on."""
-    checksums: tuple[bytes, ...]
-    """Of each block that was sent, in order, taken when it was computed."""
-
-
-class Written(Struct, frozen=True, tag=True):
-    """The first `blocks` blocks of the reservation's table lie in the decode side's arena, those it had included.
-
-    It may check them from now on. Only saves time: a commit says the same of all blocks.
-    """
-
-    ticket: TicketId
-    blocks: int
-
-
-class Commit(Struct, frozen=True, tag=True):
-    """All blocks are sent. Idempotent: repeated until a verdict comes."""
-
-    ticket: TicketId
-    first_token: int
-    manifest: Manifest
-
-
-class Accepted(Struct, frozen=True, tag=True):
-    """The decode side checked the blocks and goes on from here."""
-
-    ticket: TicketId
-
-
-class HandoffRefused(Struct, frozen=True, tag=True):
-    """The decode side will not use this ticket. `kind` is one word for counting, `reason` a sentence."""
-
-    ticket: TicketId
-    kind: str
-    reason: str
-
-
-class Abort(Struct, frozen=True, tag=True):
-    """The prefill side gives the ticket up and has stopped writing for it. Idempotent."""
-
-    ticket: TicketId
-
-
-class Revoked(Struct, frozen=True, tag=True):
-    """The decode side takes the right to write back; the prefill side stops writing and answers `Abort`."""
-
-    ticket: TicketId
-
-
-class Renew(Struct, frozen=True, tag=True):
-    """The prefill side still works on these tickets; their leases and promises live on."""
-
-    tickets: tuple[TicketId, ...]
-
-
-PeerMessage = Prepare | Reserved | Written | Commit | Accepted | HandoffRefused | Abort | Revoked | Renew
-
-Message = WorkerMessage | RouterMessage | PeerMessage
-
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(WorkerMessage)
 _from_router = msgspec.msgpack.Decoder(RouterMessage)
-_from_peer = msgspec.msgpack.Decoder(PeerMessage)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Struct) -> bytes:
     return _encoder.encode(message)
 
 
 def from_worker(data: bytes) -> WorkerMessage:
     """Decode what a router receives; raises WireError."""
-    message: WorkerMessage = _decode(_from_worker, data)
+    message: WorkerMessage = decode(_from_worker, data)
     return message
 
 
 def from_router(data: bytes) -> RouterMessage:
     """Decode what a worker receives from its router; raises WireError."""
-    message: RouterMessage = _decode(_from_router, data)
+    message: RouterMessage = decode(_from_router, data)
     return message
 
 
-def from_peer(data: bytes) -> PeerMessage:
-    """Decode what a worker receives from another worker; raises WireError."""
-    message: PeerMessage = _decode(_from_peer, data)
-    return message
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
+def decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
+    """Decode against the decoder's type; raises WireError."""
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

@@ -40,7 +40,7 @@ def bench() -> Bench:
 
 def stored(made: Bench) -> list[int]:
     """Blocks of the prompt that each worker has or can load."""
-    tokens, _ = made.view.stored_tokens(PROMPT)
+    tokens = made.view.found(PROMPT).stored
     assert tokens is not None
     return (tokens[: len(made.view.members)] // SIZE).tolist()
 
@@ -82,11 +82,12 @@ def test_loading_costs_what_the_workers_measure_and_nothing_where_nothing_is_loa
     )
     made.hear(Heartbeat(WorkerId("a"), Epoch("a-1"), load, 1))
     made.hear(events("a", 2, TierChanges("device", packed(0, 2), b"")))
-    tokens, seconds = made.view.stored_tokens(PROMPT)
+    found = made.view.found(PROMPT)
+    tokens, seconds = found.stored, found.load_s
     assert tokens is not None and seconds is not None
     assert (tokens[row], seconds[row]) == (2 * SIZE, 0.0)
     made.hear(events("a", 3, TierChanges("host", packed(0, 5), b""), TierChanges("disk", packed(0, 8), b"")))
-    _, seconds = made.view.stored_tokens(PROMPT)
+    seconds = made.view.found(PROMPT).load_s
     assert seconds is not None
     expected = 0.5 + 3 * SIZE * token_bytes / 1e6 + 2.0 + 3 * SIZE * token_bytes / 1e5
     assert np.isclose(seconds[row], expected)
@@ -98,11 +99,11 @@ def test_a_worker_that_leaves_takes_its_share_and_no_more() -> None:
     made.membership.lost(WorkerId("a"), "ended")
     made.hear(events("b", 2, TierChanges("host", packed(4, 6), b"")))
     row = made.view.members[WorkerId("b")].row
-    tokens, _ = made.view.stored_tokens(PROMPT)
+    tokens = made.view.found(PROMPT).stored
     assert tokens is not None and tokens[row] == 6 * SIZE
     for name in "bcd":
         made.membership.lost(WorkerId(name), "ended")
-    assert made.view.stored_tokens(PROMPT) == (None, None)
+    assert made.view.found(PROMPT).stored is None
 
 
 def test_a_tier_that_seems_fuller_than_it_can_be_is_told_anew_now_and_then_and_costs_nothing_else() -> None:

@@ -21,20 +21,11 @@ from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
+from bascule.peer_wire import Abort, Commit, HandoffRefused, Manifest, PeerMessage, Prepare, Reserved, TransferEndpoint
 from bascule.types import CostModel, Epoch, RequestId, SamplingParams, TicketId, WorkerId
-from bascule.wire import (
-    Abort,
-    Commit,
-    HandoffRefused,
-    Manifest,
-    PeerAddress,
-    PeerMessage,
-    Prepare,
-    Reserved,
-    Submit,
-    TransferEndpoint,
-)
+from bascule.wire import PeerAddress, Submit
 from bascule.worker.decode_side import DecodeSide
+from bascule.worker.grants import Grants
 from bascule.worker.prefill_side import PrefillSide
 
 CARD = mock_card(vocab=1000)
@@ -128,21 +119,22 @@ class DecodeRig:
 def decode_side() -> Iterator[DecodeRig]:
     with rig() as parts:
         answers: list[PeerMessage] = []
-        clock = VirtualClock()
+        clock, grants = VirtualClock(), Grants()
         side = DecodeSide(
             parts.engine,
             parts.arena,
             parts.hasher,
             CARD,
             Epoch("d-1"),
+            grants,
             HandoffConfig(),
             clock,
             answer=lambda epoch, message: answers.append(message),
             wake=lambda: None,
         )
-        side.receivers = {"loopback": LoopbackReceiver(parts.arena, side.safe, LoopbackNetwork())}
+        grants.receivers = {"loopback": LoopbackReceiver(parts.arena, side.safe, LoopbackNetwork())}
         yield DecodeRig(side, answers, clock, parts.books)
-        side.close()
+        grants.close()
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
+from bascule.peer_wire import Accepted, Commit, HandoffRefused, PeerMessage, Reserved, Written
 from bascule.types import CostModel, Epoch, RequestId, Slo, TicketId, WorkerId
-from bascule.wire import Accepted, Commit, HandoffRefused, PeerAddress, PeerMessage, Reserved, Submit, Written
+from bascule.wire import PeerAddress, Submit
 from bascule.worker.decode_side import DecodeSide
+from bascule.worker.grants import Grants
 from bascule.worker.prefill_side import PrefillSide
 
 CHUNK = 16
@@ -149,12 +151,22 @@ def pair(transport: str, tamper: Tamper = deliver, blocks: int = 32) -> Iterator
             on_lost=lambda key, why: lost.append(why),
             wake=lambda: None,
         )
+        grants = Grants()
         both.decode = DecodeSide(
-            engines[1], arenas[1], hasher, CARD, TARGET.epoch, config, VirtualClock(), both.answer, wake=lambda: None
+            engines[1],
+            arenas[1],
+            hasher,
+            CARD,
+            TARGET.epoch,
+            grants,
+            config,
+            VirtualClock(),
+            both.answer,
+            wake=lambda: None,
         )
-        both.decode.receivers = receivers
+        grants.receivers = receivers
         yield both
-        both.decode.close()
+        grants.close()
         for sender in senders.values():
             sender.close()
         assert lost == []

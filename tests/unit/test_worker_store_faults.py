@@ -145,7 +145,8 @@ def test_a_request_whose_loading_fails_unforeseen_is_not_lost() -> None:
     async def scenario(cluster: Cluster) -> None:
         parts = cluster.worker._parts
         tiers = Tiers([], parts.arena, parts.books, CARD.fingerprint, Forms("none", CARD.layout))
-        cluster.worker._store = Broken(tiers, parts.engine, parts.books, parts.hasher, CARD.layout, lambda *_: None)
+        broken = Broken(tiers, parts.engine, parts.books, parts.hasher, CARD.layout, lambda *_: None)
+        cluster.worker._store = cluster.worker._arrivals._store = broken
         errors: list[BaseException] = []
         cluster.worker._end_with = errors.append  # type: ignore[method-assign]
         waiting = asyncio.create_task(cluster.complete([5] * 40))

@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Struct
 
 from bascule.api.text import Piece
-from bascule.types import Tier
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,12 +41,12 @@ class Form(Protocol):
 
 class Usage(Struct, frozen=True):
     """Token counts; `cached_tokens` are those of the prompt whose KV was found and not computed, `loaded_tokens` those
-    of them that came from a tier of the store."""
+    of them that came from a tier of the store, or from another worker."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    loaded_tokens: Mapping[Tier, int] = {}
+    loaded_tokens: Mapping[str, int] = {}
 
     def fields(self) -> dict[str, object]:
         cached: dict[str, object] = {"cached_tokens": self.cached_tokens}

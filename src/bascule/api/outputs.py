@@ -15,7 +15,7 @@ from bascule.api.tokens import Tokenizer
 from bascule.errors import WorkerFailure
 from bascule.observe.metrics import OutputTimer
 from bascule.router.backend import Backend, Generation
-from bascule.types import Delta, Placement, Request, RequestId, Slo, Tier
+from bascule.types import Delta, Placement, Request, RequestId, Slo
 
 
 class Output:
@@ -29,7 +29,7 @@ class Output:
         self._generation: Generation | None = None
         self._deltas: AsyncIterator[Delta] | None = None
         self._cached_tokens = 0
-        self._loaded_tokens: dict[Tier, int] = {}
+        self._loaded_tokens: dict[str, int] = {}
 
     async def start(self, backend: Backend) -> Placement:
         """Returns where it was placed, once its first tokens are there; raises RequestError."""

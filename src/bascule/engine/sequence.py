@@ -226,7 +226,9 @@ class Sequence:
         """Blocks to publish when the next `count` tokens are computed, where somebody may read them then; with those
         that were found in the cache, if they may be in the device's memory alone (`cached`)."""
         first = self._published if cached else max(self._published, self.lease.cached)
-        return self.lease.blocks[first : blocks_for(self.computed + count, self._block_size)]
+        # A handoff's last block is sent though it is not full; all else is only looked for in full blocks.
+        full, rest = divmod(self.computed + count, self._block_size)
+        return self.lease.blocks[first : full + (1 if rest and self.handoff else 0)]
 
     def advance(self, count: int) -> None:
         """`count` more tokens are computed, and published if anybody reads them."""

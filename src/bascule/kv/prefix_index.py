@@ -238,6 +238,15 @@ class PrefixIndex:
             found[tier] = blocks
         return Match(found)
 
+    def has(self, row: int, hashes: Sequence[BlockHash], tiers: Sequence[Tier]) -> int:
+        """How many leading blocks the worker itself has said to have in any of `tiers`."""
+        bit = self._holders[row].bit
+        shards_of = [self._tiers[tier] for tier in tiers if tier in self._tiers]
+        for depth, name in enumerate(hashes):
+            if not any(shards[name[0]].get(name, 0) & bit for shards in shards_of):
+                return depth
+        return len(hashes)
+
     def _on_device(self, hashes: Sequence[BlockHash]) -> Iterator[int]:
         """Who has each block on the device, or is expected to."""
         shards, expected = self._tiers[Tier.DEVICE], self._expected.masks

@@ -65,5 +65,6 @@ def candidate_fields(candidate: Candidate) -> dict[str, object]:
         "why_not": candidate.why_not,
         "cached_tokens": candidate.cached_tokens,
         "loaded_tokens": candidate.loaded_tokens,
+        "fetch_from": candidate.fetch_from,
         "cost_s": candidate.cost_s,
     }

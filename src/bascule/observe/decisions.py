@@ -12,7 +12,7 @@ from itertools import islice
 from msgspec import Struct
 
 from bascule.policies.snapshot import Candidate
-from bascule.types import FinishReason, Placement, RequestId, RoutingFigures, Slo, Tier
+from bascule.types import FinishReason, Placement, RequestId, RoutingFigures, Slo
 
 KEPT = 4096
 """Requests that are remembered; the oldest are forgotten first."""
@@ -62,8 +62,8 @@ class Actual(Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     cached_tokens: int | None = None
     """Prompt tokens whose KV was found."""
-    loaded_tokens: dict[Tier, int] = {}
-    """Those of them that came from the store, by tier."""
+    loaded_tokens: dict[str, int] = {}
+    """Those of them that came from the store, by tier, or from a peer."""
     load_s: float = 0.0
     """What loading them took, from the worker's view."""
     finish: FinishReason | None = None

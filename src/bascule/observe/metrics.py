@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bascule.clock import Clock
-from bascule.types import ClusterState, RoutingFigures, Tier, WorkerLoad
+from bascule.types import PEER, ClusterState, RoutingFigures, Tier, WorkerLoad
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -142,6 +142,7 @@ class _ClusterCollector(Collector):
         yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)
         yield _summed("bascule_handoff_refused", "Handoffs refused by the receiver", "reason", loads, _refused_of)
         yield from _stores(loads)
+        yield from _fetches(loads)
         yield CounterMetricFamily(
             "bascule_store_handoffs", "Requests handed over by way of the KV store", state.store_handoffs
         )
@@ -157,6 +158,8 @@ def _stores(loads: list[WorkerLoad]) -> Iterator[Metric]:
     for tier, each_of in tiers.items():
         if each_of:
             hits[tier] = sum(each.hit_tokens for each in each_of)
+    if fetched := sum(load.fetches.hit_tokens for load in loads):
+        hits[PEER] = fetched
     hits[Tier.DEVICE] = max(0, sum(load.hit_tokens for load in loads) - sum(hits.values()))
     yield _counted("bascule_kv_hit_tokens", "Prompt tokens found and not computed", "tier", hits)
     moved = CounterMetricFamily("bascule_kv_store_bytes", "Bytes of KV moved", labels=["tier", "way"])
@@ -180,6 +183,19 @@ def _stores(loads: list[WorkerLoad]) -> Iterator[Metric]:
         for reason, count in sum((Sums(each.invalid) for each in each_of), Sums()).items():
             invalid.add_metric([tier, reason], count)
     yield from (held, moved, spent, spared, evicted, faults, invalid)
+
+
+def _fetches(loads: list[WorkerLoad]) -> Iterator[Metric]:
+    """What workers have fetched from each other."""
+    fetches = [load.fetches for load in loads]
+    for name, told, total in (
+        ("bytes", "Bytes of KV that workers fetched from others", sum(each.bytes for each in fetches)),
+        ("seconds", "Spent on fetching KV", sum(each.fetch_s for each in fetches)),
+        ("spared_seconds", "Computing that fetches spared", sum(each.spared_s for each in fetches)),
+    ):
+        yield CounterMetricFamily(f"bascule_kv_fetch_{name}", told, total)
+    failed = sum((Sums(each.failed) for each in fetches), Sums())
+    yield _counted("bascule_kv_fetch_failed", "Fetches that brought nothing", "reason", failed)
 
 
 def _prediction_errors(state: ClusterState) -> Metric:

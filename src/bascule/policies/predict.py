@@ -29,10 +29,12 @@ class PrefillSide(Struct, frozen=True):
 
     queue_s: Floats
     load_s: Floats
-    """What loading from the store takes longer than the queue; 0 where nothing is loaded."""
+    """What bringing KV takes longer than the queue; 0 where none is brought."""
     prefill_s: Floats
     have: NDArray[np.int64]
-    """Prompt tokens that need not be computed: cached ones, and those that are loaded because it is quicker."""
+    """Prompt tokens that need not be computed: cached ones, and those that are brought because it is quicker."""
+    fetches: NDArray[np.bool_]
+    """Where they are brought from the peer, and not from the store."""
     last_tokens: Floats
     """At most so many are in the last chunk, whose handoff nothing hides."""
     step_s: Floats
@@ -62,27 +64,56 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     streams = np.array([snapshot.streams, snapshot.decoding + 1.0])
     contexts = np.array([context * (snapshot.streams > 0), context + own_context])
     alone, beside, slope = snapshot.cost.steps(streams, contexts)
-    have, load_s = _worth_loading(snapshot, query)
-    new = np.maximum(query.prompt_tokens - have, 1.0)
+    brought = _worth_bringing(snapshot, query)
+    new = np.maximum(query.prompt_tokens - brought.have, 1.0)
     token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
     chunk = _chunk(query, beside, token)
-    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0], have, load_s)
+    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0], brought)
     more = slope[1] + snapshot.cost.context_s * own_context
     return prefill, _decode(snapshot, query, alone[1], more, beside[1] + chunk[1] * token)
 
 
-def _worth_loading(snapshot: Snapshot, query: RouteQuery) -> tuple[NDArray[np.int64], Floats]:
-    """Prompt tokens that each worker has once it has loaded what is quicker loaded than computed, and the seconds."""
-    if query.stored is None or query.load_s is None:
-        return query.cached, _NOTHING
-    cost = snapshot.cost
-    new = query.prompt_tokens - np.array([query.cached, query.stored])
-    plain, after = new * (cost.token_s + cost.pair_s * (query.prompt_tokens - new / 2))
-    quicker = (query.stored > query.cached) & (after + query.load_s < plain)
-    return np.where(quicker, query.stored, query.cached), np.where(quicker, query.load_s, 0.0)
+class _Brought(Struct, frozen=True):
+    """What each worker has once it has all that is quicker brought than computed."""
+
+    have: NDArray[np.int64]
+    seconds: Floats
+    fetches: NDArray[np.bool_]
+
+
+def _worth_bringing(snapshot: Snapshot, query: RouteQuery) -> _Brought:
+    """Each worker brings KV from where it is soonest through with the prompt: the store, or the peer, or neither."""
+    have, seconds, fetches = query.cached, _NOTHING, _NOWHERE
+    if query.stored is None and query.peer < 0:
+        return _Brought(have, seconds, fetches)
+    least = _alone(snapshot, query, have)
+    if query.stored is not None and query.load_s is not None:
+        took = _alone(snapshot, query, query.stored) + query.load_s
+        quicker = (query.stored > have) & (took < least)
+        have, seconds = np.where(quicker, query.stored, have), np.where(quicker, query.load_s, 0.0)
+        least = np.where(quicker, took, least)
+    if query.peer >= 0:
+        rows = np.flatnonzero((query.cached < query.peer_tokens) & snapshot.hands_off)
+        rows = rows[rows != query.peer]
+        fetched = np.maximum(query.cached, query.peer_tokens)
+        fetch_s = np.full(len(fetched), np.inf)
+        more = (fetched - query.cached)[rows].astype(np.float64)
+        source = np.full(len(rows), query.peer, np.intp)
+        fetch_s[rows] = query.peer_load_s + exposed_transfer(snapshot, query, source, rows, more)
+        fetches = _alone(snapshot, query, fetched) + fetch_s < least
+        have, seconds = np.where(fetches, fetched, have), np.where(fetches, fetch_s, seconds)
+    return _Brought(have, seconds, fetches)
+
+
+def _alone(snapshot: Snapshot, query: RouteQuery, have: NDArray[np.int64]) -> Floats:
+    """Seconds to compute what is behind the `have` first tokens on each worker, with nothing beside it."""
+    new = query.prompt_tokens - have
+    alone: Floats = new * (snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2))
+    return alone
 
 
 _NOTHING = np.zeros(1)
+_NOWHERE = np.zeros(1, np.bool_)
 
 
 def _prefill(
@@ -93,8 +124,7 @@ def _prefill(
     streams: Floats,
     base: Floats,
     chunk: Floats,
-    have: NDArray[np.int64],
-    load_s: Floats,
+    brought: _Brought,
 ) -> PrefillSide:
     """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
     chunk = np.where(streams > 0, chunk, query.chunk_tokens)
@@ -109,8 +139,9 @@ def _prefill(
     queue = lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk))
     return PrefillSide(
         queue_s=queue,
-        load_s=np.maximum(load_s - queue, 0.0),
-        have=have,
+        load_s=np.maximum(brought.seconds - queue, 0.0),
+        have=brought.have,
+        fetches=brought.fetches,
         prefill_s=lag * (own + np.ceil(new / chunk) * base),
         last_tokens=np.minimum(new, query.chunk_tokens),
         step_s=base + np.minimum(chunk, new) * token,

@@ -263,6 +263,7 @@ def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Pr
         predicted=predicted,
         cached_tokens=int(sides.prefill.have[prefill]),
         loaded_tokens=int(sides.prefill.have[prefill] - query.cached[prefill]),
+        fetch_from=snapshot.ids[query.peer] if sides.prefill.fetches.take(prefill, mode="clip") else None,
         cost_s=float(priced.price_s[at]),
         why_not=broken_bounds(predicted, query),
     )
@@ -290,7 +291,7 @@ def _reason(candidates: tuple[Candidate, ...]) -> str:
     if first.cached_tokens:
         told += f", {first.cached_tokens} tokens cached"
     if first.loaded_tokens:
-        told += f" ({first.loaded_tokens} of them in the store)"
+        told += f" ({first.loaded_tokens} of them {f'on {first.fetch_from}' if first.fetch_from else 'in the store'})"
     if len(candidates) > 1:
         second = candidates[1]
         other = second.placement

@@ -96,6 +96,12 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """How many it has or can load from the store, at least `cached`; None where there is no store."""
     load_s: Floats | None = None
     """Seconds that loading the difference takes."""
+    peer: int = -1
+    """The row of a worker that others may fetch KV of the prompt from."""
+    peer_tokens: int = 0
+    """How many tokens' it has, or can load from its host's memory."""
+    peer_load_s: float = 0.0
+    """Seconds that it takes to load them."""
     output_tokens: float = 64.0
     """Output to be expected: a quantile of what this traffic does, at most `max_tokens`."""
     slo: Slo = Slo()
@@ -120,7 +126,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     queue_s: float = 0.0
     """From the decision until the worker starts on the prompt."""
     load_s: float = 0.0
-    """What loading KV from the store takes longer than the queue."""
+    """What bringing KV from the store or from a peer takes longer than the queue."""
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     """What is left of the handoff once the last chunk is computed."""
@@ -141,7 +147,9 @@ class Candidate(Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Prompt tokens that need not be computed there."""
     loaded_tokens: int = 0
-    """Those of them that are to be loaded from the store."""
+    """Those of them that are to be loaded from the store, or fetched."""
+    fetch_from: WorkerId | None = None
+    """The peer to fetch them from; None for the store."""
     cost_s: float = 0.0
     """What it is chosen by: the request's own latency and the harm to others, with a price on each broken SLO."""
     feasible: bool = True

@@ -33,6 +33,8 @@ class Columns:
         self.role = np.zeros(rows, np.int8)
         self.placeable = np.zeros(rows, np.bool_)
         self.hands_off = np.zeros(rows, np.bool_)
+        self.lends = np.zeros(rows, np.bool_)
+        """Others may fetch KV from it."""
         self.slots = np.zeros(rows, np.int64)
         self.decoding = np.zeros(rows, np.int64)
         self.prefilling = np.zeros(rows, np.int64)
@@ -71,7 +73,16 @@ class Columns:
             column[:rows] = value
 
     def add(
-        self, row: int, worker: WorkerId, role: Role, *, slots: int, kv_tokens: int, machine: int, hands_off: bool
+        self,
+        row: int,
+        worker: WorkerId,
+        role: Role,
+        *,
+        slots: int,
+        kv_tokens: int,
+        machine: int,
+        hands_off: bool,
+        lends: bool = False,
     ) -> None:
         """Use a row for a worker that has just joined."""
         while row >= len(self.ids):
@@ -80,7 +91,7 @@ class Columns:
         self.ids[row] = worker
         self.role[row] = ROLES.index(role)
         self.placeable[row] = True
-        self.hands_off[row] = hands_off
+        self.hands_off[row], self.lends[row] = hands_off, lends
         self.slots[row], self.kv_tokens[row], self.machine[row] = slots, kv_tokens, machine
         self._unreceived[row] = deque()
         self._sent[row] = 0

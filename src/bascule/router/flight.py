@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from bascule.errors import RequestError
 from bascule.observe.decisions import Record
-from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, Tier, WorkerId
+from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -64,8 +64,8 @@ class Flight:
         self._gap_since: float | None = None
         self.cached_tokens: int | None = None
         """Prompt tokens that the first prefill found."""
-        self.loaded: dict[Tier, int] = {}
-        """Those of them that came from the store, by tier."""
+        self.loaded: dict[str, int] = {}
+        """Those of them that came from the store, by tier, or from a peer."""
         self.load_s = 0.0
         """What loading took."""
         self._fresh: list[TokenItem] = []

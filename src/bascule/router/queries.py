@@ -47,15 +47,18 @@ class Queries:
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""
         card = self._view.card
-        stored, load_s = self._view.stored_tokens(flight.hashes)
+        found = self._view.found(flight.hashes)
         last = self._view.members.get(self._sessions.get(flight.request.session, WorkerId("")))
         return RouteQuery(
             request=flight.request.id,
             prompt_tokens=flight.known_tokens,
             max_tokens=flight.request.sampling.max_tokens - len(flight.tokens),
-            cached=self._view.cached_tokens(flight.hashes),
-            stored=stored,
-            load_s=load_s,
+            cached=found.cached,
+            stored=found.stored,
+            load_s=found.load_s,
+            peer=found.peer.row,
+            peer_tokens=found.peer.tokens,
+            peer_load_s=found.peer.load_s,
             output_tokens=self.output_tokens(flight),
             slo=self.slo_of(flight),
             waited_s=now - flight.received,
@@ -79,7 +82,7 @@ class Queries:
         member = next(iter(self._view.members.values()), None)
         if member is None:
             return 0.0
-        cached = int(self._view.cached_tokens(flight.hashes).max(initial=0))
+        cached = int(self._view.found(flight.hashes).cached.max(initial=0))
         part = PrefillPart(flight.known_tokens - cached, cached)
         return step_seconds(self._view.cost_of(member), [part], 0, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
@@ -160,7 +161,8 @@ class Service:
         """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
         flight = self._flights.get(message.request)
         if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
-            flight.loaded, flight.load_s = message.tokens, message.seconds
+            flight.loaded = dict(Counter(flight.loaded) + Counter(message.tokens))
+            flight.load_s += message.seconds
 
     def saved(self, message: Saved) -> None:
         """The KV of a request's first leg is in the store."""
@@ -296,7 +298,8 @@ class Service:
             sampling=flight.request.sampling,
             decode=decode if placement.remote else None,
             slo=flight.request.slo,
-            stored_tokens=chosen.loaded_tokens and chosen.cached_tokens,
+            stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
+            fetch=self.view.lender(chosen),
         )
         if placement.remote and self._config.handoff == "store" and (tier := self.relay.tier(placement)) is not None:
             submission = self.relay.first_leg(flight, submission, tier)

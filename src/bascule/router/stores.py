@@ -71,6 +71,11 @@ class Stores:
             if (cost := costs.get(tier)) is not None and cost.bytes_per_s > 0:
                 self._latency_s[row, at], self._byte_s[row, at] = cost.latency_s, 1 / cost.bytes_per_s
 
+    def seconds(self, row: int, tier: Tier, size: int) -> float:
+        """What loading `size` bytes from a tier takes this worker."""
+        at = TIERS.index(tier)
+        return float(self._latency_s[row, at] + size * self._byte_s[row, at])
+
     def changed(self, row: int, events: KvEvents) -> None:
         """A worker's events, which its own feed has applied, go for all that share the tiers, too."""
         for part in events.changes:

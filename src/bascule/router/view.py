@@ -9,13 +9,13 @@ from itertools import count
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
-from bascule.policies.cost import Floats, PrefillPart, decode_seconds, step_seconds
-from bascule.policies.snapshot import CHUNK_TOKENS, Snapshot
+from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
+from bascule.policies.snapshot import CHUNK_TOKENS, Candidate, Snapshot
 from bascule.router.columns import Columns
+from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
 from bascule.router.stores import Stores
 from bascule.types import (
@@ -31,7 +31,7 @@ from bascule.types import (
     WorkerLoad,
     WorkerStatus,
 )
-from bascule.wire import VERSION, KvEvents, Register
+from bascule.wire import VERSION, FetchFrom, KvEvents, Register
 
 
 @dataclass(slots=True)
@@ -123,6 +123,7 @@ class ClusterView:
             kv_tokens=_kv_tokens(member),
             machine=self._machines.setdefault(offer.machine, len(self._machines)),
             hands_off=not attached,
+            lends=offer.lends,
         )
         self.columns.cost.put(row, offer.cost)
         return member
@@ -222,22 +223,18 @@ class ClusterView:
         """The largest KV memory of any member, in tokens."""
         return max((_kv_tokens(member) for member in self.members.values()), default=0)
 
-    def cached_tokens(self, hashes: Sequence[BlockHash]) -> NDArray[np.int64]:
-        """How many tokens of a prompt with these blocks each worker has KV of, or will have shortly, by row."""
-        cached = np.zeros(len(self.columns.ids), np.int64)
-        if hashes and self.card is not None:
-            found = self.index.match(hashes).device
-            cached[: len(found)] = found[: len(cached)]
-            cached *= self.card.layout.block_size
-        return cached
+    def found(self, hashes: Sequence[BlockHash]) -> Found:
+        """What workers, and the store, have of a prompt with these blocks."""
+        if not hashes or self.card is None:
+            return Found(np.zeros(len(self.columns.ids), np.int64))
+        lends = self.columns.lends & self.columns.placeable
+        return find(self.index, self.stores, hashes, self.card.layout, lends)
 
-    def stored_tokens(self, hashes: Sequence[BlockHash]) -> tuple[NDArray[np.int64], Floats] | tuple[None, None]:
-        """How many each worker has or can load from the store, and the seconds for that; None without a store."""
-        if self.card is None or not self.stores:
-            return None, None
-        layout = self.card.layout
-        token_bytes = layout.block_bytes // layout.block_size
-        return self.stores.stored(self.index.match(hashes), layout.block_size, token_bytes, len(self.columns.ids))
+    def lender(self, chosen: Candidate) -> FetchFrom | None:
+        """Where a placement fetches KV from, if it does."""
+        if chosen.fetch_from is None:
+            return None
+        return FetchFrom(self.members[chosen.fetch_from].registration.peer, chosen.cached_tokens)
 
     def kv_changed(self, member: Member, events: KvEvents) -> None:
         """What a worker's cache and the tiers below it hold has changed."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from enum import Enum, auto
 
 from bascule.clock import Clock
@@ -23,9 +23,8 @@ from bascule.errors import RequestError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.transfer.base import SECRET_BYTES, Grant, Receiver
-from bascule.types import Epoch, ModelCard, TicketId
-from bascule.wire import (
+from bascule.kv.transfer.base import SECRET_BYTES
+from bascule.peer_wire import (
     Abort,
     Accepted,
     Commit,
@@ -36,9 +35,10 @@ from bascule.wire import (
     Renew,
     Reserved,
     Revoked,
-    TransferEndpoint,
     Written,
 )
+from bascule.types import Epoch, ModelCard, TicketId
+from bascule.worker.grants import Grants
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class DecodeSide:
         hasher: BlockHasher,
         card: ModelCard,
         epoch: Epoch,
+        grants: Grants,
         config: HandoffConfig,
         clock: Clock,
         answer: Callable[[Epoch, PeerMessage], None],
@@ -95,13 +96,12 @@ class DecodeSide:
         """`answer` sends to the prefill worker with that epoch; `wake` is called when a sequence may run."""
         self.refused: Counter[str] = Counter()
         """By kind."""
-        self.receivers: Mapping[str, Receiver] = {}
-        """By transport, in order of preference; set before the first message."""
         self._engine = engine
         self._arena = arena
         self._hasher = hasher
         self._card = card
         self._epoch = epoch
+        self._grants = grants
         self._config = config
         self._clock = clock
         self._answer = answer
@@ -109,7 +109,6 @@ class DecodeSide:
         self._last_expiry = clock.now()
         self._tickets: dict[TicketId, Incoming] = {}
         self._promised: deque[Incoming] = deque()
-        self._quarantined: dict[TicketId, Lease] = {}
         self._checks: set[asyncio.Task[None]] = set()
 
     @property
@@ -152,12 +151,15 @@ class DecodeSide:
             else:
                 self._promised.popleft()
 
+    def closed(self, ticket: TicketId) -> None:
+        """The writer of a ticket, a handoff's or another's, says that it writes no more."""
+        if self._grants.closed(ticket):
+            self._freed()
+
     def safe(self, ticket: TicketId) -> None:
         """No late write is possible for this ticket any more: its blocks leave quarantine."""
-        if (lease := self._quarantined.pop(ticket, None)) is not None:
-            lease.lift()
-            self.grant_promises()
-            self._wake()
+        if self._grants.safe(ticket):
+            self._freed()
 
     def expire(self) -> None:
         """Give up tickets that nobody renewed, and forget verdicts that nobody asks for any more."""
@@ -173,13 +175,13 @@ class DecodeSide:
                 continue
             if incoming.verdict is None:
                 self._refuse(incoming, "expired", "the prefill worker gave no sign of life in time")
-            elif ticket not in self._quarantined:
+            elif not self._grants.holds(ticket):
                 del self._tickets[ticket]
         self.grant_promises()
 
-    def close(self) -> None:
-        for receiver in self.receivers.values():
-            receiver.close()
+    def _freed(self) -> None:
+        self.grant_promises()
+        self._wake()
 
     # ------------------------------------------------------------ granting
 
@@ -217,10 +219,7 @@ class DecodeSide:
             return False
         incoming.lease = lease
         incoming.stage = Stage.GRANTED
-        grant = Grant(prepare.ticket, prepare.secret, tuple(lease.blocks[lease.cached :]))
-        for receiver in self.receivers.values():
-            receiver.open(grant)
-        endpoints = [receiver.endpoint for receiver in self.receivers.values()]
+        endpoints = self._grants.open(prepare.ticket, prepare.secret, lease)
         self._answer(
             incoming.sender,
             Reserved(
@@ -228,7 +227,7 @@ class DecodeSide:
                 epoch=self._epoch,
                 blocks=tuple(lease.blocks),
                 have_blocks=lease.cached,
-                endpoints=tuple(TransferEndpoint(e.transport, e.address, e.machine) for e in endpoints),
+                endpoints=endpoints,
             ),
         )
         return True
@@ -301,8 +300,7 @@ class DecodeSide:
         except (RequestError, ValueError) as error:
             self._refuse(incoming, "engine", str(error))
             return
-        for receiver in self.receivers.values():
-            receiver.finish(commit.ticket)
+        self._grants.finish(commit.ticket)
         incoming.stage = Stage.ACCEPTED
         incoming.lease = None
         self._wake()
@@ -334,9 +332,7 @@ class DecodeSide:
         incoming = self._tickets.get(ticket)
         if incoming is not None and incoming.verdict is None:
             self._refuse(incoming, "aborted", "the prefill worker gave up")
-        for receiver in self.receivers.values():
-            receiver.closed(ticket)
-        self.safe(ticket)
+        self.closed(ticket)
 
     def _refuse(self, incoming: Incoming, kind: str, reason: str) -> None:
         """End a ticket without taking over. Its blocks are freed, or quarantined while someone may still write."""
@@ -356,12 +352,7 @@ class DecodeSide:
             incoming.lease = None
 
     def _give_back(self, ticket: TicketId, lease: Lease, sender: Epoch) -> None:
-        lease.quarantine()
-        safe = [receiver.revoke(ticket) for receiver in self.receivers.values()]
-        if all(safe):
-            lease.lift()
-        else:
-            self._quarantined[ticket] = lease
+        if not self._grants.give_back(ticket, lease):
             self._answer(sender, Revoked(ticket))
         self._wake()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from bascule.engine.core import Engine
 from bascule.engine.protocol import Runner
 from bascule.kv.arena import Arena
@@ -37,3 +39,10 @@ class Parts:
     """What a step is expected to cost."""
     tiers: Tiers | None = None
     """Where KV is kept below the arena, if anywhere."""
+
+
+class Brought(Struct, frozen=True):
+    """KV that need not be computed: a prompt's tokens by where it came from (a `Tier`, or `PEER`), and the seconds."""
+
+    tokens: dict[str, int]
+    seconds: float

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import zmq
 
 from bascule.errors import ConfigError
+from bascule.peer_wire import PeerMessage, from_peer
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch, WorkerId
-from bascule.wire import PeerAddress, PeerMessage, encode, from_peer
+from bascule.wire import PeerAddress, encode
 
 Handler = Callable[[Epoch, PeerMessage], None]
 

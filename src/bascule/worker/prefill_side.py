@@ -24,22 +24,21 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move, Sender, Session, TransferError
-from bascule.types import BlockHash, ModelCard, TicketId
-from bascule.wire import (
+from bascule.peer_wire import (
     Abort,
     Accepted,
     Commit,
     HandoffRefused,
     Manifest,
-    PeerAddress,
     PeerMessage,
     Prepare,
     Renew,
     Reserved,
     Revoked,
-    Submit,
     Written,
 )
+from bascule.types import BlockHash, ModelCard, TicketId
+from bascule.wire import PeerAddress, Submit
 from bascule.worker.learning import Links
 from bascule.worker.peers import Peers
 

@@ -133,7 +133,7 @@ def build(settings: WorkerSettings) -> Parts:
     )
     engine = Engine(runner, arena, books, hasher, limits)
     engine.cost = cost = _cost_model(config.cost_model)
-    engine.publishes = bool(stores)
+    engine.publishes = bool(stores) or (config.prefix_cache and settings.handoff_config.peer_fetch)
     return Parts(
         runner=runner,
         tiers=_tiers(stores, arena, books, runner.card, codec) if stores else None,

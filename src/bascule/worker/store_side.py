@@ -16,8 +16,6 @@ from contextlib import suppress
 from functools import partial
 from threading import Event
 
-from msgspec import Struct
-
 from bascule.engine.core import Engine
 from bascule.engine.sequence import Key
 from bascule.kv.books import Books
@@ -27,6 +25,7 @@ from bascule.kv.store.tiers import Tiers, Wanted
 from bascule.policies.load import blocks_to_load, prompt_seconds
 from bascule.types import BlockHash, CostModel, KVLayout, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
+from bascule.worker.parts import Brought
 from bascule.worker.saver import Saver
 
 log = logging.getLogger(__name__)
@@ -41,13 +40,6 @@ _MOST_TOLD = 1_000_000
 """Blocks of a tier without a known bound that the router is told at once."""
 
 Tell = Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None]
-
-
-class Brought(Struct, frozen=True):
-    """What was loaded for a prompt: tokens by tier, and the seconds it took."""
-
-    tokens: dict[Tier, int]
-    seconds: float
 
 
 class StoreSide:
@@ -86,8 +78,8 @@ class StoreSide:
         self._counting: asyncio.Task[None] | None = None
         self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
         """Loads by the first block that they bring."""
-        self._hit_tokens: Counter[Tier] = Counter()
-        self._saved_s: Counter[Tier] = Counter()
+        self._hit_tokens: Counter[str] = Counter()
+        self._saved_s: Counter[str] = Counter()
         self._stats: dict[Tier, StoreStats] = {}
         self.waiting = 0
         """Prompts that are being looked for, or loaded."""
@@ -239,7 +231,7 @@ class StoreSide:
         unheard_of = slice(max(believed - lease.cached, 0), None)
         self._loop.call_soon_threadsafe(self._found, [each.name for each in loaded[unheard_of]], came[unheard_of])
         seconds = self._loop.time() - begun
-        by_tier = {tier: blocks * size for tier, blocks in Counter(came).items()}
+        by_tier: dict[str, int] = {tier: blocks * size for tier, blocks in Counter(came).items()}
         before = lease.cached * size
         saved_s = prompt_seconds(model, len(tokens), before) - prompt_seconds(
             model, len(tokens), before + len(came) * size

@@ -10,27 +10,23 @@ from typing import Any
 
 from bascule.clock import Clock
 from bascule.config import HandoffConfig
-from bascule.engine.core import StepResult, Work
+from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
-from bascule.errors import RegistrationRefused, RequestError
+from bascule.errors import RegistrationRefused
 from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
+from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
 from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerLoad
 from bascule.wire import (
     VERSION,
-    Abort,
     Cancel,
-    Commit,
     Failed,
     Goodbye,
     Heartbeat,
     Loaded,
-    PeerMessage,
-    Prepare,
     Register,
     Registered,
     RegistrationRefusal,
-    Renew,
     Reregister,
     Resync,
     RouterMessage,
@@ -39,17 +35,20 @@ from bascule.wire import (
     Stop,
     Submit,
     TokenItem,
-    Written,
 )
+from bascule.worker.arrivals import Arrivals
 from bascule.worker.decode_side import DecodeSide
+from bascule.worker.fetch import Fetches
+from bascule.worker.grants import Grants
 from bascule.worker.kv_events import REPORT_S, KvReporter
 from bascule.worker.learning import StepCosts
+from bascule.worker.lend import Lender
 from bascule.worker.link import RouterSocket
-from bascule.worker.parts import Identity, Parts
+from bascule.worker.parts import Brought, Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.steploop import StepLoop
-from bascule.worker.store_side import Brought, StoreSide
+from bascule.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +71,6 @@ class Worker:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
-        self._received = 0
-        """Submissions since the router took this worker in."""
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
@@ -96,18 +93,42 @@ class Worker:
             on_lost=self._handoff_lost,
             wake=self._steps.wake,
         )
+        self._grants = Grants()
         self._decode = DecodeSide(
             parts.engine,
             parts.arena,
             parts.hasher,
             card,
             identity.epoch,
+            self._grants,
             config,
             clock,
             answer=self._peers.answer,
             wake=self._steps.wake,
         )
-        self._decode.receivers = open_receivers(parts.arena, config.transfer, host, self._safe_from_any_thread)
+        self._grants.receivers = open_receivers(parts.arena, config.transfer, host, self._safe_from_any_thread)
+        self._fetches = Fetches(parts.engine, parts.arena, parts.books, parts.hasher, card, self._peers, self._grants)
+        self._lender = Lender(
+            parts.engine,
+            parts.arena,
+            parts.books,
+            parts.hasher,
+            card,
+            self._senders,
+            self._prefill.links,
+            answer=self._peers.answer,
+            bring=self._store.bring if self._store is not None else None,
+        )
+        self._arrivals = Arrivals(
+            parts.engine,
+            self._prefill,
+            self._fetches,
+            self._store,
+            brought=self._brought,
+            failed=self._fail,
+            task_ended=self._task_ended,
+            wake=self._steps.wake,
+        )
 
     async def run(self) -> None:
         """Serve; returns after a stop, raises RegistrationRefused when the router does not want this worker."""
@@ -132,13 +153,14 @@ class Worker:
             self._reporter.pause()
             self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
             await self._prefill.close()
+            await self._lender.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._steps.stop, 10.0)
             if self._store is not None:
                 await self._store.close()
-            self._decode.close()
+            self._grants.close()
             for sender in self._senders.values():
                 sender.close()
             self._peers.close()
@@ -152,7 +174,7 @@ class Worker:
 
     def _apply(self, message: RouterMessage) -> None:
         if isinstance(message, Submit):
-            self._submit(message)
+            self._arrivals.submit(message)
         elif isinstance(message, Cancel):
             self._cancel(Key(message.request, message.attempt))
         elif isinstance(message, Registered):
@@ -161,7 +183,7 @@ class Worker:
             self._tell_all()
         elif isinstance(message, Reregister):
             self._registered.clear()
-            self._received = 0
+            self._arrivals.received = 0
             self._reporter.pause()
         elif isinstance(message, Resync):
             self._tell_all()
@@ -179,60 +201,24 @@ class Worker:
         if self._store is not None:
             self._store.computed(names)
 
-    def _submit(self, submission: Submit) -> None:
-        self._received += 1
-        if self._store is None:
-            self._begin(submission)
-        else:
-            self._store.start(submission, self._brought).add_done_callback(self._task_ended)
-
-    def _brought(self, submission: Submit, brought: Brought | None) -> None:
-        """What the store had of a prompt, if anything, is on the device."""
-        if brought is not None:
-            self._link.send(
-                Loaded(
-                    worker=self._identity.worker,
-                    epoch=self._identity.epoch,
-                    request=submission.request,
-                    attempt=submission.attempt,
-                    tokens=brought.tokens,
-                    seconds=brought.seconds,
-                )
+    def _brought(self, key: Key, brought: Brought) -> None:
+        """KV of a request's prompt is on the device that was not computed here."""
+        self._link.send(
+            Loaded(
+                worker=self._identity.worker,
+                epoch=self._identity.epoch,
+                request=key.request,
+                attempt=key.attempt,
+                tokens=brought.tokens,
+                seconds=brought.seconds,
             )
-        self._begin(submission)
+        )
 
     def _saved(self, key: Key) -> None:
         self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
 
-    def _begin(self, submission: Submit) -> None:
-        key = Key(submission.request, submission.attempt)
-        if submission.decode is not None:
-            # Before the engine has it: a step of another thread may be done with it at once.
-            self._prefill.begin(submission, submission.decode)
-        try:
-            self._parts.engine.submit(
-                Work(
-                    request=submission.request,
-                    attempt=submission.attempt,
-                    prompt=submission.prompt,
-                    generated=submission.generated,
-                    sampling=submission.sampling,
-                    handoff=submission.decode is not None,
-                    slo=submission.slo,
-                )
-            )
-        except RequestError as error:
-            self._prefill.cancel(key)
-            self._fail(key, str(error), retryable=False)
-        except Exception as error:
-            log.exception("a request could not be submitted")
-            self._prefill.cancel(key)
-            self._fail(key, f"{type(error).__name__}: {error}", retryable=True)
-        self._steps.wake()
-
     def _cancel(self, key: Key) -> None:
-        if self._store is not None:
-            self._store.cancel(key)
+        self._arrivals.cancel(key)
         self._prefill.cancel(key)
         self._decode.cancel(key)
         self._parts.engine.cancel(*key)
@@ -244,14 +230,19 @@ class Worker:
     def _peer_message(self, sender: Epoch, message: PeerMessage) -> None:
         if isinstance(message, Prepare | Written | Commit | Abort | Renew):
             self._decode.apply(sender, message)
-        else:
+        elif isinstance(message, Fetched):
+            if not self._fetches.apply(message):
+                self._decode.closed(message.ticket)
+        elif isinstance(message, Fetch):
+            self._lender.lend(sender, message)
+        elif not isinstance(message, Revoked) or not self._lender.revoke(sender, message.ticket):
             self._prefill.apply(message)
 
     def _safe_from_any_thread(self, ticket: TicketId) -> None:
         self._loop.call_soon_threadsafe(self._decode.safe, ticket)
 
     def _handoff_lost(self, key: Key, why: str) -> None:
-        self._fail(key, why, retryable=True)
+        self._fail(key, why, True)
 
     # ------------------------------------------------------------ from the step thread
 
@@ -288,7 +279,7 @@ class Worker:
             self._link.send(StepTokens(self._identity.worker, self._identity.epoch, items, self._step_load()))
         for failure in result.failed:
             self._prefill.cancel(Key(failure.request, failure.attempt))
-            self._fail(Key(failure.request, failure.attempt), failure.message, retryable=True)
+            self._fail(Key(failure.request, failure.attempt), failure.message, True)
         self._advance_handoffs(result)
         if any(output.finish is not None for output in result.outputs):
             self._decode.grant_promises()
@@ -307,9 +298,8 @@ class Worker:
 
     # ------------------------------------------------------------ to the router
 
-    def _fail(self, key: Key, message: str, *, retryable: bool) -> None:
-        if self._store is not None:
-            self._store.cancel(key)
+    def _fail(self, key: Key, message: str, retryable: bool) -> None:
+        self._arrivals.cancel(key)
         self._link.send(
             Failed(
                 worker=self._identity.worker,
@@ -337,6 +327,7 @@ class Worker:
             machine=machine_id(),
             cost=self._parts.cost,
             stores=self._store.places() if self._store is not None else {},
+            lends=self._parts.engine.publishes,
         )
         while True:
             if not self._registered.is_set():
@@ -352,10 +343,13 @@ class Worker:
 
     def _step_load(self) -> StepLoad:
         load = self._parts.engine.load()
-        prefilling, backlog = load.prefilling, load.backlog_tokens
-        if self._store is not None:
-            prefilling, backlog = prefilling + self._store.waiting, backlog + self._store.waiting_tokens
-        return StepLoad(self._received, prefilling, backlog, load.streams, load.context_tokens)
+        return StepLoad(
+            self._arrivals.received,
+            load.prefilling + self._arrivals.waiting,
+            load.backlog_tokens + self._arrivals.waiting_tokens,
+            load.streams,
+            load.context_tokens,
+        )
 
     def _load(self) -> WorkerLoad:
         engine, counts = self._parts.engine.load(), self._parts.books.counts
@@ -368,10 +362,11 @@ class Worker:
             kv_blocks_quarantined=counts.quarantined,
             promised=self._decode.promised,
             integrity_violations=len(self._steps.violations),
-            handoff_bytes=dict(self._prefill.bytes_sent),
+            handoff_bytes=dict(self._prefill.bytes_sent + self._lender.bytes_sent),
             handoff_refused=dict(self._decode.refused),
             hit_tokens=engine.hit_tokens,
             stores=self._store.loads() if self._store is not None else {},
+            fetches=self._fetches.figures(),
             step=self._step_load(),
             cost=self._costs.model,
             cost_error=self._costs.error,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from bascule.kv.arena import Arena
-from bascule.kv.transfer.base import OnSafe, Receiver, Sender
+from bascule.kv.transfer.base import Endpoint, OnSafe, Receiver, Sender, Session, TransferError
 from bascule.kv.transfer.shm import ShmReceiver, ShmSender
 from bascule.kv.transfer.tcp import TcpReceiver, TcpSender
+from bascule.types import TicketId
 
 TRANSPORTS = ("shm", "tcp")
 
@@ -28,3 +31,20 @@ def open_senders(arena: Arena, transfer: str) -> dict[str, Sender]:
     if transfer in ("auto", "tcp"):
         senders["tcp"] = TcpSender(arena)
     return senders
+
+
+def open_session(
+    senders: Mapping[str, Sender], endpoints: Iterable[Endpoint], ticket: TicketId, secret: bytes
+) -> Session:
+    """A session by the first of the peer's `endpoints` that works from here; blocks.
+
+    Raises TransferError with what is wrong with each, if none does.
+    """
+    errors = []
+    for endpoint in endpoints:
+        if (sender := senders.get(endpoint.transport)) is not None:
+            try:
+                return sender.open(endpoint, ticket, secret)
+            except (TransferError, TimeoutError) as error:
+                errors.append(f"{endpoint.transport}: {error}")
+    raise TransferError("; ".join(errors) or "the two workers have no transport in common; check --transfer on both")

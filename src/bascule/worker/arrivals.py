@@ -1,0 +1,121 @@
+"""Requests on their way to the engine: first they get what peers and the store have of their prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from bascule.engine.core import Engine, Work
+from bascule.engine.sequence import Key
+from bascule.errors import RequestError
+from bascule.wire import FetchFrom, Submit
+from bascule.worker.fetch import Fetches
+from bascule.worker.parts import Brought
+from bascule.worker.prefill_side import PrefillSide
+from bascule.worker.store_side import StoreSide
+
+log = logging.getLogger(__name__)
+
+
+class Arrivals:
+    """Runs in the asyncio loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prefill: PrefillSide,
+        fetches: Fetches,
+        store: StoreSide | None,
+        *,
+        brought: Callable[[Key, Brought], None],
+        failed: Callable[[Key, str, bool], None],
+        task_ended: Callable[[asyncio.Task[Any]], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """`brought` is told what came of a prompt, `failed` of a request that the engine does not take (and whether
+        another worker may); `task_ended` sees each task's end; `wake` is called when a sequence may run."""
+        self.received = 0
+        """Submissions since the router took this worker in."""
+        self._engine = engine
+        self._prefill = prefill
+        self._fetches = fetches
+        self._store = store
+        self._brought = brought
+        self._failed = failed
+        self._task_ended = task_ended
+        self._wake = wake
+        self._fetching: dict[Key, asyncio.Task[None]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that the engine does not have yet."""
+        return self._fetches.waiting + (self._store.waiting if self._store is not None else 0)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens that are not cached on the device."""
+        return self._fetches.waiting_tokens + (self._store.waiting_tokens if self._store is not None else 0)
+
+    def submit(self, submission: Submit) -> None:
+        """A request from the router."""
+        self.received += 1
+        if submission.fetch is None:
+            self._load(submission)
+            return
+        key = Key(submission.request, submission.attempt)
+        task = self._fetching[key] = asyncio.create_task(self._fetch(key, submission, submission.fetch))
+        task.add_done_callback(self._task_ended)
+
+    def cancel(self, key: Key) -> None:
+        """The request is no longer wanted here; does nothing for others, nor for what the engine has."""
+        if (fetching := self._fetching.pop(key, None)) is not None:
+            fetching.cancel()
+        if self._store is not None:
+            self._store.cancel(key)
+
+    async def _fetch(self, key: Key, submission: Submit, source: FetchFrom) -> None:
+        brought = await self._fetches.bring((*submission.prompt, *submission.generated), source)
+        del self._fetching[key]
+        if brought is not None:
+            self._brought(key, brought)
+        self._load(submission)
+
+    def _load(self, submission: Submit) -> None:
+        if self._store is None:
+            self._begin(submission)
+        else:
+            self._store.start(submission, self._loaded).add_done_callback(self._task_ended)
+
+    def _loaded(self, submission: Submit, brought: Brought | None) -> None:
+        """What the store had of a prompt, if anything, is on the device."""
+        if brought is not None:
+            self._brought(Key(submission.request, submission.attempt), brought)
+        self._begin(submission)
+
+    def _begin(self, submission: Submit) -> None:
+        key = Key(submission.request, submission.attempt)
+        if submission.decode is not None:
+            # Before the engine has it: a step of another thread may be done with it at once.
+            self._prefill.begin(submission, submission.decode)
+        try:
+            self._engine.submit(
+                Work(
+                    request=submission.request,
+                    attempt=submission.attempt,
+                    prompt=submission.prompt,
+                    generated=submission.generated,
+                    sampling=submission.sampling,
+                    handoff=submission.decode is not None,
+                    slo=submission.slo,
+                )
+            )
+        except RequestError as error:
+            self._prefill.cancel(key)
+            self._failed(key, str(error), False)
+        except Exception as error:
+            log.exception("a request could not be submitted")
+            self._prefill.cancel(key)
+            self._failed(key, f"{type(error).__name__}: {error}", True)
+        self._wake()

@@ -1,0 +1,179 @@
+"""KV for another worker: what it asks for of this worker's cache is pushed into its memory, as in a handoff."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from bascule.engine.core import Engine
+from bascule.kv.arena import Arena
+from bascule.kv.books import Books
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.transfer.base import SECRET_BYTES, Endpoint, Move, Sender, Session, TransferError
+from bascule.kv.transfer.select import open_session
+from bascule.peer_wire import Fetch, Fetched, PeerMessage
+from bascule.types import Epoch, ModelCard, TicketId
+from bascule.worker.learning import Links
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_THREADS = 4
+_PIECE = 32
+"""Blocks pushed at a time: between two pieces a fetch that is taken back ends."""
+
+Bring = Callable[[Sequence[int]], Awaitable[object]]
+
+
+class Loan:
+    """One ticket on its way."""
+
+    def __init__(self, fetch: Fetch, asker: Epoch) -> None:
+        self.fetch = fetch
+        self.asker = asker
+        self.session: Session | None = None
+        self.given_up = False
+        self.checksums: list[bytes] = []
+        """Of the blocks that lie in the asker's arena."""
+
+
+class Lender:
+    """All that peers ask of this worker. Runs in the asyncio loop; pushes in threads of its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        arena: Arena,
+        books: Books,
+        hasher: BlockHasher,
+        card: ModelCard,
+        senders: Mapping[str, Sender],
+        links: Links,
+        answer: Callable[[Epoch, PeerMessage], None],
+        bring: Bring | None,
+    ) -> None:
+        """`answer` sends to the worker with that epoch; `bring` has what the store holds of a prompt loaded."""
+        self.bytes_sent: Counter[str] = Counter()
+        """By transport."""
+        self._engine = engine
+        self._arena = arena
+        self._books = books
+        self._hasher = hasher
+        self._card = card
+        self._senders = senders
+        self._links = links
+        self._answer = answer
+        self._bring = bring
+        self._loans: dict[TicketId, Loan] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(_THREADS, "kv-lend")
+
+    def lend(self, asker: Epoch, fetch: Fetch) -> None:
+        """Give a peer what it asks for; answers `Fetched` in any case."""
+        if fetch.ticket not in self._loans:
+            loan = self._loans[fetch.ticket] = Loan(fetch, asker)
+            task = asyncio.create_task(self._lend(loan))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def revoke(self, asker: Epoch, ticket: TicketId) -> bool:
+        """A peer wants no more of what it asked for: stop writing, and say so. False if this is no loan."""
+        if (loan := self._loans.get(ticket)) is None or loan.asker != asker:
+            return False
+        loan.given_up = True
+        if loan.session is not None:
+            # Its push ends with an error, and the loan with an answer.
+            self._threads.submit(loan.session.close)
+        return True
+
+    async def _lend(self, loan: Loan) -> None:
+        reason = self._mismatch(loan.fetch)
+        try:
+            if not reason:
+                reason = await self._push(loan)
+        except TransferError as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("a fetch of another worker failed")
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            del self._loans[loan.fetch.ticket]
+        if reason:
+            log.info("a fetch by %s brought nothing: %s", loan.asker, reason)
+        self._answer(loan.asker, Fetched(loan.fetch.ticket, () if reason else tuple(loan.checksums), reason))
+
+    def _mismatch(self, fetch: Fetch) -> str:
+        """Why nothing here is of use to the asker; empty if it may be."""
+        ours = self._card
+        if fetch.fingerprint != ours.fingerprint:
+            return f"KV of model {fetch.fingerprint} is wanted, this worker serves {ours.fingerprint}"
+        if fetch.layout != ours.layout:
+            return f"KV of layout {fetch.layout} is wanted, this worker's is {ours.layout}"
+        blocks, rest = divmod(len(fetch.tokens), ours.layout.block_size)
+        if rest or not 0 <= fetch.have_blocks < blocks or len(fetch.blocks) != blocks - fetch.have_blocks:
+            return f"{len(fetch.tokens)} tokens and {len(fetch.blocks)} blocks do not go together"
+        if len(fetch.secret) != SECRET_BYTES:
+            return f"the secret has {len(fetch.secret)} bytes instead of {SECRET_BYTES}"
+        return ""
+
+    async def _push(self, loan: Loan) -> str:
+        """Push what is cached; returns why nothing was."""
+        fetch, begun = loan.fetch, asyncio.get_running_loop().time()
+        hashes = self._hasher.chain(fetch.tokens)
+        if self._bring is not None and self._books.count_cached(hashes) < len(hashes):
+            await self._bring((*fetch.tokens, 0))
+        have = self._books.count_cached(hashes)
+        lease = self._engine.borrow(fetch.tokens, have) if have > fetch.have_blocks else None
+        if lease is None:
+            return "no more of it is cached here, or this worker is short of memory"
+        with lease:
+            blocks = lease.blocks[fetch.have_blocks : lease.cached]
+            moves = [Move(*ends) for ends in zip(blocks, fetch.blocks, strict=False)]
+            await self._push_all(loan, moves)
+            pushed = len(moves) * self._card.layout.block_bytes
+            self._links.handed_over(fetch.worker, pushed, asyncio.get_running_loop().time() - begun)
+        return ""
+
+    async def _push_all(self, loan: Loan, moves: Sequence[Move]) -> None:
+        """Piece by piece; when this returns or raises, nothing more is written."""
+        fetch = loan.fetch
+        endpoints = [Endpoint(each.transport, each.address, each.machine) for each in fetch.endpoints]
+        session = await self._in_thread(partial(open_session, self._senders, endpoints, fetch.ticket, fetch.secret))
+        loan.session = session
+        try:
+            for start in range(0, len(moves), _PIECE):
+                if loan.given_up:
+                    raise TransferError("the fetch was taken back")
+                begun = asyncio.get_running_loop().time()
+                piece = moves[start : start + _PIECE]
+                sent = await self._in_thread(partial(self._push_piece, loan, session, piece))
+                self.bytes_sent[session.transport] += sent
+                self._links.pushed(fetch.worker, sent, asyncio.get_running_loop().time() - begun)
+        finally:
+            await self._in_thread(session.close)
+
+    def _push_piece(self, loan: Loan, session: Session, piece: Sequence[Move]) -> int:
+        """In a thread: the bytes lie in the asker's arena when this returns (their number)."""
+        checksums = self._arena.checksums([move.source for move in piece], self._card.layout.block_size)
+        sent = session.push(piece)
+        session.flush()
+        loan.checksums += checksums
+        return sent
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for loan in self._loans.values():
+            loan.given_up = True
+            if loan.session is not None:
+                self._threads.submit(loan.session.close)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
