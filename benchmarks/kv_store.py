@@ -4,7 +4,8 @@
 
 One worker on one core with device memory for one prefix (or for two conversations), once for each tier, each with that
 tier alone, and once without a store; all are up at once and take turns with the same prompts (one that waits is
-stopped). `remote` is a Redis server on loopback, started here if there is one. Prints Markdown.
+stopped). `remote` is a Redis server on loopback, started here if there is one. `peer` is two workers on a core each
+that get requests in turn, so that one fetches from the other what that has computed. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -82,17 +83,23 @@ def turn(system: System) -> Iterator[None]:
     system.signal(signal.SIGSTOP)
 
 
-def systems(arguments: argparse.Namespace, memory: int, folder: Path, stack: ExitStack) -> dict[str, System]:
-    """One for each tier, and one without a store, all stopped."""
+ONE = ["--policy", "single", "--devices", "cpu:0"]
+TWO = ["--policy", "round-robin", "--mixed", "2", "--devices", "cpu:0,cpu:1"]
+
+
+def systems(
+    arguments: argparse.Namespace, memory: int, folder: Path, stack: ExitStack, *, peers: bool = False
+) -> dict[str, System]:
+    """One for each tier, and one without a store, all stopped; with `peers` one of two workers, too."""
     flags = {"none": [], "host": ["--kv-host", "2GiB"], "disk": ["--kv-disk", f"{folder / 'kv'}:8GiB"]}
     if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
         flags["remote"] = ["--kv-remote", stack.enter_context(redis_server(binary))]
+    flags = {name: [*ONE, *store] for name, store in flags.items()} | ({"peer": TWO} if peers else {})
     found = {}
-    for name, store in flags.items():
+    for name, own in flags.items():
         ready = folder / f"ready-{name}"
-        command = [sys.executable, "-m", "bascule", "serve", arguments.model, "--port", "0", "--policy", "single"]
-        command += ["--devices", "cpu:0", "--ready-file", str(ready), "--log-level", "warning"]
-        command += ["--kv-memory", str(memory), *store]
+        command = [sys.executable, "-m", "bascule", "serve", arguments.model, "--port", "0", *own]
+        command += ["--ready-file", str(ready), "--log-level", "warning", "--kv-memory", str(memory)]
         found[name] = stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log"))
         found[name].signal(signal.SIGSTOP)
     return found
@@ -110,16 +117,17 @@ def prefixes(arguments: argparse.Namespace, folder: Path) -> None:
     same: list[bool] = []
     with ExitStack() as stack:
         memory = TOKEN_BYTES * (length + question + 200)
-        nodes = systems(arguments, memory, folder, stack)
+        nodes = systems(arguments, memory, folder, stack, peers=True)
         for number in range(arguments.rounds):
             prefix, other = prompts(2 * number, 2, length)
             asked = prompts(1000 + number, 3, question)
             for name, node in nodes.items():
                 with turn(node):
                     cold = ask(node, prefix + asked[0])
-                    device = ask(node, prefix + asked[1])
-                    ask(node, other + asked[0])
-                    settle(node)
+                    if name != "peer":
+                        device = ask(node, prefix + asked[1])
+                        ask(node, other + asked[0])
+                        settle(node)
                     again = ask(node, prefix + asked[2])
                 if name == "none":
                     reference = again
@@ -129,7 +137,8 @@ def prefixes(arguments: argparse.Namespace, folder: Path) -> None:
                     same.append(again.tokens == reference.tokens)
                     rows.setdefault(name, []).append(again.ttft_s / cold.ttft_s)
                 rows.setdefault("cold, s", []).append(cold.ttft_s)
-                rows.setdefault("device", []).append(device.ttft_s / cold.ttft_s)
+                if name != "peer":
+                    rows.setdefault("device", []).append(device.ttft_s / cold.ttft_s)
     print(
         f"\n**TTFT of {length} known tokens and {question} new ones**, over a cold one of the same system and round\n"
     )
