@@ -66,6 +66,7 @@ def _offer(number: int, role: Role) -> Register:
         max_sequences=64,
         kv_blocks=20_000,
         machine=f"machine-{number // 8}",
+        lends=True,
         cost=COST,
     )
 

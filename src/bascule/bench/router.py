@@ -18,6 +18,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import RouteQuery
+from bascule.router.found import Found, find
 from bascule.router.view import ClusterView
 from bascule.types import BlockHash, Placement, RequestId, Slo, StepLoad, Tier
 
@@ -103,10 +104,10 @@ class _Decider:
 
     def decide(self, prompt: Sequence[int]) -> tuple[int, list[BlockHash]]:
         """Place one request, and end the oldest; returns the prefill worker's row (or -1), and the prompt's blocks."""
-        view, index = self._view, self._index
+        view = self._view
         self._now += 0.001
         hashes = self._hasher.chain(prompt)
-        query = self._query(prompt, index.match(hashes).device * BLOCK_TOKENS)
+        query = self._query(prompt, self._look_up(hashes))
         decision = adaptive(view.snapshot(self._now), query)
         chosen = decision.chosen()
         if chosen is not None:
@@ -143,24 +144,29 @@ class _Decider:
             times = [time.perf_counter()]
             hashes = self._hasher.chain(prompt)
             times.append(time.perf_counter())
-            cached = self._index.match(hashes).device * BLOCK_TOKENS
+            found = self._look_up(hashes)
             times.append(time.perf_counter())
             snapshot = self._view.snapshot(self._now)
             times.append(time.perf_counter())
-            adaptive(snapshot, self._query(prompt, cached))
+            adaptive(snapshot, self._query(prompt, found))
             times.append(time.perf_counter())
             for taken, (start, end) in zip(spent.values(), itertools.pairwise(times), strict=True):
                 taken.append(end - start)
         return {name: float(np.median(taken)) for name, taken in spent.items()}
 
-    def _query(self, prompt: Sequence[int], cached: np.ndarray[Any, Any]) -> RouteQuery:
-        columns = np.zeros(len(self._view.columns.ids), np.int64)
-        columns[: len(self._members)] = cached[: len(self._members)]
+    def _look_up(self, hashes: Sequence[BlockHash]) -> Found:
+        """As `ClusterView.found` does, in the index of what is held here."""
+        columns = self._view.columns
+        return find(self._index, self._view.stores, hashes, CARD.layout, columns.lends & columns.placeable)
+
+    def _query(self, prompt: Sequence[int], found: Found) -> RouteQuery:
         return RouteQuery(
             request=RequestId("bench"),
             prompt_tokens=len(prompt),
             max_tokens=2 * OUTPUT_TOKENS,
-            cached=columns,
+            cached=found.cached,
+            peer=found.peer.row,
+            peer_tokens=found.peer.tokens,
             output_tokens=float(OUTPUT_TOKENS),
             slo=SLO,
             kv_token_bytes=CARD.layout.block_bytes // BLOCK_TOKENS,

@@ -240,12 +240,13 @@ class PrefixIndex:
 
     def has(self, row: int, hashes: Sequence[BlockHash], tiers: Sequence[Tier]) -> int:
         """How many leading blocks the worker itself has said to have in any of `tiers`."""
-        bit = self._holders[row].bit
-        shards_of = [self._tiers[tier] for tier in tiers if tier in self._tiers]
-        for depth, name in enumerate(hashes):
-            if not any(shards[name[0]].get(name, 0) & bit for shards in shards_of):
-                return depth
-        return len(hashes)
+        bit, depth = self._holders[row].bit, 0
+        first, *others = [self._tiers[tier] for tier in tiers if tier in self._tiers]
+        for name in hashes:
+            if not first[name[0]].get(name, 0) & bit and not any(each[name[0]].get(name, 0) & bit for each in others):
+                break
+            depth += 1
+        return depth
 
     def _on_device(self, hashes: Sequence[BlockHash]) -> Iterator[int]:
         """Who has each block on the device, or is expected to."""
