@@ -168,9 +168,9 @@ class RoutingConfig:
     admission: Literal["queue", "slo"] = "queue"
     """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their TTFT or
     TPOT are answered 429 with Retry-After, when they come or when it is their turn."""
-    handoff: Literal["push", "store"] = "push"
+    handoff: Literal["push", "store", "auto"] = "push"
     """How KV goes from a prefill to a decode worker: pushed from one to the other; or by way of a tier of the KV store
-    that both have (else pushed), so that neither needs to reach the other."""
+    that both have (else pushed), so that neither needs to reach the other; or whichever is predicted to be quicker."""
     balance: Literal["least-loaded", "round-robin"] = "least-loaded"
     """How a worker is picked within a pool."""
     queue_limit: int = 1024

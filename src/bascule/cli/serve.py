@@ -78,8 +78,8 @@ def serve(
     )
     check_stores(store_config)
     _check_memory(engine_config, store_config, plan_workers(pools, routing, (), attached=len(attach_config.urls)))
-    if routing.handoff == "store" and not store_config.tiers:
-        raise ConfigError("--handoff store needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    if routing.handoff != "push" and not store_config.tiers:
+        raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
     told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config)
     with _private_flags(kv_remote=store_config.kv_remote) as private:
         public = (flag for flag in told if not flag.startswith("--kv-remote="))

@@ -60,6 +60,7 @@ def candidate_fields(candidate: Candidate) -> dict[str, object]:
         "placement": candidate.placement.route,
         "prefill": candidate.placement.prefill,
         "decode": candidate.placement.decode,
+        "handed_by": candidate.handed_by,
         "predicted": msgspec.structs.asdict(candidate.predicted),
         "feasible": candidate.feasible,
         "why_not": candidate.why_not,

@@ -12,14 +12,9 @@ from numpy.typing import NDArray
 
 from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK
 from bascule.policies.cost import Floats
+from bascule.policies.handoff import pushed_seconds
 from bascule.policies.snapshot import SIZES, RouteQuery, Snapshot
-from bascule.types import LinkCost
 
-Rows = NDArray[np.intp]
-
-SAME_MACHINE = LinkCost(0.002, 4e9)
-OTHER_MACHINE = LinkCost(0.005, 1e9)
-"""Of links that have not been measured."""
 _SHARED = 0.02
 """A worker that spends less of its time on prompts than this decodes undisturbed."""
 
@@ -99,7 +94,7 @@ def _worth_bringing(snapshot: Snapshot, query: RouteQuery) -> _Brought:
         fetch_s = np.full(len(fetched), np.inf)
         more = (fetched - query.cached)[rows].astype(np.float64)
         source = np.full(len(rows), query.peer, np.intp)
-        fetch_s[rows] = query.peer_load_s + exposed_transfer(snapshot, query, source, rows, more)
+        fetch_s[rows] = query.peer_load_s + pushed_seconds(snapshot, query, source, rows, more)
         fetches = _alone(snapshot, query, fetched) + fetch_s < least
         have, seconds = np.where(fetches, fetched, have), np.where(fetches, fetch_s, seconds)
     return _Brought(have, seconds, fetches)
@@ -168,18 +163,3 @@ def _chunk(query: RouteQuery, base: Floats, token: Floats) -> Floats:
     fitting = (GAP_MARGIN * query.gap_planned_s - base) / np.maximum(token, 1e-12)
     chunk: Floats = np.minimum(np.maximum(fitting, LEAST_CHUNK), query.chunk_tokens)
     return chunk
-
-
-def exposed_transfer(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, tokens: Floats) -> Floats:
-    """What is left of each handoff from `source[i]` to `target[i]` once its last chunk, of `tokens[i]`, is computed."""
-    same = snapshot.machine[source] == snapshot.machine[target]
-    latency = np.where(same, SAME_MACHINE.latency_s, OTHER_MACHINE.latency_s)
-    rate = np.where(same, SAME_MACHINE.bytes_per_s, OTHER_MACHINE.bytes_per_s)
-    if snapshot.links:
-        ids, links = snapshot.ids, snapshot.links
-        for index, (start, end) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
-            link = links.get((ids[start], ids[end]))
-            if link is not None:
-                latency[index], rate[index] = link.latency_s, link.bytes_per_s
-    exposed: Floats = latency + tokens * query.kv_token_bytes / rate
-    return exposed

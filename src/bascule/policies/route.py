@@ -14,7 +14,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bascule.policies.cost import Floats
-from bascule.policies.predict import DecodeSide, PrefillSide, Rows, exposed_transfer, predict
+from bascule.policies.handoff import Handoffs, Rows, handoffs
+from bascule.policies.predict import DecodeSide, PrefillSide, predict
 from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
 from bascule.types import Placement
 
@@ -54,7 +55,8 @@ class _Priced(Struct, frozen=True):
 
     prefill: Rows
     decode: Rows
-    transfer_s: Floats
+    handoffs: Handoffs | None
+    """None where prefill and decode are on the same worker."""
     tpot_s: Floats
     gap_s: Floats
     price_s: Floats
@@ -133,7 +135,7 @@ def _whole(sides: _Sides, rows: Rows) -> _Priced:
     return _Priced(
         prefill=rows,
         decode=rows,
-        transfer_s=np.zeros(len(rows)),
+        handoffs=None,
         tpot_s=sides.decode.tpot_s[rows],
         gap_s=sides.decode.gap_s[rows],
         price_s=sides.whole_price_s[rows],
@@ -153,14 +155,13 @@ def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask,
 def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Rows, right: Rows) -> _Priced:
     """Price the placements that prefill on `left` and decode on `right`: both sides, and the handoff in between."""
     slo, step = query.slo, sides.decode.step_s[right]
-    transfer = exposed_transfer(snapshot, query, left, right, sides.prefill.last_tokens[left])
-    handed = transfer + step / 2
+    ways = handoffs(snapshot, query, left, right, sides.prefill.last_tokens[left])
+    handed = ways.exposed_s + step / 2
     late = handed / max(query.output_tokens - 1, 1)
     tpot = sides.decode.tpot_s[right] + late
     gap = np.maximum(sides.decode.gap_s[right], handed + step)
     # Checking and copying the KV takes the workers' time too, from all that decode there.
-    busy = exposed_transfer(snapshot, query, left, right, np.full(len(left), float(query.prompt_tokens)))
-    busy = busy * (1 + snapshot.streams[left] + snapshot.decoding[right])
+    busy = ways.busy_s * (1 + snapshot.streams[left] + snapshot.decoding[right])
     own = (
         busy
         + query.output_tokens * late
@@ -169,7 +170,7 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     return _Priced(
         prefill=left,
         decode=right,
-        transfer_s=transfer,
+        handoffs=ways,
         tpot_s=tpot,
         gap_s=gap,
         price_s=sides.prefill_price_s[left] + sides.decode_price_s[right] + own,
@@ -248,11 +249,12 @@ def _load(snapshot: Snapshot, query: RouteQuery, option: _Priced, at: int) -> in
 
 def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Priced, at: int) -> Candidate:
     prefill, decode = int(priced.prefill[at]), int(priced.decode[at])
+    ways = priced.handoffs
     predicted = Prediction(
         queue_s=float(sides.prefill.queue_s[prefill]),
         load_s=float(sides.prefill.load_s[prefill]),
         prefill_s=float(sides.prefill.prefill_s[prefill]),
-        transfer_s=float(priced.transfer_s[at]),
+        transfer_s=0.0 if ways is None else float(ways.exposed_s[at]),
         ttft_s=float(sides.ttft_s[prefill]),
         tpot_s=float(priced.tpot_s[at]),
         gap_s=float(priced.gap_s[at]),
@@ -261,6 +263,7 @@ def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Pr
     return Candidate(
         placement=Placement(snapshot.ids[prefill], snapshot.ids[decode]),
         predicted=predicted,
+        handed_by=None if ways is None else ways.by(at),
         cached_tokens=int(sides.prefill.have[prefill]),
         loaded_tokens=int(sides.prefill.have[prefill] - query.cached[prefill]),
         fetch_from=snapshot.ids[query.peer] if sides.prefill.fetches.take(prefill, mode="clip") else None,
@@ -286,6 +289,7 @@ def _reason(candidates: tuple[Candidate, ...]) -> str:
     first = candidates[0]
     place = first.placement
     where = f"prefill on {place.prefill}, decode on {place.decode}" if place.remote else f"whole on {place.decode}"
+    where += f" by way of {first.handed_by}" if first.handed_by else ""
     terms = first.predicted
     told = f"{where}: TTFT {terms.ttft_s:.3g} s, TPOT {terms.tpot_s:.3g} s, harm {terms.harm_s:.3g} s"
     if first.cached_tokens:

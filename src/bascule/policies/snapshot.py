@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from bascule.policies.cost import CostColumns, Floats
-from bascule.types import LinkCost, Placement, RequestId, Role, Slo, WorkerId
+from bascule.types import LinkCost, Placement, RequestId, Role, Slo, Tier, WorkerId
 
 ROLES = tuple(Role)
 """A worker's role in the columns is its place in this tuple."""
@@ -26,6 +27,20 @@ CHUNK_TOKENS = 512
 def size_of(tokens: int) -> int:
     """The column of `Snapshot.ahead_tokens` for a prompt with so many tokens to compute."""
     return min(max(tokens, 1).bit_length() - 1, SIZES - 1)
+
+
+STORE_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
+"""Below the device, the fastest first."""
+
+
+class StoreColumns(Struct, frozen=True):
+    """The tiers of the KV store: [rows, tiers], in the order of `STORE_TIERS`."""
+
+    place: NDArray[np.int64]
+    """Workers with equal numbers share a tier; less than 0 where a worker has none."""
+    latency_s: Floats
+    byte_s: Floats
+    """What loading from it takes."""
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -77,6 +92,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Prompt tokens that may be in flight to a worker before further requests wait unbound at the router."""
     links: Mapping[tuple[WorkerId, WorkerId], LinkCost]
     """Handoffs from one worker to another, where they have been measured."""
+    stores: StoreColumns | None = None
+    """None where no worker has a store."""
 
     def row_of(self, worker: WorkerId) -> int:
         """Raises ValueError for a worker that is not there."""
@@ -108,6 +125,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     waited_s: float = 0.0
     """Since the request came."""
     kv_token_bytes: int = 0
+    handoff: Literal["push", "store", "auto"] = "push"
+    """By way of what KV is handed over; `store` only between workers that share a tier."""
     gap_planned_s: float = 0.2
     """Gap that the workers cut their chunks for."""
     chunk_tokens: int = CHUNK_TOKENS
@@ -144,6 +163,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     placement: Placement
     predicted: Prediction
+    handed_by: Tier | None = None
+    """The tier of the store by way of which KV is handed over; None where it is pushed, or stays."""
     cached_tokens: int = 0
     """Prompt tokens that need not be computed there."""
     loaded_tokens: int = 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bascule.policies.cost import CostColumns, Floats
-from bascule.policies.snapshot import ROLES, SIZES, Snapshot, size_of
+from bascule.policies.snapshot import ROLES, SIZES, Snapshot, StoreColumns, size_of
 from bascule.types import CostModel, LinkCost, Role, StepLoad, WorkerId
 
 SHARE_S = 10.0
@@ -172,7 +172,12 @@ class Columns:
             self._lag[row, int(chunked)] = min(max(lag, 1 / _MOST_LAG), _MOST_LAG)
 
     def snapshot(
-        self, now: float, turn: int, links: Mapping[tuple[WorkerId, WorkerId], LinkCost], window_tokens: int
+        self,
+        now: float,
+        turn: int,
+        links: Mapping[tuple[WorkerId, WorkerId], LinkCost],
+        window_tokens: int,
+        stores: StoreColumns | None = None,
     ) -> Snapshot:
         """The columns as they are; valid until the next change."""
         self._refresh()
@@ -200,6 +205,7 @@ class Columns:
             machine=self.machine,
             turn=turn,
             links=links,
+            stores=stores,
             window_tokens=window_tokens,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict, deque
+from typing import Literal
 
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.cost import PrefillPart, step_seconds
@@ -22,8 +23,9 @@ _SESSIONS = 10_000
 class Queries:
     """Makes the query of each request that waits, and learns from those that end."""
 
-    def __init__(self, view: ClusterView, slo: Slo) -> None:
+    def __init__(self, view: ClusterView, slo: Slo, handoff: Literal["push", "store", "auto"] = "push") -> None:
         self._view = view
+        self._handoff = handoff
         self.slo = slo
         """What requests are to meet that ask for nothing else."""
         self._hasher = BlockHasher("", 1)
@@ -63,6 +65,7 @@ class Queries:
             slo=self.slo_of(flight),
             waited_s=now - flight.received,
             kv_token_bytes=card.layout.block_bytes // card.layout.block_size if card else 0,
+            handoff=self._handoff,
             gap_planned_s=self.slo.gap_s,
             session=last.row if last is not None else -1,
             portable=flight.portable,

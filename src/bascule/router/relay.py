@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from bascule.router.flight import Flight
-from bascule.router.view import ClusterView
-from bascule.types import Placement, RequestId, Tier
+from bascule.types import RequestId, Tier
 from bascule.wire import Submit
 
 PATIENCE_S = 1.0
@@ -23,16 +22,10 @@ PATIENCE_S = 1.0
 class Relay:
     """Requests between their two legs."""
 
-    def __init__(self, view: ClusterView) -> None:
+    def __init__(self) -> None:
         self.count = 0
         """Second legs sent."""
-        self._view = view
         self._under_way: dict[RequestId, Flight] = {}
-
-    def tier(self, placement: Placement) -> Tier | None:
-        """The fastest tier that both ends share, if any."""
-        ends = [self._view.members[worker].row for worker in (placement.prefill, placement.decode)]
-        return self._view.stores.shared(*ends)
 
     def first_leg(self, flight: Flight, whole: Submit, tier: Tier) -> Submit:
         """What the prefill worker gets."""

@@ -57,10 +57,10 @@ class Service:
         self._clock = clock
         self._policy = policy_named(config.policy, config.balance)
         self._by_work = orders_by_work(config.policy)
-        self._queries = Queries(view, slo)
+        self._queries = Queries(view, slo, config.handoff)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
-        self.relay = Relay(view)
+        self.relay = Relay()
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
 
@@ -301,8 +301,8 @@ class Service:
             stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
             fetch=self.view.lender(chosen),
         )
-        if placement.remote and self._config.handoff == "store" and (tier := self.relay.tier(placement)) is not None:
-            submission = self.relay.first_leg(flight, submission, tier)
+        if chosen.handed_by is not None:
+            submission = self.relay.first_leg(flight, submission, chosen.handed_by)
         self.clients[placement.prefill].submit(submission)
 
     def _send_second_leg(self, flight: Flight) -> None:

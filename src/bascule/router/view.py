@@ -249,7 +249,7 @@ class ClusterView:
         self.index.expect(self.members[placement.prefill].row, hashes, now)
 
     def snapshot(self, now: float) -> Snapshot:
-        return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window)
+        return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window, self.stores.columns())
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         return tuple(

@@ -10,7 +10,7 @@ import numpy as np
 
 from bascule.engine.core import Engine
 from bascule.policies.cost_fit import StepSample, fit, median_error
-from bascule.policies.predict import OTHER_MACHINE
+from bascule.policies.handoff import OTHER_MACHINE
 from bascule.types import CostModel, LinkCost, WorkerId
 
 _LEAST_SAMPLES = 8

@@ -1,0 +1,74 @@
+"""What handing KV over takes: pushed from one worker to the other, or by way of a tier of the store that both have."""
+
+from __future__ import annotations
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bascule.policies.cost import Floats
+from bascule.policies.snapshot import STORE_TIERS, RouteQuery, Snapshot
+from bascule.types import LinkCost, Tier
+
+Rows = NDArray[np.intp]
+
+SAME_MACHINE = LinkCost(0.002, 4e9)
+OTHER_MACHINE = LinkCost(0.005, 1e9)
+"""Of links that have not been measured."""
+_RELAY_S = 0.02
+"""What a handoff by way of the store takes beside saving and loading: the saver's turn, and word to the router."""
+_PUSHED = -1
+
+
+class Handoffs(Struct, frozen=True):
+    """Some handoffs side by side."""
+
+    exposed_s: Floats
+    """From the first token until the decode worker has all."""
+    busy_s: Floats
+    """What copying all of it takes, which both workers' other streams wait for."""
+    tier: NDArray[np.int64]
+    """Index in `STORE_TIERS` of the tier that it goes by; less than 0 where it is pushed."""
+
+    def by(self, index: int) -> Tier | None:
+        """The tier that one of them goes by; None where it is pushed."""
+        return STORE_TIERS[tier] if (tier := int(self.tier[index])) >= 0 else None
+
+
+def handoffs(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, last_tokens: Floats) -> Handoffs:
+    """Handoffs from `source[i]` to `target[i]` whose last chunk, of `last_tokens[i]`, nothing hides, each by the way
+    that `query.handoff` asks for, or the quicker one."""
+    exposed = pushed_seconds(snapshot, query, source, target, last_tokens)
+    busy = pushed_seconds(snapshot, query, source, target, np.full(len(source), float(query.prompt_tokens)))
+    tier = np.full(len(source), _PUSHED)
+    if query.handoff == "push" or snapshot.stores is None:
+        return Handoffs(exposed, busy, tier)
+    stores, pairs = snapshot.stores, np.arange(len(source))
+    shared = (stores.place[source] == stores.place[target]) & (stores.place[source] >= 0)
+    missing = np.maximum(query.prompt_tokens - query.cached[target], 0)
+    load = stores.latency_s[target] + (missing * query.kv_token_bytes)[:, None] * stores.byte_s[target]
+    save = stores.latency_s[source] + (last_tokens * query.kv_token_bytes)[:, None] * stores.byte_s[source]
+    through = np.where(shared, _RELAY_S + save + load, np.inf)
+    best = through.argmin(axis=1)
+    seconds = through[pairs, best]
+    stored = np.isfinite(seconds) if query.handoff == "store" else seconds < exposed
+    return Handoffs(
+        exposed_s=np.where(stored, seconds, exposed),
+        busy_s=np.where(stored, load[pairs, best], busy),
+        tier=np.where(stored, best, tier),
+    )
+
+
+def pushed_seconds(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, tokens: Floats) -> Floats:
+    """Seconds to push the KV of `tokens[i]` tokens from `source[i]` to `target[i]`."""
+    same = snapshot.machine[source] == snapshot.machine[target]
+    latency = np.where(same, SAME_MACHINE.latency_s, OTHER_MACHINE.latency_s)
+    rate = np.where(same, SAME_MACHINE.bytes_per_s, OTHER_MACHINE.bytes_per_s)
+    if snapshot.links:
+        ids, links = snapshot.ids, snapshot.links
+        for index, (start, end) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+            link = links.get((ids[start], ids[end]))
+            if link is not None:
+                latency[index], rate[index] = link.latency_s, link.bytes_per_s
+    seconds: Floats = latency + tokens * query.kv_token_bytes / rate
+    return seconds
