@@ -145,6 +145,9 @@ class HandoffConfig:
 
     transfer: Literal["auto", "shm", "tcp"] = "auto"
     """Transport: shared memory where both workers are on one host, else TCP; or one of them always."""
+    transfer_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
+    """Form of full blocks pushed over TCP: as they are, or smaller and no longer exact; auto: for each link the quicker
+    of none and int8. Over shared memory all go as they are."""
     peer_fetch: bool = True
     """Workers take computed KV from each other where that is predicted to be quicker than computing it."""
     reserve_timeout: float = 5.0
@@ -153,6 +156,9 @@ class HandoffConfig:
     """Seconds without a sign of life after which either side gives a handoff up."""
 
     def __post_init__(self) -> None:
+        coded = self.transfer_codec != "none"
+        rule = "none with transfer shm, where nothing crosses a link"
+        _require(not coded or self.transfer != "shm", "transfer_codec", self.transfer_codec, rule)
         _require(self.reserve_timeout > 0, "reserve_timeout", self.reserve_timeout, "positive")
         _require(self.handoff_timeout > 0, "handoff_timeout", self.handoff_timeout, "positive")
 

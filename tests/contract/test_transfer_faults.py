@@ -33,7 +33,7 @@ from transfer_link import (
 )
 
 from bascule.kv.transfer.base import Endpoint, TransferError
-from bascule.kv.transfer.channel import Announce, Channel, Welcome
+from bascule.kv.transfer.channel import Announce, Channel, Closing, Flush, Welcome
 from bascule.kv.transfer.frames import (
     HEADER_BYTES,
     Header,
@@ -77,6 +77,23 @@ def tcp() -> Iterator[Link]:
 
 
 # ---------------------------------------------------------------- shm
+
+
+def test_a_writer_that_closes_amid_a_flush_is_safe_though_its_process_lives_on(shm: Link) -> None:
+    """It shuts its reading side before its last word, so that the answer to its flush finds nobody."""
+    shm.grant()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(shm.receiver.endpoint.address)
+        channel = Channel(connection)
+        channel.send(Announce(TICKET, SECRET, LAYOUT), WAIT)
+        assert isinstance(channel.receive(WAIT), Welcome)
+        connection.shutdown(socket.SHUT_RD)
+        channel.send(Flush(), WAIT)
+        sleep(0.05)
+        assert not shm.receiver.revoke(TICKET)
+        channel.send(Closing(), WAIT)
+        wait_until(lambda: shm.safe == [TICKET], "on_safe")
+        os.close(channel.take_fd())
 
 
 def test_a_writer_that_said_it_has_closed_makes_a_revoked_ticket_safe(shm: Link) -> None:

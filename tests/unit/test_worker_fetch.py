@@ -14,6 +14,7 @@ from msgspec import structs
 
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
+from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
@@ -41,7 +42,7 @@ class Two:
 
     address = ASKER
 
-    def __init__(self, stack: ExitStack, transport: str, tamper: Tamper = lambda _, message: message) -> None:
+    def __init__(self, stack: ExitStack, transport: str, tamper: Tamper, coding: Coding = Coding()) -> None:
         self.rigs = [Rig(own_memory=True) for _ in range(2)]
         for rig in self.rigs:
             stack.callback(rig.arena.close)
@@ -79,6 +80,7 @@ class Two:
             senders,
             self.links,
             answer=self.answer,
+            coding=coding,
             bring=None,
         )
         self.number = 0

@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 from bascule.engine.core import Engine
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
+from bascule.kv.codecs.base import Codec
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.transfer.base import SECRET_BYTES, Endpoint, Move, Sender, Session, TransferError
+from bascule.kv.transfer.base import SECRET_BYTES, Endpoint, Move, Pushed, Sender, Session, TransferError
+from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.select import open_session
 from bascule.peer_wire import Fetch, Fetched, PeerMessage
 from bascule.types import Epoch, ModelCard, TicketId
@@ -56,11 +59,12 @@ class Lender:
         senders: Mapping[str, Sender],
         links: Links,
         answer: Callable[[Epoch, PeerMessage], None],
+        coding: Coding,
         bring: Bring | None,
     ) -> None:
         """`answer` sends to the worker with that epoch; `bring` has what the store holds of a prompt loaded."""
         self.bytes_sent: Counter[str] = Counter()
-        """By transport."""
+        """By transport, as they crossed it."""
         self._engine = engine
         self._arena = arena
         self._books = books
@@ -69,6 +73,7 @@ class Lender:
         self._senders = senders
         self._links = links
         self._answer = answer
+        self._coding = coding
         self._bring = bring
         self._loans: dict[TicketId, Loan] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -150,21 +155,26 @@ class Lender:
             for start in range(0, len(moves), _PIECE):
                 if loan.given_up:
                     raise TransferError("the fetch was taken back")
-                begun = asyncio.get_running_loop().time()
-                piece = moves[start : start + _PIECE]
-                sent = await self._in_thread(partial(self._push_piece, loan, session, piece))
-                self.bytes_sent[session.transport] += sent
-                self._links.pushed(fetch.worker, sent, asyncio.get_running_loop().time() - begun)
+                piece, begun = moves[start : start + _PIECE], perf_counter()
+                size = len(piece) * self._card.layout.block_bytes
+                codec = self._coding.codec_for(size, self._links.wire_rate(fetch.worker, session.transport))
+                pushed = await self._in_thread(partial(self._push_piece, loan, session, piece, codec))
+                seconds = perf_counter() - begun
+                self.bytes_sent[session.transport] += pushed.wire_bytes
+                self._links.crossed(fetch.worker, session.transport, pushed.wire_bytes, seconds - pushed.idle_s)
+                self._links.pushed(fetch.worker, size, seconds)
         finally:
             await self._in_thread(session.close)
 
-    def _push_piece(self, loan: Loan, session: Session, piece: Sequence[Move]) -> int:
-        """In a thread: the bytes lie in the asker's arena when this returns (their number)."""
-        checksums = self._arena.checksums([move.source for move in piece], self._card.layout.block_size)
-        sent = session.push(piece)
+    def _push_piece(self, loan: Loan, session: Session, piece: Sequence[Move], codec: Codec | None) -> Pushed:
+        """In a thread: the blocks lie in the asker's arena when this returns."""
+        pushed = session.push(piece, codec)
         session.flush()
-        loan.checksums += checksums
-        return sent
+        exact = [place for place in range(len(piece)) if place not in pushed.coded]
+        found = self._arena.checksums([piece[place].source for place in exact], self._card.layout.block_size)
+        there = dict(zip(exact, found, strict=True)) | pushed.coded
+        loan.checksums += [there[place] for place in range(len(piece))]
+        return pushed
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

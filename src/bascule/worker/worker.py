@@ -92,6 +92,7 @@ class Worker:
             config,
             on_lost=self._handoff_lost,
             wake=self._steps.wake,
+            coding=parts.coding,
         )
         self._grants = Grants()
         self._decode = DecodeSide(
@@ -106,7 +107,9 @@ class Worker:
             answer=self._peers.answer,
             wake=self._steps.wake,
         )
-        self._grants.receivers = open_receivers(parts.arena, config.transfer, host, self._safe_from_any_thread)
+        self._grants.receivers = open_receivers(
+            parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs
+        )
         self._fetches = Fetches(parts.engine, parts.arena, parts.books, parts.hasher, card, self._peers, self._grants)
         self._lender = Lender(
             parts.engine,
@@ -117,6 +120,7 @@ class Worker:
             self._senders,
             self._prefill.links,
             answer=self._peers.answer,
+            coding=parts.coding,
             bring=self._store.bring if self._store is not None else None,
         )
         self._arrivals = Arrivals(
