@@ -8,17 +8,19 @@ from contextlib import ExitStack
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
 from msgspec import structs
 
+from bascule.kv.codecs import codec_named
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
-from bascule.types import PEER, CostModel, Epoch, ModelCard, TicketId, WorkerId
+from bascule.types import PEER, CostModel, Epoch, KVLayout, ModelCard, TicketId, WorkerId
 from bascule.wire import FetchFrom, PeerAddress
 from bascule.worker.fetch import Fetches
 from bascule.worker.grants import Grants
@@ -42,8 +44,10 @@ class Two:
 
     address = ASKER
 
-    def __init__(self, stack: ExitStack, transport: str, tamper: Tamper, coding: Coding = Coding()) -> None:
-        self.rigs = [Rig(own_memory=True) for _ in range(2)]
+    def __init__(
+        self, stack: ExitStack, transport: str, tamper: Tamper, coding: Coding = Coding(), card: ModelCard = CARD
+    ) -> None:
+        self.rigs = [Rig(own_memory=True, card=card) for _ in range(2)]
         for rig in self.rigs:
             stack.callback(rig.arena.close)
             rig.engine.publishes = True
@@ -60,23 +64,24 @@ class Two:
         senders: dict[str, Sender]
         if transport == "loopback":
             network = LoopbackNetwork()
-            receivers = {transport: LoopbackReceiver(arenas[0], safe, network)}
+            receivers = {transport: LoopbackReceiver(arenas[0], safe, network, coding.codecs)}
             senders = {transport: LoopbackSender(arenas[1], network)}
         else:
-            receivers = open_receivers(arenas[0], transport, "127.0.0.1", safe)
+            receivers = open_receivers(arenas[0], transport, "127.0.0.1", safe, coding.codecs)
             senders = open_senders(arenas[1], transport)
         self.grants.receivers = receivers
         for sender in senders.values():
             stack.callback(sender.close)
         stack.callback(self.grants.close)
         self.links = Links()
-        self.fetches = self.asking(CARD)
+        rig = self.rigs[0]
+        self.fetches = Fetches(rig.engine, rig.arena, rig.books, HASHER, card, self, self.grants)  # type: ignore[arg-type]
         self.lender = Lender(
             self.rigs[1].engine,
             arenas[1],
             self.rigs[1].books,
             HASHER,
-            CARD,
+            card,
             senders,
             self.links,
             answer=self.answer,
@@ -84,10 +89,6 @@ class Two:
             bring=None,
         )
         self.number = 0
-
-    def asking(self, card: ModelCard) -> Fetches:
-        rig = self.rigs[0]
-        return Fetches(rig.engine, rig.arena, rig.books, HASHER, card, self, self.grants)  # type: ignore[arg-type]
 
     def send(self, peer: PeerAddress, message: PeerMessage) -> None:
         self.said.append(message)
@@ -139,11 +140,14 @@ def prompt_of(family: int, blocks: int = 10) -> list[int]:
 
 
 def play(
-    scenario: Callable[[Two], Coroutine[Any, Any, None]], transport: str = "loopback", tamper: Tamper | None = None
+    scenario: Callable[[Two], Coroutine[Any, Any, None]],
+    transport: str = "loopback",
+    tamper: Tamper | None = None,
+    **kind: Any,
 ) -> None:
     async def run() -> None:
         with ExitStack() as stack:
-            two = Two(stack, transport, tamper or (lambda _, message: message))
+            two = Two(stack, transport, tamper or (lambda _, message: message), **kind)
             await scenario(two)
             await two.check()
 
@@ -271,6 +275,43 @@ def test_a_fetch_that_nobody_wants_any_more_sets_its_blocks_free(transport: str)
         assert (two.rigs[0].arena.bytes == before).all(), "a late write"
 
     play(scenario, transport, hold)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize(("transport", "coded"), [("loopback", True), ("tcp", True), ("shm", False)])
+def test_over_a_link_blocks_may_be_coded_and_are_checked_as_they_arrive(
+    transport: str, coded: bool, spoilt: bool
+) -> None:
+    layout = KVLayout("float32", layers=2, kv_heads=1, head_dim=8, block_size=BLOCK, planes=4, token_bytes=32)
+    codec = codec_named("int8", layout)
+    prompt, hashes = prompt_of(1), HASHER.chain(prompt_of(1))
+
+    def spoil(two: Two, message: PeerMessage) -> PeerMessage:
+        if spoilt and isinstance(message, Fetched):
+            two.rigs[0].arena.bytes[0, two.asked()[-1].blocks[2], 3] ^= 1
+        return message
+
+    async def scenario(two: Two) -> None:
+        asker, lender = two.rigs
+        lease = lender.engine.borrow(prompt, len(hashes))
+        assert lease is not None
+        numbers = np.random.default_rng(1).standard_normal((4, len(hashes), layout.plane_block_bytes // 4), np.float32)
+        lender.arena.bytes[:, lease.blocks] = numbers.view(np.uint8)
+        lease.seal(0, hashes, prompt)
+        lease.release()
+        brought = await two.fetch([*prompt, 7], len(prompt))
+        assert (brought is None) == spoilt
+        assert two.fetches.figures().failed == ({"checksum": 1} if spoilt else {})
+        expected = numbers.view(np.uint8).copy()
+        if coded:
+            codec.decode(codec.encode(expected), expected)
+        here = asker.books.peek(hashes)
+        if not spoilt:
+            assert (asker.arena.bytes[:, [each.block for each in here]] == expected).all()
+        size = codec.record_bytes if coded else layout.block_bytes
+        assert two.lender.bytes_sent == {transport: len(hashes) * size}
+
+    play(scenario, transport, spoil, coding=Coding.of("int8", layout), card=structs.replace(CARD, layout=layout))
 
 
 def test_siblings_that_want_the_same_prefix_ask_once() -> None:
