@@ -83,6 +83,8 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     """The tiers of the KV store that this worker has."""
     lends: bool = False
     """Peers may fetch what it has computed."""
+    chunk_tokens: int = 512
+    """Most prompt tokens that it computes in a step."""
     cost: CostModel
 
 

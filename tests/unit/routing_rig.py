@@ -39,11 +39,21 @@ class Cluster:
         hands_off: bool = True,
         placeable: bool = True,
         cost: CostModel = COST,
+        chunk_tokens: int = 512,
     ) -> int:
         """Returns the worker's row."""
         row, columns = self._rows, self.columns
         self._rows += 1
-        columns.add(row, WorkerId(name), role, slots=slots, kv_tokens=kv_tokens, machine=machine, hands_off=hands_off)
+        columns.add(
+            row,
+            WorkerId(name),
+            role,
+            slots=slots,
+            kv_tokens=kv_tokens,
+            machine=machine,
+            hands_off=hands_off,
+            chunk_tokens=chunk_tokens,
+        )
         columns.cost.put(row, cost)
         columns.placeable[row] = placeable
         for tokens in prompts:

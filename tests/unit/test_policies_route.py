@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.routing_rig import COST, Cluster
 
+from bascule.policies.predict import predict
 from bascule.policies.route import adaptive, priced
 from bascule.policies.snapshot import Decision
 from bascule.types import CostModel, LinkCost, Placement, Role, Slo, StepLoad, WorkerId
@@ -382,3 +383,14 @@ def test_reports_of_a_worker_change_what_is_predicted_for_it() -> None:
     cluster.columns.report(row, StepLoad(1, 1, 100, 0, 0))
     assert waiting is None
     assert chosen(cluster, tokens=3000) == "a>a"
+
+
+def test_a_worker_that_cuts_prompts_smaller_takes_more_steps_and_disturbs_its_streams_less() -> None:
+    cluster = Cluster()
+    cluster.add("coarse", streams=(100,), chunk_tokens=512)
+    cluster.add("fine", streams=(100,), chunk_tokens=64)
+    snapshot = cluster.snapshot()
+    prefill, _ = predict(snapshot, cluster.query(2000, gap_planned_s=10.0))
+    assert prefill.prefill_s[1] > prefill.prefill_s[0]
+    assert prefill.step_s[1] < prefill.step_s[0]
+    assert prefill.last_tokens[1] == 64

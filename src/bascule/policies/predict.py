@@ -62,7 +62,7 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     brought = _worth_bringing(snapshot, query)
     new = np.maximum(query.prompt_tokens - brought.have, 1.0)
     token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
-    chunk = _chunk(query, beside, token)
+    chunk = _chunk(snapshot, query, beside, token)
     prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0], brought)
     more = slope[1] + snapshot.cost.context_s * own_context
     return prefill, _decode(snapshot, query, alone[1], more, beside[1] + chunk[1] * token)
@@ -122,15 +122,15 @@ def _prefill(
     brought: _Brought,
 ) -> PrefillSide:
     """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
-    chunk = np.where(streams > 0, chunk, query.chunk_tokens)
+    chunk = np.where(streams > 0, chunk, snapshot.chunk_tokens)
     size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
     size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
     ahead, total = snapshot.ahead_tokens.take(size), snapshot.ahead_tokens[:, -1]
     # The step that runs now: one of streams, or one with a chunk in it of those that have to keep a gap.
-    chunk_now = np.minimum(np.minimum(total, query.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
+    chunk_now = np.minimum(np.minimum(total, snapshot.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
     running = base * ((streams > 0) | (total > 0))
     own = new * token
-    lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > query.chunk_tokens))
+    lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > snapshot.chunk_tokens))
     queue = lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk))
     return PrefillSide(
         queue_s=queue,
@@ -138,7 +138,7 @@ def _prefill(
         have=brought.have,
         fetches=brought.fetches,
         prefill_s=lag * (own + np.ceil(new / chunk) * base),
-        last_tokens=np.minimum(new, query.chunk_tokens),
+        last_tokens=np.minimum(new, snapshot.chunk_tokens),
         step_s=base + np.minimum(chunk, new) * token,
         harm_s=(streams + snapshot.prompts_behind.take(size)) * own,
     )
@@ -158,8 +158,8 @@ def _decode(snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, 
     )
 
 
-def _chunk(query: RouteQuery, base: Floats, token: Floats) -> Floats:
+def _chunk(snapshot: Snapshot, query: RouteQuery, base: Floats, token: Floats) -> Floats:
     """Tokens of a prompt that go into a step beside streams, which shorten it to keep their gap."""
     fitting = (GAP_MARGIN * query.gap_planned_s - base) / np.maximum(token, 1e-12)
-    chunk: Floats = np.minimum(np.maximum(fitting, LEAST_CHUNK), query.chunk_tokens)
+    chunk: Floats = np.minimum(np.maximum(fitting, LEAST_CHUNK), snapshot.chunk_tokens)
     return chunk

@@ -84,6 +84,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     step_age_s: Floats
     """Since the step that runs now has begun; 0 where none does."""
     cost: CostColumns
+    chunk_tokens: NDArray[np.int64]
+    """Most prompt tokens in a step."""
     machine: NDArray[np.int64]
     """Workers of equal number share memory."""
     turn: int
@@ -129,8 +131,6 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """By way of what KV is handed over; `store` only between workers that share a tier."""
     gap_planned_s: float = 0.2
     """Gap that the workers cut their chunks for."""
-    chunk_tokens: int = CHUNK_TOKENS
-    """Most prompt tokens in a step."""
     session: int = -1
     """The row of the worker that answered this conversation's last turn, if there is one."""
     portable: bool = True

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bascule.policies.cost import CostColumns, Floats
-from bascule.policies.snapshot import ROLES, SIZES, Snapshot, StoreColumns, size_of
+from bascule.policies.snapshot import CHUNK_TOKENS, ROLES, SIZES, Snapshot, StoreColumns, size_of
 from bascule.types import CostModel, LinkCost, Role, StepLoad, WorkerId
 
 SHARE_S = 10.0
@@ -43,6 +43,7 @@ class Columns:
         self.kv_tokens = np.zeros(rows, np.int64)
         self.machine = np.zeros(rows, np.int64)
         self.cost = CostColumns.empty(rows)
+        self.chunk_tokens = np.full(rows, CHUNK_TOKENS)
         self._placed = np.zeros((rows, SIZES))
         """Uncached tokens of the prompts whose first token has not come, summed up to each size."""
         self._left: Floats = np.full(rows, np.inf)
@@ -83,6 +84,7 @@ class Columns:
         machine: int,
         hands_off: bool,
         lends: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         """Use a row for a worker that has just joined."""
         while row >= len(self.ids):
@@ -93,6 +95,7 @@ class Columns:
         self.placeable[row] = True
         self.hands_off[row], self.lends[row] = hands_off, lends
         self.slots[row], self.kv_tokens[row], self.machine[row] = slots, kv_tokens, machine
+        self.chunk_tokens[row] = chunk_tokens
         self._unreceived[row] = deque()
         self._sent[row] = 0
 
@@ -202,6 +205,7 @@ class Columns:
             lag=self._lag,
             step_age_s=np.maximum(now - self._busy_since, 0.0),
             cost=self.cost,
+            chunk_tokens=self.chunk_tokens,
             machine=self.machine,
             turn=turn,
             links=links,

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
-from bascule.policies.snapshot import CHUNK_TOKENS, Candidate, Snapshot
+from bascule.policies.snapshot import Candidate, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
@@ -124,6 +124,7 @@ class ClusterView:
             machine=self._machines.setdefault(offer.machine, len(self._machines)),
             hands_off=not attached,
             lends=offer.lends,
+            chunk_tokens=offer.chunk_tokens,
         )
         self.columns.cost.put(row, offer.cost)
         return member
@@ -154,7 +155,7 @@ class ClusterView:
     def arrived(self, placement: Placement, uncached: int, predicted_s: float, actual_s: float) -> None:
         """A first token has come, `actual_s` after its prompt was placed."""
         if (member := self.members.get(placement.prefill)) is not None:
-            chunked = uncached > CHUNK_TOKENS
+            chunked = uncached > member.registration.chunk_tokens
             self.columns.arrived(member.row, chunked=chunked, predicted_s=predicted_s, actual_s=actual_s)
 
     def excuse(self, seconds: float) -> None:

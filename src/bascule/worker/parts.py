@@ -13,6 +13,7 @@ from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.coding import Coding
+from bascule.policies.snapshot import CHUNK_TOKENS
 from bascule.types import CostModel, Epoch, Role, WorkerId
 
 
@@ -36,6 +37,7 @@ class Parts:
     hasher: BlockHasher
     engine: Engine
     max_sequences: int
+    chunk_tokens: int = CHUNK_TOKENS
     cost: CostModel
     """What a step is expected to cost."""
     tiers: Tiers | None = None

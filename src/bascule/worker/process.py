@@ -145,6 +145,7 @@ def build(settings: WorkerSettings) -> Parts:
         hasher=hasher,
         engine=engine,
         max_sequences=config.max_sequences,
+        chunk_tokens=min(config.chunk_tokens, max(config.step_tokens, config.max_sequences)),
         cost=cost,
         coding=coding,
     )

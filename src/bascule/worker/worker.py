@@ -332,6 +332,7 @@ class Worker:
             cost=self._parts.cost,
             stores=self._store.places() if self._store is not None else {},
             lends=self._parts.engine.publishes,
+            chunk_tokens=self._parts.chunk_tokens,
         )
         while True:
             if not self._registered.is_set():
