@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bascule.clock import VirtualClock
 from bascule.engine.core import Engine, EngineLimits, Failure, Output, Progress, StepResult, Work
@@ -16,6 +20,7 @@ from bascule.types import CostModel, FinishReason, ModelCard, RequestId, Samplin
 
 BLOCK = 4
 CARD = mock_card(context=256, vocab=1_000_000, block_size=BLOCK)
+HASHER = BlockHasher("mock", BLOCK)
 STOP = 7
 MAX_STEPS = 2000
 
@@ -64,6 +69,29 @@ def reference(prompt: Sequence[int], sampling: SamplingParams, *, stop_at: int |
             if sampled.token in runner.stop_tokens:
                 break
     return tokens[len(prompt) :]
+
+
+@cache
+def kv_of(prompt: tuple[int, ...]) -> NDArray[np.uint8]:
+    """[planes, full blocks, bytes], computed alone."""
+    blocks = list(range(-(-len(prompt) // BLOCK)))
+    with Arena.create(CARD.layout, len(blocks)) as arena:
+        runner = MockRunner(CARD, CostModel(), no_sleep)
+        runner.bind(arena)
+        runner.execute([Slice(prompt, 0, blocks)])
+        return arena.bytes[:, : len(prompt) // BLOCK].copy()
+
+
+def bring(rig: Rig, prompt: Sequence[int], places: range) -> bool:
+    """Have these full blocks of a prompt found from now on, as one who loads them does; False if memory is short."""
+    tokens = [token for place in places for token in prompt[place * BLOCK : (place + 1) * BLOCK]]
+    if (lease := rig.engine.borrow([], [], len(places))) is None:
+        return False
+    with lease:
+        rig.arena.bytes[:, lease.blocks] = kv_of(tuple(prompt))[:, list(places)]
+        rig.engine.take_in(lease.blocks)
+        lease.seal(0, [HASHER.chain(prompt)[place] for place in places], tokens)
+    return True
 
 
 class Rig:

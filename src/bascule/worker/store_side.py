@@ -217,7 +217,7 @@ class StoreSide:
             block_tokens=size,
             token_bytes=block_bytes // size,
         )
-        if not count or (lease := self._engine.borrow(tokens, cached + count)) is None:
+        if not count or (lease := self._engine.borrow(hashes[: cached + count], tokens, cached + count)) is None:
             return None
         with lease:
             # What was cached a moment ago may be evicted now, and more may have come.
