@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bascule.clock import VirtualClock
 from bascule.engine.core import Engine, EngineLimits, Failure, Output, Progress, StepResult, Work
 from bascule.engine.mock import MockRunner, mock_card
-from bascule.engine.protocol import Slice
+from bascule.engine.protocol import Runner, Slice
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
@@ -108,15 +108,17 @@ class Rig:
         stop_at: int | None = None,
         own_memory: bool = False,
         card: ModelCard = CARD,
+        runner: Runner | None = None,
         slo: Slo = Slo(),
         cost: CostModel = CostModel(),
     ) -> None:
-        """Steps take the time of `cost` on the rig's own clock, and the engine knows it."""
+        """Steps take the time of `cost` on the rig's own clock, and the engine knows it. `runner` is for no mock."""
+        card = runner.card if runner is not None else card
         size = card.layout.block_size
         self.arena = Arena.create(card.layout, blocks)
         self.books = Books(blocks, size)
         self.clock = VirtualClock()
-        self.runner = MockRunner(
+        self.runner = runner or MockRunner(
             card, cost, self.clock.advance, stop_tokens=frozenset({STOP}), stop_at=stop_at, own_memory=own_memory
         )
         limits = EngineLimits(

@@ -112,6 +112,30 @@ def test_what_a_handoff_found_on_the_way_lies_in_the_arena_for_its_peer() -> Non
     rig.assert_idle()
 
 
+def test_what_the_running_step_writes_is_left_alone() -> None:
+    rig = Rig(chunk=2 * BLOCK)
+    computed = watched(rig)
+    execute, tables = rig.runner.execute, []
+
+    def bringing(batch: Sequence[Slice]) -> list[Sampled | None]:
+        """All of the prompt comes while its first chunk is computed."""
+        if not tables:
+            tables.append(list(batch[0].blocks))
+            assert bring(rig, PROMPT, range(10))
+            rig.engine.take_found(RequestId("a"), 1)
+            tables.append(list(batch[0].blocks))
+        return execute(batch)
+
+    rig.runner.execute = bringing  # type: ignore[method-assign]
+    rig.engine.submit(work("a", PROMPT, greedy(OUTPUT)))
+    rig.run()
+    before, after = tables
+    assert [place for place in range(11) if before[place] == after[place]] == [0, 1, 10]
+    assert computed == [*blocks(0, 1), *REST]
+    assert rig.tokens("a") == reference(PROMPT, greedy(OUTPUT))
+    rig.assert_idle()
+
+
 def test_memory_for_what_was_found_is_given_back_before_it_is_reached() -> None:
     rig = Rig(chunk=BLOCK, blocks=16)
     rig.engine.submit(work("a", PROMPT, greedy(OUTPUT)))

@@ -88,6 +88,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.rig.engine.permit(*key)
 
     @rule(key=submitted)
+    def take_found(self, key: Key) -> None:
+        self.rig.engine.take_found(*key)
+
+    @rule(key=submitted)
     def keep(self, key: Key) -> None:
         self.rig.engine.keep(*key)
 

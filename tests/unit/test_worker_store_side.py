@@ -9,7 +9,7 @@ from random import Random
 from threading import Event
 
 import pytest
-from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
+from engine_rig import BLOCK, Rig, greedy, reference, work
 
 from bascule.clock import VirtualClock
 from bascule.engine.sequence import Key
@@ -60,13 +60,15 @@ class Node:
         self.rig.engine.publishes = True
         self.told: Told = []
         self.loaded: dict[Key, Brought] = {}
-        self.tiers = Tiers(stores, self.rig.arena, self.rig.books, CARD.fingerprint, Forms("none", CARD.layout))
+        card = self.rig.runner.card
+        self.hasher = BlockHasher("mock", card.layout.block_size)
+        self.tiers = Tiers(stores, self.rig.arena, self.rig.books, card.fingerprint, Forms("none", card.layout))
         self.side = StoreSide(
             self.tiers,
             self.rig.engine,
             self.rig.books,
-            HASHER,
-            CARD.layout,
+            self.hasher,
+            card.layout,
             lambda tier, stored, removed: self.told.append((tier, list(stored), list(removed))),
             on_loaded=self.loaded.__setitem__,
         )
@@ -92,17 +94,20 @@ class Node:
         self.side.computed(self.rig.books.changes().stored)
         self.side.stepped(result)
 
+    def expected(self, prompt: Sequence[int]) -> list[int]:
+        return reference(prompt, greedy(OUTPUT))
+
     def check(self, key: Key, prompt: Sequence[int]) -> Brought | None:
         """The tokens are the right ones, and what was loaded is part of what was found."""
         outputs, brought = self.rig.outputs[key], self.loaded.get(key)
-        assert [each.token for each in outputs] == reference(prompt, greedy(OUTPUT))
+        assert [each.token for each in outputs] == self.expected(prompt)
         assert sum(brought.tokens.values() if brought is not None else ()) <= outputs[0].cached_tokens
         return brought
 
     async def rest(self) -> None:
         """Until nothing is loaded or saved any more."""
         while self.side.loading or self.side.saving:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0002)
 
     async def complete(self, prompt: Sequence[int], believed: int = 0) -> Brought | None:
         """Serve one request to its end and check its tokens; what became findable is saved."""
@@ -253,7 +258,7 @@ def test_a_full_device_computes_and_does_not_load(stack: ExitStack) -> None:
     async def run() -> None:
         await Node([host], stack).complete(prompt_of(1))
         node = Node([host], stack, blocks=16)
-        with node.rig.books.acquire([], [], 12) or pytest.fail("no blocks"):
+        with node.rig.books.acquire([], [], 16) or pytest.fail("no blocks"):
             assert await node.bring(prompt_of(1)) == 0
         assert node.rig.engine.check_integrity() == []
 

@@ -70,7 +70,7 @@ class Engine:
     """Continuous batching over one runner. One thread calls `step`; everything else may be called from any thread.
 
     No call waits for a running step: the lock is held for bookkeeping only, and the runner executes outside it.
-    `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
+    `take_found`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
     """
 
     def __init__(
@@ -182,6 +182,16 @@ class Engine:
         with self._lock:
             self._adopted_blocks += blocks
 
+    def take_found(self, request: RequestId, attempt: int) -> None:
+        """Let a prompt that is computed hold what has just been sealed of it, in place of blocks of its own.
+
+        It does so before each step, too; but then those may have been evicted.
+        """
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is not None and sequence.phase is not Phase.WAITING and sequence.behind > 1:
+                sequence.take_found()
+
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
         with self._lock:
@@ -233,8 +243,8 @@ class Engine:
                 if sequence.handoff or self.publishes
                 for block in sequence.unpublished(tokens, cached=not self.publishes)
             ]
-            for sequence, _ in plan:
-                sequence.in_step = True
+            for sequence, tokens in plan:
+                sequence.granted = tokens
             if not plan:
                 return StepResult()
             found, self._scheduler.found = self._scheduler.found, []
@@ -345,7 +355,7 @@ class Engine:
         outputs: list[Output] = []
         progress: list[Progress] = []
         for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
-            sequence.in_step = False
+            sequence.granted = 0
             if sequence.cancelled:
                 self._scheduler.remove(sequence)
                 continue

@@ -14,15 +14,15 @@ blocks until the decode side has taken them over.
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import NamedTuple
-
-from msgspec import Struct
 
 from bascule.engine.protocol import Sampled, Slice
+from bascule.engine.work import Found, Key, Output, Progress, Work
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.batch import Stream
-from bascule.types import BlockHash, FinishReason, RequestId, SamplingParams, Slo, TokenLogprobs
+from bascule.types import BlockHash, FinishReason, Slo
+
+__all__ = ["FORESEEN_TOKENS", "Found", "Key", "Output", "Phase", "Progress", "Sequence", "Work", "blocks_for"]
 
 FORESEEN_TOKENS = 256
 """Output for which blocks are kept free behind a new sequence; most outputs are shorter than what was asked for."""
@@ -31,63 +31,6 @@ FORESEEN_TOKENS = 256
 def blocks_for(tokens: int, block_size: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // block_size)
-
-
-class Work(Struct, frozen=True, kw_only=True):
-    """A request for an engine. `generated` are output tokens the client already has: they are computed, not drawn."""
-
-    request: RequestId
-    attempt: int
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    generated: tuple[int, ...] = ()
-    handoff: bool = False
-    """Prefill here, decode elsewhere."""
-    slo: Slo | None = None
-    """None for the engine's own."""
-
-
-class Key(NamedTuple):
-    """What names a sequence: a request that is placed again is another sequence."""
-
-    request: RequestId
-    attempt: int
-
-
-class Output(Struct, frozen=True, kw_only=True):
-    """One drawn token. `position` counts output tokens from 0; `finish` is set on a request's last."""
-
-    request: RequestId
-    attempt: int
-    position: int
-    token: int
-    logprobs: TokenLogprobs | None
-    finish: FinishReason | None
-    cached_tokens: int
-    """Prompt tokens whose KV was found in the prefix cache, when the sequence was first admitted or later."""
-
-
-class Progress(Struct, frozen=True, kw_only=True):
-    """A handoff's KV after one more chunk: the first `computed` tokens' lies in `blocks`, and in the arena's bytes."""
-
-    request: RequestId
-    attempt: int
-    blocks: tuple[int, ...]
-    """The sequence's block table from position 0 on; it may reach beyond `computed`."""
-    computed: int
-    last: bool
-    """The whole prompt is computed; the first token is in the same step's outputs."""
-
-
-class Found(Struct, frozen=True, kw_only=True):
-    """Blocks of a sequence's prompt that were in the prefix cache, so that it need not compute them."""
-
-    request: RequestId
-    attempt: int
-    places: range
-    """Of its block table."""
-    tokens: int
-    """Of the prompt, in those blocks."""
 
 
 class Phase(Enum):
@@ -117,7 +60,8 @@ class Sequence:
         self.handoff = work.handoff
         """Still to be handed off; `keep` ends that."""
         self.permitted = False
-        self.in_step = False
+        self.granted = 0
+        """Tokens that the running step computes of it."""
         self.cancelled = False
         """Cancelled while in the running step: to be dropped when that ends."""
         self.cached_tokens = 0
@@ -143,6 +87,11 @@ class Sequence:
         """Places behind `computed` that have blocks from the cache, not to be written."""
         self._end_from = 0
         """From this place on, all that is `findable` is among those."""
+
+    @property
+    def in_step(self) -> bool:
+        """Part of the running step."""
+        return self.granted > 0
 
     @property
     def behind(self) -> int:
@@ -218,13 +167,22 @@ class Sequence:
         return self._jump(lease.cached)
 
     def catch_up(self) -> Found | None:
-        """Take what has come into the cache of the prompt behind what is computed, instead of blocks of its own.
+        """Go on behind what has been found next to what is computed, and say what that was. Not while in a step."""
+        self.take_found()
+        to = first = blocks_for(self.computed, self._block_size)
+        if self.computed == first * self._block_size:
+            while to in self._ahead:
+                self._ahead.discard(to)
+                to += 1
+        return self._jump(to) if to > first else None
 
-        That is what follows, which a sibling computes, and what ends the prompt, which is loaded from there to the
-        front. Goes on behind what comes next of it, and says what that was.
+    def take_found(self) -> None:
+        """Take what has come into the cache of a prompt that is computed, instead of blocks of its own.
+
+        That is what follows, which a sibling computes, and what ends it, which is loaded from there to the front. Its
+        own blocks in those places are free at once; what the running step writes is left alone.
         """
-        size, places = self._block_size, self._places
-        first = blocks_for(self.computed, size)
+        first, places = blocks_for(self.computed + self.granted, self._block_size), self._places
         if first < places and first not in self._ahead:
             count = self.lease.swap(range(first, places), self._hashes, self.tokens)
             self._ahead.update(range(first, first + count))
@@ -232,12 +190,6 @@ class Sequence:
             count = self.lease.swap(range(self._end_from - 1, first - 1, -1), self._hashes, self.tokens)
             self._ahead.update(range(self._end_from - count, self._end_from))
             self._end_from -= count
-        to = first
-        if self.computed == first * size:
-            while to in self._ahead:
-                self._ahead.discard(to)
-                to += 1
-        return self._jump(to) if to > first else None
 
     def _jump(self, to: int) -> Found | None:
         """Go on behind the block before place `to`: all from what is computed on has been found."""

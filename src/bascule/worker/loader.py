@@ -162,19 +162,28 @@ class Loader:
     def _from_back(self, load: Load, first: int, tiers: Sequence[Tier], end: int) -> None:
         """Load the blocks `first` to `end`, the last first, until they meet what is computed or cached.
 
-        Each is let go at once: a prompt that is computed takes what it finds, and one that waits holds no memory.
+        A prompt that is computed holds them at once, and its own blocks in their places are free for the next. For one
+        that waits in the engine's line they are cached: it holds no memory.
         """
         while not load.over.is_set():
             first += self._books.count_cached(load.hashes[first:end])
             while first < end and self._books.count_cached(load.hashes[end - 1 : end]):
                 end -= 1
-            places = range(max(first, end - BATCH), end)
-            if not places or (lease := self._engine.borrow((), (), len(places))) is None:
+            lease = self._some(min(end - first, BATCH))
+            if lease is None:
                 return
             with lease:
+                places = range(end - len(lease.blocks), end)
                 if not self._bring(load, lease, 0, places, [tiers[place] for place in places]):
                     return
             end = places.start
+
+    def _some(self, blocks: int) -> Lease | None:
+        """So many fresh blocks, or fewer if there are not enough now."""
+        lease = None
+        while blocks and (lease := self._engine.borrow((), (), blocks)) is None:
+            blocks //= 2
+        return lease
 
     def _bring(self, load: Load, lease: Lease, at: int, places: range, tiers: Sequence[Tier]) -> int:
         """Load and seal blocks of a prompt, to the lease's place `at` and behind; returns how many came."""
@@ -190,6 +199,7 @@ class Loader:
         self._engine.take_in([each.block for each in loaded])
         self._loop.call_soon_threadsafe(self._came, load, places, came)
         lease.seal(at, [each.name for each in loaded], [token for each in loaded for token in each.tokens])
+        self._engine.take_found(*load.key)
         return len(came)
 
     def _missing(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
