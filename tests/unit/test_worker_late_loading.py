@@ -8,21 +8,26 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from threading import Semaphore
+from threading import Event, Semaphore
 
 import pytest
-from engine_rig import BLOCK
+from engine_rig import BLOCK, CARD, greedy, reference
 from test_engine_late_hits import blocks, watched
+from test_worker_kv_events import Cluster, over_sockets
 from test_worker_store_side import HASHER, OUTPUT, Node, prompt_of
 from torch_support import BLOCK_SIZE, VOCAB, make_model, reference_greedy
 
+from bascule.engine.protocol import Sampled, Slice
 from bascule.engine.sequence import Key
 from bascule.engine.torch.runner import TorchRunner
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
+from bascule.kv.store.tiers import Tiers
 from bascule.models.hf_directory import ModelDirectory
 from bascule.models.source import resolve
-from bascule.types import BlockHash, CostModel, Tier
+from bascule.types import BlockHash, CostModel, Request, RequestId, SamplingParams, Tier
 from bascule.worker import store_side
+from bascule.worker.store_side import StoreSide
 
 LENGTH = 40
 PROMPT = prompt_of(1, LENGTH * BLOCK + 2)
@@ -253,6 +258,50 @@ def test_a_worker_that_ends_while_it_loads_logs_no_error(
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert caplog.records == []
+
+
+def test_what_is_loaded_late_is_told_before_the_tokens(store: Gated) -> None:
+    """A request comes while the step of another is computed, and is loaded before that ends."""
+    prompt = prompt_of(2, 8 * BLOCK + 2)
+
+    async def scenario(cluster: Cluster) -> None:
+        parts, worker = cluster.worker._parts, cluster.worker
+        tiers = Tiers([store], parts.arena, parts.books, CARD.fingerprint, Forms("none", CARD.layout))
+        reporter, parts.engine.publishes = worker._reporter, True
+        side = worker._store = StoreSide(
+            tiers, parts.engine, parts.books, parts.hasher, CARD.layout, reporter.tell, worker._saved, worker._loaded
+        )
+        await cluster.complete(prompt)
+        await cluster.wait(lambda: store.stats().blocks >= 8 and not side.saving)
+        parts.books.acquire([], [], 24).release()  # type: ignore[union-attr]
+        parts.engine.cost = KNOWN
+        store.open = False
+        begun, go, execute = Event(), Event(), parts.runner.execute
+
+        def slow(batch: Sequence[Slice]) -> list[Sampled | None]:
+            begun.set()
+            assert go.wait(WAIT)
+            return execute(batch)
+
+        parts.runner.execute = slow  # type: ignore[method-assign]
+        other = asyncio.create_task(cluster.complete([5, 6, 7]))
+        await cluster.wait(begun.is_set)
+        sampling = SamplingParams(max_tokens=2, temperature=0.0)
+        asked = Request(id=RequestId("late"), prompt=tuple(prompt), sampling=sampling, timeout=WAIT)
+        starting = asyncio.create_task(cluster.service.start(asked))
+        await cluster.wait(lambda: parts.engine.load().waiting == 1)
+        assert side.waiting == 0 and side.loading
+        store.let_all()
+        await cluster.wait(lambda: not side.loading)
+        go.set()
+        deltas = [delta async for delta in await starting]
+        await other
+        assert [each.loaded_tokens for each in deltas] == [{Tier.HOST: 8 * BLOCK}] * len(deltas)
+        assert deltas[0].cached_tokens == 8 * BLOCK
+        assert [token for each in deltas for token in each.tokens] == reference(prompt, greedy(2))
+        parts.runner.execute = execute  # type: ignore[method-assign]
+
+    over_sockets(scenario)
 
 
 class Chance:
