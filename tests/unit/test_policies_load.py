@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from routing_rig import COST, Cluster
 
-from bascule.policies.load import blocks_to_load, load_seconds, patience_seconds, prompt_seconds
+from bascule.policies.load import blocks_to_load, load_seconds, patience_seconds, prompt_seconds, worth_loading_beside
 from bascule.policies.route import adaptive
 from bascule.types import CostModel, LinkCost, Tier
 
@@ -81,6 +81,15 @@ def test_a_prompt_of_one_step_waits_for_all_that_is_quicker_than_computing_it() 
     assert patience_seconds(0.4, 0.5, 1.0) > 0.4
     assert patience_seconds(0.4, 0.5, 0.01) == 0.0
     assert patience_seconds(0.0, 0.0, 1.0) == 0.0
+
+
+@given(st.floats(1e-6, 1e3), st.floats(0, 1e3))
+def test_what_is_loaded_beside_computing_spares_a_third_of_it_at_the_least(load_s: float, compute_s: float) -> None:
+    if worth_loading_beside(load_s, compute_s):
+        assert load_s * compute_s / (load_s + compute_s) <= 2 / 3 * compute_s + 1e-9
+        assert worth_loading_beside(load_s / 2, compute_s)
+    else:
+        assert load_s >= compute_s
 
 
 def stored(cluster: Cluster, tokens: dict[int, int], seconds: float) -> dict[str, object]:

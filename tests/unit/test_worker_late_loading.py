@@ -25,7 +25,7 @@ from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
 from bascule.models.hf_directory import ModelDirectory
 from bascule.models.source import resolve
-from bascule.types import BlockHash, CostModel, Request, RequestId, SamplingParams, Tier
+from bascule.types import BlockHash, CostModel, LinkCost, Request, RequestId, SamplingParams, Tier
 from bascule.worker import store_side
 from bascule.worker.store_side import StoreSide
 
@@ -138,6 +138,32 @@ def test_a_store_that_gives_nothing_is_waited_for_no_longer_than_the_patience(st
         assert len(store.asked) == 1, "it still hangs in its first call"
         assert node.rig.books.counts.held == 16, "which has only the blocks of that call"
         await finish(node, store)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("times", "loaded"), [(1.5, 16), (3.0, 0)])
+def test_what_loads_slower_than_it_is_computed_is_loaded_from_the_back_if_not_much_slower(
+    store: Gated, stack: ExitStack, times: float, loaded: int
+) -> None:
+    async def scenario() -> None:
+        node = await gated(store, stack, blocks=128)
+        hashes = HASHER.chain(PROMPT)
+        measured = {Tier.HOST: LinkCost(0.0, LENGTH * CARD.layout.block_bytes / 2.0)}
+        node.tiers.costs = lambda: measured  # type: ignore[method-assign]
+        node.rig.engine.cost = CostModel(token_s=2.0 / (LENGTH * BLOCK) / times)
+        key, ready = node.submit(PROMPT)
+        await ready
+        if loaded:
+            await until(lambda: store.asked == [hashes[-loaded:]])
+            store.gate.release()
+            await until(lambda: len(store.asked) == 2)
+        while node.rig.engine.has_work():
+            node.step()
+        brought = node.check(key, PROMPT)
+        assert (brought.tokens if brought is not None else {}) == ({Tier.HOST: loaded * BLOCK} if loaded else {})
+        await finish(node, store)
+        assert bool(store.asked) == bool(loaded)
 
     run(scenario)
 

@@ -16,6 +16,8 @@ UNMEASURED = {Tier.HOST: LinkCost(0.001, 1e9), Tier.DISK: LinkCost(0.002, 5e8), 
 """What loading from a tier is taken to cost before it has been done."""
 _OVERRUN = 1.5
 """How many times longer than predicted a load may take before it is not waited for any more."""
+_BESIDE = 2.0
+"""How many times longer than computing a load may take that goes on beside it: such a one spares a third."""
 
 
 def load_seconds(costs: Mapping[Tier, LinkCost], tokens: Mapping[Tier, int], token_bytes: int) -> float:
@@ -69,3 +71,12 @@ def patience_seconds(load_s: float, compute_s: float, step_s: float) -> float:
     """
     both = load_s + compute_s
     return _OVERRUN * load_s if both and load_s <= load_s * compute_s / both + min(step_s, compute_s) / 2 else 0.0
+
+
+def worth_loading_beside(load_s: float, compute_s: float) -> bool:
+    """Whether to load from the back what is not worth waiting for, while it is computed from the front.
+
+    Both meet after load * compute / (load + compute). A load that is much slower than computing spares little of that,
+    and takes its time from a processor and a link that others use.
+    """
+    return load_s < _BESIDE * compute_s

@@ -16,7 +16,13 @@ from bascule.engine.core import Engine
 from bascule.engine.sequence import Key
 from bascule.kv.books import Books, Lease
 from bascule.kv.store.tiers import BATCH, Tiers, Wanted
-from bascule.policies.load import blocks_to_load, load_seconds, patience_seconds, prompt_seconds
+from bascule.policies.load import (
+    blocks_to_load,
+    load_seconds,
+    patience_seconds,
+    prompt_seconds,
+    worth_loading_beside,
+)
 from bascule.policies.snapshot import CHUNK_TOKENS
 from bascule.types import BlockHash, CostModel, KVLayout, Tier
 
@@ -98,15 +104,16 @@ class Loader:
         if load.over.is_set():
             return
         cached = self._books.count_cached(load.hashes)
-        run = self._worth_loading(load, cached)
+        run, quick = self._worth_loading(load, cached)
         if not run:
             return
-        first, end = self._from_front(load, cached, run), cached + len(run)
+        first = self._from_front(load, cached, run[:quick]) if quick else cached
         self._loop.call_soon_threadsafe(load.front.set)
-        self._from_back(load, first, [run[0]] * cached + run, end)
+        self._from_back(load, first, [run[0]] * cached + run, cached + len(run))
 
-    def _worth_loading(self, load: Load, cached: int) -> list[Tier]:
-        """Where the blocks behind the `cached` ones are that are to be loaded."""
+    def _worth_loading(self, load: Load, cached: int) -> tuple[list[Tier], int]:
+        """Where the blocks behind the `cached` ones are that are to be loaded, and how many of them, from the front on,
+        are quicker loaded than computed."""
         size, block_bytes, prompt = self._layout.block_size, self._layout.block_bytes, len(load.tokens)
         model = self._engine.cost
         compute_s = math.inf if model == CostModel() else prompt_seconds(model, prompt, cached * size)
@@ -124,16 +131,16 @@ class Loader:
             block_tokens=size,
             token_bytes=block_bytes // size,
         )
-        del run[count:]
-        if run and model != CostModel():
-            tokens = {tier: blocks * size for tier, blocks in Counter(run).items()}
-            patience_s = patience_seconds(
-                load_seconds(costs, tokens, block_bytes // size),
-                compute_s - prompt_seconds(model, prompt, (cached + count) * size),
-                prompt_seconds(model, cached * size + CHUNK_TOKENS, cached * size),
-            )
+        if model != CostModel():
+            token_bytes, at = block_bytes // size, [cached * size, (cached + count) * size, (cached + len(run)) * size]
+            behind_s = [prompt_seconds(model, prompt, tokens) for tokens in at]
+            loads_s = [load_seconds(costs, _tokens(part, size), token_bytes) for part in (run[:count], run[count:])]
+            step_s = prompt_seconds(model, at[0] + CHUNK_TOKENS, at[0])
+            patience_s = patience_seconds(loads_s[0], behind_s[0] - behind_s[1], step_s)
             self._loop.call_soon_threadsafe(load.expect, patience_s)
-        return run
+            if not worth_loading_beside(loads_s[1], behind_s[1] - behind_s[2]):
+                del run[count:]
+        return run, count
 
     def _from_front(self, load: Load, cached: int, run: Sequence[Tier]) -> int:
         """Load on from what is cached until the engine has the request; returns how far that led.
@@ -213,3 +220,7 @@ class Loader:
         for tier in self._tiers.stores:
             if here := [load.hashes[at] for at, source in found.items() if source is tier and at >= load.believed]:
                 self._tell(tier, here, ())
+
+
+def _tokens(run: Sequence[Tier], block_tokens: int) -> dict[Tier, int]:
+    return {tier: blocks * block_tokens for tier, blocks in Counter(run).items()}
