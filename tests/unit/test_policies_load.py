@@ -68,7 +68,7 @@ def test_a_load_is_waited_for_where_that_is_quicker_than_computing_beside_it(
     load_s: float, compute_s: float, step_s: float
 ) -> None:
     patience = patience_seconds(load_s, compute_s, step_s)
-    assert patience == 0 or load_s <= patience <= 2 * load_s
+    assert patience == 0 or load_s <= patience <= max(2 * load_s, 0.1 * compute_s)
     if load_s < min(step_s, compute_s) / 2:
         assert patience > 0, "it is there before a step would be done"
     if load_s > compute_s + min(step_s, compute_s):

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from threading import Event, Semaphore
+from time import sleep
 
 import pytest
 from engine_rig import BLOCK, CARD, greedy, reference
@@ -74,6 +75,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 async def until(true: Callable[[], bool]) -> None:
     while not true():
         await asyncio.sleep(0.001)
+    await asyncio.sleep(0)  # what the loader has told by now is heard
 
 
 async def gated(store: Gated, stack: ExitStack, **kind: object) -> Node:
@@ -203,6 +205,31 @@ def test_where_memory_holds_one_prompt_its_end_takes_the_place_of_what_was_to_be
         brought = node.check(key, PROMPT)
         assert brought is not None and brought.tokens[Tier.HOST] >= 20 * BLOCK
         assert len(computed) < (LENGTH - 20) * BLOCK + 2 + OUTPUT
+        await finish(node, store)
+
+    run(scenario)
+
+
+def test_what_the_last_step_computes_is_not_loaded_any_more(store: Gated, stack: ExitStack) -> None:
+    async def scenario() -> None:
+        node = await gated(store, stack, chunk=256, step=256)
+        execute, asked = node.rig.runner.execute, []
+
+        def loading(batch: Sequence[Slice]) -> list[Sampled | None]:
+            if not asked:
+                store.let_all()
+                while not all(load.ended.is_set() for load in node.side._loads.values()):
+                    sleep(0.001)
+                asked.extend(store.asked)
+            return execute(batch)
+
+        node.rig.runner.execute = loading  # type: ignore[method-assign]
+        key, ready = node.submit(PROMPT)
+        await ready
+        await asyncio.to_thread(node.rig.run)
+        assert node.check(key, PROMPT) is None
+        assert asked == [HASHER.chain(PROMPT)[:16]], "the call that was under way was the last"
+        node.side.cancel(key)
         await finish(node, store)
 
     run(scenario)

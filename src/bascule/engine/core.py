@@ -182,15 +182,16 @@ class Engine:
         with self._lock:
             self._adopted_blocks += blocks
 
-    def take_found(self, request: RequestId, attempt: int) -> None:
+    def take_found(self, request: RequestId, attempt: int) -> bool:
         """Let a prompt that is computed hold what has just been sealed of it, in place of blocks of its own.
 
-        It does so before each step, too; but then those may have been evicted.
+        It does so before each step, too; but then those may have been evicted. False if no more of it is of use.
         """
         with self._lock:
             sequence = self._scheduler.sequences.get(Key(request, attempt))
-            if sequence is not None and sequence.phase is not Phase.WAITING and sequence.behind > 1:
-                sequence.take_found()
+            if sequence is None or sequence.phase is Phase.WAITING:
+                return True
+            return sequence.behind > 1 and sequence.take_found()
 
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""

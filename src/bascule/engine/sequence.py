@@ -176,11 +176,12 @@ class Sequence:
                 to += 1
         return self._jump(to) if to > first else None
 
-    def take_found(self) -> None:
+    def take_found(self) -> bool:
         """Take what has come into the cache of a prompt that is computed, instead of blocks of its own.
 
         That is what follows, which a sibling computes, and what ends it, which is loaded from there to the front. Its
-        own blocks in those places are free at once; what the running step writes is left alone.
+        own blocks in those places are free at once; what the running step writes is left alone. False if there is
+        nothing more to be found.
         """
         first, places = blocks_for(self.computed + self.granted, self._block_size), self._places
         if first < places and first not in self._ahead:
@@ -190,6 +191,7 @@ class Sequence:
             count = self.lease.swap(range(self._end_from - 1, first - 1, -1), self._hashes, self.tokens)
             self._ahead.update(range(self._end_from - count, self._end_from))
             self._end_from -= count
+        return self._end_from > first
 
     def _jump(self, to: int) -> Found | None:
         """Go on behind the block before place `to`: all from what is computed on has been found."""

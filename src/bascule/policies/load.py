@@ -16,6 +16,8 @@ UNMEASURED = {Tier.HOST: LinkCost(0.001, 1e9), Tier.DISK: LinkCost(0.002, 5e8), 
 """What loading from a tier is taken to cost before it has been done."""
 _OVERRUN = 1.5
 """How many times longer than predicted a load may take before it is not waited for any more."""
+LEAST_SHARE = 0.1
+"""Of the computing that it spares, what a load may take in any case: a step that begins too early costs more."""
 _BESIDE = 2.0
 """How many times longer than computing a load may take that goes on beside it: such a one spares a third."""
 
@@ -70,7 +72,9 @@ def patience_seconds(load_s: float, compute_s: float, step_s: float) -> float:
     step on. A load that takes longer than predicted is not waited for to its end.
     """
     both = load_s + compute_s
-    return _OVERRUN * load_s if both and load_s <= load_s * compute_s / both + min(step_s, compute_s) / 2 else 0.0
+    if not both or load_s > load_s * compute_s / both + min(step_s, compute_s) / 2:
+        return 0.0
+    return max(_OVERRUN * load_s, LEAST_SHARE * compute_s)
 
 
 def worth_loading_beside(load_s: float, compute_s: float) -> bool:

@@ -167,12 +167,12 @@ class Loader:
         return first
 
     def _from_back(self, load: Load, first: int, tiers: Sequence[Tier], end: int) -> None:
-        """Load the blocks `first` to `end`, the last first, until they meet what is computed or cached.
+        """Load the blocks `first` to `end`, the last first, until they meet what is cached, computed or being computed.
 
         A prompt that is computed holds them at once, and its own blocks in their places are free for the next. For one
         that waits in the engine's line they are cached: it holds no memory.
         """
-        while not load.over.is_set():
+        while not load.over.is_set() and self._engine.take_found(*load.key):
             first += self._books.count_cached(load.hashes[first:end])
             while first < end and self._books.count_cached(load.hashes[end - 1 : end]):
                 end -= 1

@@ -23,7 +23,7 @@ from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers
-from bascule.policies.load import prompt_seconds
+from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import BlockHash, CostModel, KVLayout, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
@@ -35,8 +35,6 @@ _LOADERS = 2
 _LOOK_S = 2.0
 _FLUSH_S = 2.0
 """What a worker's end waits for blocks that are not saved yet; `serve` kills what takes 5 s to end."""
-_LOOK_SHARE = 0.1
-"""Of the time that computing a prompt takes: what it waits until it is known what the store has of it, and where."""
 _UNKNOWN_S = 1.0
 """What it waits for its load where nothing is known of that time."""
 _MOST_TOLD = 1_000_000
@@ -182,7 +180,7 @@ class StoreSide:
         before, model = cached * self._layout.block_size, self._engine.cost
         patience_s = _UNKNOWN_S
         if model != CostModel():
-            patience_s = max(_LOOK_SHARE * prompt_seconds(model, len(load.tokens), before), LEAST_PATIENCE_S)
+            patience_s = max(LEAST_SHARE * prompt_seconds(model, len(load.tokens), before), LEAST_PATIENCE_S)
         behind = len(load.tokens) - before
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
         task = asyncio.create_task(self._run(load))
