@@ -120,7 +120,8 @@ class StepTokens(Struct, frozen=True, tag=True):
 
 
 class Loaded(Struct, frozen=True, tag=True, kw_only=True):
-    """KV of a request's prompt came from a peer or from the store, before the engine had the request."""
+    """KV of a request's prompt that came from a peer or the store and was not computed: all so far, told before its
+    tokens."""
 
     worker: WorkerId
     epoch: Epoch
@@ -129,6 +130,7 @@ class Loaded(Struct, frozen=True, tag=True, kw_only=True):
     tokens: dict[str, int]
     """By the `Tier` that they came from, or `PEER`."""
     seconds: float
+    """That the request waited for it before the engine had it."""
 
 
 class Saved(Struct, frozen=True, tag=True):

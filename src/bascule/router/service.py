@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
@@ -161,8 +160,7 @@ class Service:
         """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
         flight = self._flights.get(message.request)
         if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
-            flight.loaded = dict(Counter(flight.loaded) + Counter(message.tokens))
-            flight.load_s += message.seconds
+            flight.loaded, flight.load_s = message.tokens, message.seconds
 
     def saved(self, message: Saved) -> None:
         """The KV of a request's first leg is in the store."""

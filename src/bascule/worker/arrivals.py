@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from bascule.engine.core import Engine, Work
+from bascule.engine.core import Engine, StepResult, Work
 from bascule.engine.sequence import Key
 from bascule.errors import RequestError
 from bascule.wire import FetchFrom, Submit
@@ -47,6 +48,9 @@ class Arrivals:
         self._task_ended = task_ended
         self._wake = wake
         self._fetching: dict[Key, asyncio.Task[None]] = {}
+        """Requests that wait for what is fetched for them."""
+        self._fetched: dict[Key, Brought] = {}
+        """Of requests that have no token yet."""
 
     @property
     def waiting(self) -> int:
@@ -68,31 +72,45 @@ class Arrivals:
         task = self._fetching[key] = asyncio.create_task(self._fetch(key, submission, submission.fetch))
         task.add_done_callback(self._task_ended)
 
+    def fetched(self, key: Key) -> Brought:
+        """What a request without a token has been given by a peer."""
+        return self._fetched.get(key, Brought())
+
     def cancel(self, key: Key) -> None:
-        """The request is no longer wanted here; does nothing for others, nor for what the engine has."""
+        """The request is no longer wanted here; does nothing for others."""
+        self._computed(key)
         if (fetching := self._fetching.pop(key, None)) is not None:
             fetching.cancel()
         if self._store is not None:
             self._store.cancel(key)
 
+    def stepped(self, result: StepResult) -> None:
+        """The engine has made a step, whose tokens are not sent yet."""
+        for output in result.outputs:
+            self._computed(Key(output.request, output.attempt))
+        if self._store is not None:
+            self._store.stepped(result)
+
+    def _computed(self, key: Key) -> None:
+        """What is still on its way for this request is of no use any more."""
+        self._fetched.pop(key, None)
+        self._fetches.give_up(key)
+
     async def _fetch(self, key: Key, submission: Submit, source: FetchFrom) -> None:
-        brought = await self._fetches.bring((*submission.prompt, *submission.generated), source)
+        tokens = (*submission.prompt, *submission.generated)
+        await self._fetches.bring(key, tokens, source, partial(self._came, key))
         del self._fetching[key]
-        if brought is not None:
-            self._brought(key, brought)
         self._load(submission)
+
+    def _came(self, key: Key, brought: Brought) -> None:
+        self._fetched[key] = brought
+        self._brought(key, brought)
 
     def _load(self, submission: Submit) -> None:
         if self._store is None:
             self._begin(submission)
         else:
-            self._store.start(submission, self._loaded).add_done_callback(self._task_ended)
-
-    def _loaded(self, submission: Submit, brought: Brought | None) -> None:
-        """What the store had of a prompt, if anything, is on the device."""
-        if brought is not None:
-            self._brought(Key(submission.request, submission.attempt), brought)
-        self._begin(submission)
+            self._store.start(submission, self._begin).add_done_callback(self._task_ended)
 
     def _begin(self, submission: Submit) -> None:
         key = Key(submission.request, submission.attempt)

@@ -11,18 +11,21 @@ import logging
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from bascule.engine.core import Engine
+from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import SECRET_BYTES
 from bascule.peer_wire import Fetch, Fetched, Revoked
-from bascule.policies.load import prompt_seconds
+from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import PEER, BlockHash, CostModel, FetchLoad, ModelCard, TicketId
 from bascule.wire import FetchFrom
 from bascule.worker.grants import Grants
+from bascule.worker.loader import LEAST_PATIENCE_S
 from bascule.worker.parts import Brought
 from bascule.worker.peers import Peers
 
@@ -30,6 +33,18 @@ log = logging.getLogger(__name__)
 
 _UNKNOWN_S = 5.0
 """What a fetch may take while nothing is known of what computing costs."""
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """KV that one request wants of a peer."""
+
+    key: Key
+    tokens: Sequence[int]
+    hashes: Sequence[BlockHash]
+    """Of the full blocks that the peer is said to have."""
+    source: FetchFrom
+    came: Callable[[Brought], None]
 
 
 class Fetches:
@@ -57,6 +72,7 @@ class Fetches:
         self._peers = peers
         self._grants = grants
         self._answers: dict[TicketId, asyncio.Future[Fetched]] = {}
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}
         """Fetches by the first block that they bring."""
         self._hit_tokens = 0
@@ -82,47 +98,62 @@ class Fetches:
         answer.set_result(message)
         return True
 
-    async def bring(self, tokens: Sequence[int], source: FetchFrom) -> Brought | None:
-        """Have a prompt's KV fetched, as far as the peer has it and it is not here; None if nothing came.
+    async def bring(self, key: Key, tokens: Sequence[int], source: FetchFrom, came: Callable[[Brought], None]) -> None:
+        """Have a request's prompt fetched, as far as the peer has it and it is not here. Returns when the engine should
+        have the request: when all is here, or at the end of a short patience, while the fetch goes on.
 
-        Takes no longer than computing it would. Never raises for what a peer does.
+        `came` is told what did and is of use. The fetch ends, at the latest, when computing would have. Never raises
+        for what a peer does.
         """
-        size = self._card.layout.block_size
+        size, model = self._card.layout.block_size, self._engine.cost
         wanted = min(source.tokens, len(tokens) - 1) // size
-        hashes = self._hasher.chain(tokens[: wanted * size])
-        if (cached := self._books.count_cached(hashes)) == wanted:
-            return None
+        wish = _Wish(key, tokens, self._hasher.chain(tokens[: wanted * size]), source, came)
+        if (cached := self._books.count_cached(wish.hashes)) == wanted:
+            return
         behind = len(tokens) - cached * size
-        model = self._engine.cost
-        patience = prompt_seconds(model, len(tokens), cached * size) if model != CostModel() else _UNKNOWN_S
+        limit = patience = _UNKNOWN_S
+        if model != CostModel():
+            limit = prompt_seconds(model, len(tokens), cached * size)
+            patience = max(LEAST_SHARE * limit, LEAST_PATIENCE_S)
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
+        task = self._tasks[key] = asyncio.create_task(self._within(max(limit, patience), wish))
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
         try:
-            async with asyncio.timeout(patience):
-                return await self._bring(tokens, hashes, source)
-        except TimeoutError:
-            self._failed["timeout"] += 1
-            return None
-        except Exception:
-            log.exception("a prefix could not be fetched from %s", source.peer.worker)
-            self._failed["error"] += 1
-            return None
+            await asyncio.wait([task], timeout=patience)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
-    async def _bring(self, tokens: Sequence[int], hashes: Sequence[BlockHash], source: FetchFrom) -> Brought | None:
-        while (first := self._first_missing(hashes)) is not None and first in self._under_way:
+    def give_up(self, key: Key) -> None:
+        """Nothing more is to be fetched for a request; does nothing for others."""
+        if (task := self._tasks.get(key)) is not None:
+            task.cancel()
+
+    async def _within(self, limit_s: float, wish: _Wish) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._bring(wish)
+        except TimeoutError:
+            self._failed["timeout"] += 1
+        except Exception:
+            log.exception("a prefix could not be fetched from %s", wish.source.peer.worker)
+            self._failed["error"] += 1
+
+    async def _bring(self, wish: _Wish) -> None:
+        while (first := self._first_missing(wish.hashes)) is not None and first in self._under_way:
             await asyncio.wait([self._under_way[first]])
         if first is None:
-            return None
-        lease = self._engine.borrow(tokens, len(hashes))
+            return
+        lease = self._engine.borrow(wish.hashes, wish.tokens, len(wish.hashes))
         if lease is None:
             self._failed["memory"] += 1
-            return None
+            return
         done = self._under_way[first] = asyncio.get_running_loop().create_future()
         try:
-            if lease.cached == len(hashes):
-                return None
-            return await self._fetch(tokens, hashes, lease, source)
+            if lease.cached < len(wish.hashes):
+                await self._fetch(wish, lease)
         finally:
             lease.release()
             del self._under_way[first]
@@ -132,32 +163,30 @@ class Fetches:
         cached = self._books.count_cached(hashes)
         return hashes[cached] if cached < len(hashes) else None
 
-    async def _fetch(
-        self, tokens: Sequence[int], hashes: Sequence[BlockHash], lease: Lease, source: FetchFrom
-    ) -> Brought | None:
+    async def _fetch(self, wish: _Wish, lease: Lease) -> None:
         begun = asyncio.get_running_loop().time()
-        size, cached = self._card.layout.block_size, lease.cached
-        answer = await self._ask(tokens[: len(hashes) * size], lease, source)
-        count = min(len(answer.checksums), len(hashes) - cached)
-        if not count:
-            log.info(
-                "%s gives nothing of a prefix: %s", source.peer.worker, answer.reason or "it has no more than here"
-            )
+        size, cached, peer = self._card.layout.block_size, lease.cached, wish.source.peer.worker
+        answer = await self._ask(wish, lease)
+        end = cached + min(len(answer.checksums), len(wish.hashes) - cached)
+        if end == cached:
+            log.info("%s gives nothing of a prefix: %s", peer, answer.reason or "it has no more than is here")
             self._failed["refused" if answer.reason else "nothing"] += 1
-            return None
-        blocks = lease.blocks[cached : cached + count]
+            return
+        blocks = lease.blocks[cached:end]
         found = await asyncio.to_thread(self._arena.checksums, blocks, size)
-        if tuple(found) != answer.checksums[:count]:
-            log.warning("blocks fetched from %s are not those that it sent; computing them", source.peer.worker)
+        if tuple(found) != answer.checksums[: end - cached]:
+            log.warning("blocks fetched from %s are not those that it sent; computing them", peer)
             self._failed["checksum"] += 1
-            return None
+            return
         self._engine.take_in(blocks)
-        lease.seal(cached, hashes[cached : cached + count], tokens[cached * size : (cached + count) * size])
-        seconds = asyncio.get_running_loop().time() - begun
-        self._count(len(tokens), cached * size, count * size, seconds)
-        return Brought({PEER: count * size}, seconds)
+        lease.seal(cached, wish.hashes[cached:end], wish.tokens[cached * size : end * size])
+        # A prompt that is being computed by now jumps over what it has not come to yet.
+        if self._engine.take_found(*wish.key):
+            seconds = asyncio.get_running_loop().time() - begun
+            self._count(len(wish.tokens), cached * size, (end - cached) * size, seconds)
+            wish.came(Brought({PEER: (end - cached) * size}, seconds))
 
-    async def _ask(self, tokens: Sequence[int], lease: Lease, source: FetchFrom) -> Fetched:
+    async def _ask(self, wish: _Wish, lease: Lease) -> Fetched:
         """The peer's answer, after which nobody writes any more. If none is waited for, the lease is given back."""
         ticket, secret = TicketId(uuid.uuid4().hex), secrets.token_bytes(SECRET_BYTES)
         answer = self._answers[ticket] = asyncio.get_running_loop().create_future()
@@ -165,14 +194,14 @@ class Fetches:
         try:
             endpoints = self._grants.open(ticket, secret, lease)
             self._peers.send(
-                source.peer,
+                wish.source.peer,
                 Fetch(
                     ticket=ticket,
                     secret=secret,
                     worker=self._peers.address.worker,
                     fingerprint=self._card.fingerprint,
                     layout=self._card.layout,
-                    tokens=tuple(tokens),
+                    tokens=tuple(wish.tokens[: len(wish.hashes) * self._card.layout.block_size]),
                     have_blocks=lease.cached,
                     blocks=tuple(lease.blocks[lease.cached :]),
                     endpoints=endpoints,
@@ -185,7 +214,7 @@ class Fetches:
         finally:
             del self._answers[ticket]
             if not answered and not self._grants.give_back(ticket, lease):
-                self._peers.send(source.peer, Revoked(ticket))
+                self._peers.send(wish.source.peer, Revoked(ticket))
 
     def _count(self, prompt: int, before: int, fetched: int, seconds: float) -> None:
         model = self._engine.cost

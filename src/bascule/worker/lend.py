@@ -132,9 +132,9 @@ class Lender:
         fetch, begun = loan.fetch, asyncio.get_running_loop().time()
         hashes = self._hasher.chain(fetch.tokens)
         if self._bring is not None and self._books.count_cached(hashes) < len(hashes):
-            await self._bring((*fetch.tokens, 0))
+            await self._bring(fetch.tokens)
         have = self._books.count_cached(hashes)
-        lease = self._engine.borrow(fetch.tokens, have) if have > fetch.have_blocks else None
+        lease = self._engine.borrow(hashes, fetch.tokens, have) if have > fetch.have_blocks else None
         if lease is None:
             return "no more of it is cached here, or this worker is short of memory"
         with lease:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -47,7 +48,10 @@ class Parts:
 
 
 class Brought(Struct, frozen=True):
-    """KV that need not be computed: a prompt's tokens by where it came from (a `Tier`, or `PEER`), and the seconds."""
+    """KV that was not computed: a prompt's tokens by where it came from (a `Tier`, or `PEER`), and the seconds."""
 
-    tokens: dict[str, int]
-    seconds: float
+    tokens: dict[str, int] = {}
+    seconds: float = 0.0
+
+    def __add__(self, other: Brought) -> Brought:
+        return Brought(dict(Counter(self.tokens) + Counter(other.tokens)), self.seconds + other.seconds)

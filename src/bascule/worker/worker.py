@@ -79,7 +79,14 @@ class Worker:
         card = parts.runner.card
         if parts.tiers is not None:
             self._store = StoreSide(
-                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell, self._saved
+                parts.tiers,
+                parts.engine,
+                parts.books,
+                parts.hasher,
+                card.layout,
+                self._reporter.tell,
+                self._saved,
+                self._loaded,
             )
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
@@ -128,7 +135,7 @@ class Worker:
             self._prefill,
             self._fetches,
             self._store,
-            brought=self._brought,
+            brought=self._tell_brought,
             failed=self._fail,
             task_ended=self._task_ended,
             wake=self._steps.wake,
@@ -205,8 +212,11 @@ class Worker:
         if self._store is not None:
             self._store.computed(names)
 
-    def _brought(self, key: Key, brought: Brought) -> None:
-        """KV of a request's prompt is on the device that was not computed here."""
+    def _loaded(self, key: Key, brought: Brought) -> None:
+        """All of the store's that a request has found so far; what a peer gave it comes on top."""
+        self._tell_brought(key, brought + self._arrivals.fetched(key))
+
+    def _tell_brought(self, key: Key, brought: Brought) -> None:
         self._link.send(
             Loaded(
                 worker=self._identity.worker,
@@ -267,6 +277,7 @@ class Worker:
         if any(output.finish is not None for output in result.outputs):
             # Before the tokens: whoever answers the end of an output with its next turn finds the blocks in the index.
             self._reporter.tell_changes()
+        self._arrivals.stepped(result)
         if result.executed:
             items = tuple(
                 TokenItem(
@@ -295,8 +306,6 @@ class Worker:
             key = Key(output.request, output.attempt)
             if output.finish is not None:
                 self._prefill.cancel(key)
-                if self._store is not None:
-                    self._store.ended(key)
             else:
                 self._prefill.first_token(key, output.token)
 
