@@ -13,6 +13,7 @@ import pytest
 from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
 from msgspec import structs
 
+from bascule.engine.sequence import Key
 from bascule.kv.codecs import codec_named
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
@@ -20,7 +21,7 @@ from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
-from bascule.types import PEER, CostModel, Epoch, KVLayout, ModelCard, TicketId, WorkerId
+from bascule.types import PEER, CostModel, Epoch, KVLayout, ModelCard, RequestId, TicketId, WorkerId
 from bascule.wire import FetchFrom, PeerAddress
 from bascule.worker.fetch import Fetches
 from bascule.worker.grants import Grants
@@ -115,9 +116,15 @@ class Two:
         assert [each.token for each in outputs] == reference(prompt, greedy(OUTPUT))
         return outputs[0].cached_tokens
 
-    async def fetch(self, prompt: Sequence[int], tokens: int) -> Brought | None:
+    async def fetch(self, prompt: Sequence[int], tokens: int, *, wait: bool = True) -> Brought | None:
+        """What came of it, for a request of its own; with `wait` after the end of a fetch that nobody waits for."""
+        self.number += 1
+        key, came = Key(RequestId(f"fetch {self.number}"), 1), list[Brought]()
         async with asyncio.timeout(20):
-            return await self.fetches.bring(prompt, FetchFrom(PEER_ADDRESS, tokens))
+            await self.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, tokens), came.append)
+            while wait and key in self.fetches._tasks:
+                await asyncio.sleep(0.001)
+        return came[0] if came else None
 
     async def check(self) -> None:
         """Nothing is held, nor in quarantine for longer than the other side takes to say that it is done."""
@@ -293,7 +300,7 @@ def test_over_a_link_blocks_may_be_coded_and_are_checked_as_they_arrive(
 
     async def scenario(two: Two) -> None:
         asker, lender = two.rigs
-        lease = lender.engine.borrow(prompt, len(hashes))
+        lease = lender.engine.borrow(hashes, prompt, len(hashes))
         assert lease is not None
         numbers = np.random.default_rng(1).standard_normal((4, len(hashes), layout.plane_block_bytes // 4), np.float32)
         lender.arena.bytes[:, lease.blocks] = numbers.view(np.uint8)

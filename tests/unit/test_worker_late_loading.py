@@ -321,7 +321,7 @@ def test_what_is_loaded_late_is_told_before_the_tokens(store: Gated) -> None:
         parts, worker = cluster.worker._parts, cluster.worker
         tiers = Tiers([store], parts.arena, parts.books, CARD.fingerprint, Forms("none", CARD.layout))
         reporter, parts.engine.publishes = worker._reporter, True
-        side = worker._store = StoreSide(
+        side = worker._store = worker._arrivals._store = StoreSide(
             tiers, parts.engine, parts.books, parts.hasher, CARD.layout, reporter.tell, worker._saved, worker._loaded
         )
         await cluster.complete(prompt)
