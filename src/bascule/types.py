@@ -202,6 +202,7 @@ class FetchLoad(Struct, frozen=True, kw_only=True):
     hit_tokens: int = 0
     """Prompt tokens fetched and not computed."""
     bytes: int = 0
+    """Of KV that came, used or not."""
     fetch_s: float = 0.0
     """Seconds spent on it."""
     spared_s: float = 0.0

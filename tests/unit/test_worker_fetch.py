@@ -3,163 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
+from engine_rig import BLOCK, CARD, greedy, reference, work
+from fetch_rig import ASKER, HASHER, IMPATIENT, OUTPUT, PEER_ADDRESS, Two, play, prompt_of
 from msgspec import structs
+from test_engine_late_hits import watched
 
 from bascule.engine.sequence import Key
 from bascule.kv.codecs import codec_named
-from bascule.kv.hashing import BlockHasher
-from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.coding import Coding
-from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
-from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
-from bascule.types import PEER, CostModel, Epoch, KVLayout, ModelCard, RequestId, TicketId, WorkerId
-from bascule.wire import FetchFrom, PeerAddress
-from bascule.worker.fetch import Fetches
-from bascule.worker.grants import Grants
-from bascule.worker.learning import Links
-from bascule.worker.lend import Lender
+from bascule.peer_wire import Fetch, Fetched, PeerMessage
+from bascule.types import PEER, CostModel, KVLayout, RequestId
+from bascule.wire import FetchFrom
 from bascule.worker.parts import Brought
-
-ASKER = PeerAddress(WorkerId("a"), Epoch("a-1"), "tcp://127.0.0.1:1")
-PEER_ADDRESS = PeerAddress(WorkerId("b"), Epoch("b-1"), "tcp://127.0.0.1:2")
-HASHER = BlockHasher("mock", BLOCK)
-OUTPUT = 5
-IMPATIENT = CostModel(token_s=0.0002)
-"""A prompt of forty tokens is computed in 8 ms, and a fetch is not waited for any longer."""
-
-Tamper = Callable[["Two", PeerMessage], PeerMessage | None]
-"""Sees each message before it is delivered, and may change or lose it."""
-
-
-class Two:
-    """Two workers' engines, of which the first fetches what the second has. Messages go directly."""
-
-    address = ASKER
-
-    def __init__(
-        self, stack: ExitStack, transport: str, tamper: Tamper, coding: Coding = Coding(), card: ModelCard = CARD
-    ) -> None:
-        self.rigs = [Rig(own_memory=True, card=card) for _ in range(2)]
-        for rig in self.rigs:
-            stack.callback(rig.arena.close)
-            rig.engine.publishes = True
-        self.tamper = tamper
-        self.said: list[PeerMessage] = []
-        self.loop = asyncio.get_running_loop()
-        self.grants = Grants()
-        arenas = [rig.arena for rig in self.rigs]
-
-        def safe(ticket: TicketId) -> None:
-            self.loop.call_soon_threadsafe(self.grants.safe, ticket)
-
-        receivers: dict[str, Receiver]
-        senders: dict[str, Sender]
-        if transport == "loopback":
-            network = LoopbackNetwork()
-            receivers = {transport: LoopbackReceiver(arenas[0], safe, network, coding.codecs)}
-            senders = {transport: LoopbackSender(arenas[1], network)}
-        else:
-            receivers = open_receivers(arenas[0], transport, "127.0.0.1", safe, coding.codecs)
-            senders = open_senders(arenas[1], transport)
-        self.grants.receivers = receivers
-        for sender in senders.values():
-            stack.callback(sender.close)
-        stack.callback(self.grants.close)
-        self.links = Links()
-        rig = self.rigs[0]
-        self.fetches = Fetches(rig.engine, rig.arena, rig.books, HASHER, card, self, self.grants)  # type: ignore[arg-type]
-        self.lender = Lender(
-            self.rigs[1].engine,
-            arenas[1],
-            self.rigs[1].books,
-            HASHER,
-            card,
-            senders,
-            self.links,
-            answer=self.answer,
-            coding=coding,
-            bring=None,
-        )
-        self.number = 0
-
-    def send(self, peer: PeerAddress, message: PeerMessage) -> None:
-        self.said.append(message)
-        changed = self.tamper(self, message)
-        if isinstance(changed, Fetch):
-            self.loop.call_soon(self.lender.lend, ASKER.epoch, changed)
-        elif isinstance(changed, Revoked) and not self.lender.revoke(ASKER.epoch, changed.ticket):
-            self.grants.closed(changed.ticket)
-
-    def answer(self, epoch: Epoch, message: PeerMessage) -> None:
-        assert epoch == ASKER.epoch
-        self.said.append(message)
-        changed = self.tamper(self, message)
-        if isinstance(changed, Fetched) and not self.fetches.apply(changed):
-            self.grants.closed(changed.ticket)
-
-    def compute(self, at: int, prompt: Sequence[int]) -> int:
-        """Serve a request on one of the two and check its tokens; returns the prompt tokens that were cached."""
-        self.number += 1
-        rig, name = self.rigs[at], str(self.number)
-        rig.engine.submit(work(name, prompt, greedy(OUTPUT)))
-        rig.run()
-        outputs = next(o for key, o in rig.outputs.items() if key.request == name)
-        assert [each.token for each in outputs] == reference(prompt, greedy(OUTPUT))
-        return outputs[0].cached_tokens
-
-    async def fetch(self, prompt: Sequence[int], tokens: int, *, wait: bool = True) -> Brought | None:
-        """What came of it, for a request of its own; with `wait` after the end of a fetch that nobody waits for."""
-        self.number += 1
-        key, came = Key(RequestId(f"fetch {self.number}"), 1), list[Brought]()
-        async with asyncio.timeout(20):
-            await self.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, tokens), came.append)
-            while wait and key in self.fetches._tasks:
-                await asyncio.sleep(0.001)
-        return came[0] if came else None
-
-    async def check(self) -> None:
-        """Nothing is held, nor in quarantine for longer than the other side takes to say that it is done."""
-        for _ in range(200):
-            if all((rig.books.counts.held, rig.books.counts.quarantined) == (0, 0) for rig in self.rigs):
-                break
-            await asyncio.sleep(0.01)
-        for rig in self.rigs:
-            assert rig.engine.check_integrity() == []
-            assert (rig.books.counts.held, rig.books.counts.quarantined) == (0, 0)
-        assert (self.fetches.waiting, self.fetches.waiting_tokens) == (0, 0)
-        await self.lender.close()
-
-    def asked(self) -> list[Fetch]:
-        return [message for message in self.said if isinstance(message, Fetch)]
-
-
-def prompt_of(family: int, blocks: int = 10) -> list[int]:
-    return [1000 * family + position for position in range(1, blocks * BLOCK + 1)]
-
-
-def play(
-    scenario: Callable[[Two], Coroutine[Any, Any, None]],
-    transport: str = "loopback",
-    tamper: Tamper | None = None,
-    **kind: Any,
-) -> None:
-    async def run() -> None:
-        with ExitStack() as stack:
-            two = Two(stack, transport, tamper or (lambda _, message: message), **kind)
-            await scenario(two)
-            await two.check()
-
-    asyncio.run(run())
-
 
 EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 
@@ -169,13 +29,12 @@ def test_what_a_peer_computed_is_fetched_and_not_computed_again(transport: str) 
     async def scenario(two: Two) -> None:
         prompt = prompt_of(1)
         two.compute(1, prompt)
-        brought = await two.fetch([*prompt, 7, 8], 10 * BLOCK)
-        assert brought is not None and brought.tokens == {PEER: 10 * BLOCK}
+        assert await two.fetch([*prompt, 7, 8], 10 * BLOCK) == 10
         assert two.compute(0, [*prompt, 7, 8]) == 10 * BLOCK
         figures = two.fetches.figures()
-        assert (figures.hit_tokens, figures.bytes) == (10 * BLOCK, 10 * CARD.layout.block_bytes)
+        assert (figures.bytes, figures.failed) == (10 * CARD.layout.block_bytes, {})
         assert two.lender.bytes_sent == {transport: 10 * CARD.layout.block_bytes}
-        assert await two.fetch(prompt, 10 * BLOCK) is None, "it is here already"
+        assert await two.fetch(prompt, 10 * BLOCK) == 0, "it is here already"
         assert len(two.asked()) == 1
         assert two.links.costs()[ASKER.worker].latency_s > 0
 
@@ -188,10 +47,7 @@ def test_only_what_is_missing_is_fetched_and_what_the_peer_lacks_is_computed(tra
         prompt = prompt_of(1, 12)
         two.compute(0, prompt[: 4 * BLOCK])
         two.compute(1, prompt[: 9 * BLOCK])
-        brought = await two.fetch([*prompt, 7], 12 * BLOCK)
-        here = two.rigs[0].books.count_cached(HASHER.chain(prompt))
-        assert brought is not None and brought.tokens == {PEER: 5 * BLOCK}
-        assert here == 9
+        assert await two.fetch([*prompt, 7], 12 * BLOCK) == 5
         assert two.compute(0, [*prompt, 7]) == 9 * BLOCK
 
     play(scenario, transport)
@@ -207,7 +63,7 @@ def test_altered_blocks_are_noticed_and_computed(transport: str) -> None:
 
     async def scenario(two: Two) -> None:
         two.compute(1, prompt_of(1))
-        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) is None
+        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) == 0
         assert two.fetches.figures().failed == {"checksum": 1}
         assert two.compute(0, [*prompt_of(1), 7]) == 0
 
@@ -229,7 +85,7 @@ def test_altered_blocks_are_noticed_and_computed(transport: str) -> None:
 def test_a_fetch_that_cannot_be_served_is_refused_with_its_reason(changes: dict[str, Any], word: str) -> None:
     async def scenario(two: Two) -> None:
         two.compute(1, prompt_of(1))
-        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) is None
+        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) == 0
         answers = [message for message in two.said if isinstance(message, Fetched)]
         assert len(answers) == 1 and word in answers[0].reason and answers[0].checksums == ()
         assert two.fetches.figures().failed == {"refused": 1}
@@ -249,7 +105,7 @@ def test_a_peer_that_never_answers_costs_no_more_than_computing(transport: str, 
     async def scenario(two: Two) -> None:
         two.compute(1, prompt_of(1))
         two.rigs[0].engine.cost = IMPATIENT
-        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) is None
+        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) == 0
         assert two.fetches.figures().failed == {"timeout": 1}
         assert two.compute(0, [*prompt_of(1), 7]) == 0
 
@@ -306,8 +162,7 @@ def test_over_a_link_blocks_may_be_coded_and_are_checked_as_they_arrive(
         lender.arena.bytes[:, lease.blocks] = numbers.view(np.uint8)
         lease.seal(0, hashes, prompt)
         lease.release()
-        brought = await two.fetch([*prompt, 7], len(prompt))
-        assert (brought is None) == spoilt
+        assert await two.fetch([*prompt, 7], len(prompt)) == (0 if spoilt else len(hashes))
         assert two.fetches.figures().failed == ({"checksum": 1} if spoilt else {})
         expected = numbers.view(np.uint8).copy()
         if coded:
@@ -321,11 +176,67 @@ def test_over_a_link_blocks_may_be_coded_and_are_checked_as_they_arrive(
     play(scenario, transport, spoil, coding=Coding.of("int8", layout), card=structs.replace(CARD, layout=layout))
 
 
+@EVERY
+def test_a_slow_peer_is_not_waited_for_and_what_it_gives_late_is_used_all_the_same(transport: str) -> None:
+    held: list[Fetch] = []
+
+    def hold(two: Two, message: PeerMessage) -> PeerMessage | None:
+        if isinstance(message, Fetch):
+            held.append(message)
+            return None
+        return message
+
+    async def scenario(two: Two) -> None:
+        prompt = [*prompt_of(1), 7, 8]
+        two.compute(1, prompt)
+        rig, name = two.rigs[0], "late"
+        rig.engine.cost = CostModel(token_s=0.05)
+        computed, came = watched(rig), list[Brought]()
+        key = Key(RequestId(name), 1)
+        await two.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, 10 * BLOCK), came.append)
+        assert not came and (two.fetches.waiting, two.fetches.waiting_tokens) == (0, 0)
+        rig.engine.submit(work(name, prompt, greedy(OUTPUT)))
+        rig.step()
+        two.lender.lend(ASKER.epoch, held[0])
+        while key in two.fetches._tasks:
+            await asyncio.sleep(0.001)
+        while rig.engine.has_work():
+            for found in rig.step().found:
+                two.fetches.found(found)
+        assert [each.token for each in rig.outputs[key]] == reference(prompt, greedy(OUTPUT))
+        assert came[-1].tokens == {PEER: 8 * BLOCK}
+        assert two.fetches.figures().hit_tokens == 8 * BLOCK
+        two.fetches.give_up(key)
+        assert computed[: 2 * BLOCK + 1] == [*range(2 * BLOCK), 10 * BLOCK]
+
+    play(scenario, transport, hold, chunk=2 * BLOCK)
+
+
+def test_a_fetch_ends_when_its_prompt_is_computed() -> None:
+    def lose(_: Two, message: PeerMessage) -> PeerMessage | None:
+        return None if isinstance(message, Fetch) else message
+
+    async def scenario(two: Two) -> None:
+        two.compute(1, prompt_of(1))
+        two.rigs[0].engine.cost = CostModel(token_s=10.0)
+        key = Key(RequestId("r"), 1)
+        task = asyncio.create_task(
+            two.fetches.bring(key, [*prompt_of(1), 7], FetchFrom(PEER_ADDRESS, 10 * BLOCK), lambda _: None)
+        )
+        while not two.asked():
+            await asyncio.sleep(0)
+        two.fetches.give_up(key)
+        await task
+        assert not two.fetches._tasks
+
+    play(scenario, tamper=lose)
+
+
 def test_siblings_that_want_the_same_prefix_ask_once() -> None:
     async def scenario(two: Two) -> None:
         two.compute(1, prompt_of(1))
-        brought = await asyncio.gather(*(two.fetch([*prompt_of(1), 7 + each], 10 * BLOCK) for each in range(4)))
-        assert [each.tokens for each in brought if each is not None] == [{PEER: 10 * BLOCK}]
+        came = await asyncio.gather(*(two.fetch([*prompt_of(1), 7 + each], 10 * BLOCK) for each in range(4)))
+        assert came == [10] * 4
         assert len(two.asked()) == 1
 
     play(scenario)
@@ -336,7 +247,7 @@ def test_a_fetch_takes_no_memory_that_running_sequences_need() -> None:
         two.compute(1, prompt_of(1))
         lease = two.rigs[0].books.acquire([], [], 60)
         assert lease is not None
-        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) is None
+        assert await two.fetch([*prompt_of(1), 7], 10 * BLOCK) == 0
         assert two.fetches.figures().failed == {"memory": 1}
         lease.release()
 

@@ -86,6 +86,8 @@ class Arrivals:
 
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose tokens are not sent yet."""
+        for found in result.found:
+            self._fetches.found(found)
         for output in result.outputs:
             self._computed(Key(output.request, output.attempt))
         if self._store is not None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bascule.engine.core import Engine
+from bascule.engine.core import Engine, Found
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
@@ -47,6 +47,17 @@ class _Wish:
     came: Callable[[Brought], None]
 
 
+@dataclass
+class _Here:
+    """What has come for a request: blocks by their places in the prompt."""
+
+    wish: _Wish
+    places: range
+    seconds: float
+    used: int = 0
+    """Tokens of them that the engine has found."""
+
+
 class Fetches:
     """All that this worker asks of its peers. Runs in the asyncio loop; only checksums are taken in a thread."""
 
@@ -73,6 +84,8 @@ class Fetches:
         self._grants = grants
         self._answers: dict[TicketId, asyncio.Future[Fetched]] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._here: dict[Key, _Here] = {}
+        """What has come for requests without a token."""
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}
         """Fetches by the first block that they bring."""
         self._hit_tokens = 0
@@ -102,8 +115,8 @@ class Fetches:
         """Have a request's prompt fetched, as far as the peer has it and it is not here. Returns when the engine should
         have the request: when all is here, or at the end of a short patience, while the fetch goes on.
 
-        `came` is told what did and is of use. The fetch ends, at the latest, when computing would have. Never raises
-        for what a peer does.
+        `came` is told all that the engine has found of it, each time that it finds more. The fetch ends, at the latest,
+        when computing would have. Never raises for what a peer does.
         """
         size, model = self._card.layout.block_size, self._engine.cost
         wanted = min(source.tokens, len(tokens) - 1) // size
@@ -126,8 +139,23 @@ class Fetches:
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
+    def found(self, found: Found) -> None:
+        """The engine has found blocks of a prompt in the cache: count those that were fetched for it."""
+        if (here := self._here.get(Key(found.request, found.attempt))) is None:
+            return
+        places = range(max(found.places.start, here.places.start), min(found.places.stop, here.places.stop))
+        if not places:
+            return
+        model, size, prompt = self._engine.cost, self._card.layout.block_size, len(here.wish.tokens)
+        here.used += len(places) * size
+        self._hit_tokens += len(places) * size
+        self._spared_s += prompt_seconds(model, prompt, places.start * size)
+        self._spared_s -= prompt_seconds(model, prompt, places.stop * size)
+        here.wish.came(Brought({PEER: here.used}, here.seconds))
+
     def give_up(self, key: Key) -> None:
-        """Nothing more is to be fetched for a request; does nothing for others."""
+        """Nothing more is to be fetched for a request, or found of it; does nothing for others."""
+        self._here.pop(key, None)
         if (task := self._tasks.get(key)) is not None:
             task.cancel()
 
@@ -181,10 +209,12 @@ class Fetches:
         self._engine.take_in(blocks)
         lease.seal(cached, wish.hashes[cached:end], wish.tokens[cached * size : end * size])
         # A prompt that is being computed by now jumps over what it has not come to yet.
-        if self._engine.take_found(*wish.key):
-            seconds = asyncio.get_running_loop().time() - begun
-            self._count(len(wish.tokens), cached * size, (end - cached) * size, seconds)
-            wish.came(Brought({PEER: (end - cached) * size}, seconds))
+        self._engine.take_found(*wish.key)
+        seconds = asyncio.get_running_loop().time() - begun
+        self._bytes += len(blocks) * self._card.layout.block_bytes
+        self._fetch_s += seconds
+        if wish.key in self._tasks:
+            self._here[wish.key] = _Here(wish, range(cached, end), seconds)
 
     async def _ask(self, wish: _Wish, lease: Lease) -> Fetched:
         """The peer's answer, after which nobody writes any more. If none is waited for, the lease is given back."""
@@ -215,10 +245,3 @@ class Fetches:
             del self._answers[ticket]
             if not answered and not self._grants.give_back(ticket, lease):
                 self._peers.send(wish.source.peer, Revoked(ticket))
-
-    def _count(self, prompt: int, before: int, fetched: int, seconds: float) -> None:
-        model = self._engine.cost
-        self._hit_tokens += fetched
-        self._bytes += fetched // self._card.layout.block_size * self._card.layout.block_bytes
-        self._fetch_s += seconds
-        self._spared_s += prompt_seconds(model, prompt, before) - prompt_seconds(model, prompt, before + fetched)
