@@ -9,8 +9,8 @@ from threading import Event
 
 import pytest
 from engine_rig import BLOCK, CARD
+from store_side_rig import HASHER, Node, prompt_of
 from test_worker_kv_events import Cluster, over_sockets
-from test_worker_store_side import HASHER, Node, prompt_of
 
 from bascule.control.actuators import process
 from bascule.engine.sequence import Key
