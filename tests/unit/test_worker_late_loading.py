@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from random import Random
-from threading import Event, Semaphore
+from threading import Event
 from time import sleep
 
 import pytest
 from engine_rig import BLOCK, CARD, greedy, reference
+from store_side_rig import HASHER, KNOWN, LENGTH, OUTPUT, PROMPT, WAIT, Gated, finish, gated, prompt_of, run, until
 from test_engine_late_hits import blocks, watched
 from test_worker_kv_events import Cluster, over_sockets
-from test_worker_store_side import HASHER, OUTPUT, Node, prompt_of
-from torch_support import BLOCK_SIZE, VOCAB, make_model, reference_greedy
 
 from bascule.engine.protocol import Sampled, Slice
-from bascule.engine.sequence import Key
-from bascule.engine.torch.runner import TorchRunner
 from bascule.kv.store.forms import Forms
-from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
-from bascule.models.hf_directory import ModelDirectory
-from bascule.models.source import resolve
-from bascule.types import BlockHash, CostModel, LinkCost, Request, RequestId, SamplingParams, Tier
+from bascule.types import CostModel, LinkCost, Request, RequestId, SamplingParams, Tier
 from bascule.worker import store_side
 from bascule.worker.store_side import StoreSide
-
-LENGTH = 40
-PROMPT = prompt_of(1, LENGTH * BLOCK + 2)
-KNOWN = CostModel(token_s=0.01)
-"""Loading is worth it, and waiting for it, but not for long."""
-WAIT = 20.0
-
-
-class Gated(MemoryStore):
-    """Each call for blocks waits until it is let through."""
-
-    def __init__(self, capacity: int = 1 << 20, tier: Tier = Tier.HOST) -> None:
-        super().__init__(capacity, tier)
-        self.gate = Semaphore(0)
-        self.asked: list[list[BlockHash]] = []
-        """What it was asked for, one entry a call."""
-        self.open = True
-
-    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        self.asked.append(list(names))
-        assert self.open or self.gate.acquire(timeout=WAIT)
-        return super().get(names)
-
-    def let_all(self) -> None:
-        self.open = True
-        self.gate.release(1000)
 
 
 @pytest.fixture
@@ -66,33 +32,6 @@ def stack() -> Iterator[ExitStack]:
 @pytest.fixture
 def store() -> Gated:
     return Gated()
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 2 * WAIT))
-
-
-async def until(true: Callable[[], bool]) -> None:
-    while not true():
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0)  # what the loader has told by now is heard
-
-
-async def gated(store: Gated, stack: ExitStack, **kind: object) -> Node:
-    """A node that knows what computing costs, beside a store with the prompt that lets nothing through."""
-    await Node([store], stack).complete(PROMPT)
-    store.asked.clear()
-    store.open = False
-    node = Node([store], stack, **kind)
-    node.rig.engine.cost = KNOWN
-    return node
-
-
-async def finish(node: Node, store: Gated) -> None:
-    """Nothing is left, once the store lets everything through."""
-    store.let_all()
-    await node.rest()
-    node.rig.assert_idle()
 
 
 @pytest.mark.parametrize("own_memory", [False, True])
@@ -355,129 +294,3 @@ def test_what_is_loaded_late_is_told_before_the_tokens(store: Gated) -> None:
         parts.runner.execute = execute  # type: ignore[method-assign]
 
     over_sockets(scenario)
-
-
-class Chance:
-    """Requests, calls let through, cancels, evictions and steps, in any order."""
-
-    def __init__(self, seed: int, stack: ExitStack) -> None:
-        self.random = random = Random(seed)
-        self.stores = [Gated(1 << 18), Gated(1 << 20, Tier.DISK)]
-        lengths = [random.randrange(4, LENGTH * BLOCK) for _ in range(9)]
-        self.prompts = [prompt_of(number % 3, length) for number, length in enumerate(lengths)]
-        self.first = Node(self.stores, stack)
-        self.node = Node(
-            self.stores,
-            stack,
-            blocks=random.choice((64, 160)),
-            chunk=random.choice((3, 2 * BLOCK, 64)),
-            own_memory=bool(seed % 2),
-            sequences=random.choice((1, 4)),
-        )
-        self.node.rig.engine.cost = KNOWN
-        self.asked: dict[Key, list[int]] = {}
-        self.deeds = [self.ask] * 2 + [self.let] * 2 + [self.cancel, self.evict] + [self.step] * 6
-
-    async def ask(self) -> None:
-        if len(self.asked) < 12:
-            prompt = self.random.choice(self.prompts)
-            key, ready = self.node.submit(prompt)
-            self.asked[key] = prompt
-            if self.random.random() < 0.7:
-                await ready
-
-    async def let(self) -> None:
-        self.random.choice(self.stores).gate.release()
-        await asyncio.sleep(self.random.choice((0, 0.002)))
-
-    async def cancel(self) -> None:
-        if self.asked and self.random.random() < 0.3:
-            key = self.random.choice(list(self.asked))
-            self.node.side.cancel(key)
-            self.node.rig.engine.cancel(*key)
-            del self.asked[key]
-
-    async def evict(self) -> None:
-        if (lease := self.node.rig.books.acquire([], [], 30)) is not None:
-            lease.release()
-
-    async def step(self) -> None:
-        if self.node.rig.engine.has_work():
-            self.node.step()
-
-    async def all(self) -> None:
-        for prompt in self.prompts[:7]:
-            await self.first.complete(prompt)
-        for store in self.stores:
-            store.open = False
-        for _ in range(150):
-            await self.random.choice(self.deeds)()
-            await asyncio.sleep(0)
-            assert self.node.rig.engine.check_integrity() == []
-        for store in self.stores:
-            store.let_all()
-        while self.node.rig.engine.has_work() or self.node.side._starting:
-            self.node.step()
-            await asyncio.sleep(0.0002)
-        for key, prompt in self.asked.items():
-            self.node.check(key, prompt)
-        await self.node.rest()
-        self.node.rig.assert_idle()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_random_interleavings_give_the_right_tokens_and_leak_nothing(seed: int, stack: ExitStack) -> None:
-    async def scenario() -> None:
-        await Chance(seed, stack).all()
-
-    run(scenario)
-
-
-class TorchNode(Node):
-    """One that computes a real model in float32."""
-
-    def expected(self, prompt: Sequence[int]) -> list[int]:
-        return self.tokens[tuple(prompt)]
-
-    tokens: dict[tuple[int, ...], list[int]]
-
-
-def test_a_real_model_gives_the_same_tokens_whatever_it_loads_on_the_way(
-    store: Gated, stack: ExitStack, tmp_path: Path
-) -> None:
-    model = make_model("llama3-untied", tmp_path)
-    random = Random(3)
-    prompt = [random.randrange(3, VOCAB) for _ in range(40 * BLOCK_SIZE + 3)]
-
-    def node() -> TorchNode:
-        runner = TorchRunner(
-            ModelDirectory(tmp_path).spec(),
-            resolve(str(tmp_path)),
-            dtype="float32",
-            device="cpu",
-            threads=1,
-            name="tiny",
-            block_size=BLOCK_SIZE,
-        )
-        node = TorchNode([store], stack, runner=runner, chunk=2 * BLOCK_SIZE)
-        node.tokens = {tuple(prompt): reference_greedy(model, prompt, OUTPUT)}
-        return node
-
-    async def scenario() -> None:
-        await node().complete(prompt)
-        store.open = False
-        second = node()
-        second.rig.engine.cost = KNOWN
-        key, ready = second.submit(prompt)
-        await ready
-        second.step()
-        store.gate.release(2)
-        await until(lambda: len(store.asked) == 3)
-        while second.rig.engine.has_work():
-            second.step()
-        brought = second.check(key, prompt)
-        assert brought is not None and brought.tokens == {Tier.HOST: 30 * BLOCK_SIZE}
-        await finish(second, store)
-
-    store = Gated(1 << 26)
-    run(scenario)

@@ -9,24 +9,17 @@ from random import Random
 from threading import Event
 
 import pytest
-from engine_rig import BLOCK, Rig, greedy, reference, work
+from engine_rig import BLOCK, greedy, work
+from store_side_rig import HASHER, OUTPUT, Node, prompt_of
 
 from bascule.clock import VirtualClock
-from bascule.engine.sequence import Key
-from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import Blob
-from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
-from bascule.kv.store.tiers import Tiers, _Slowness
+from bascule.kv.store.tiers import _Slowness
 from bascule.types import BlockHash, CostModel, Tier
-from bascule.wire import Submit
-from bascule.worker.store_side import Brought, StoreSide
 
-HASHER = BlockHasher("mock", BLOCK)
-OUTPUT = 5
 SLOW = 1000.0
 """Times slower than such a tier is assumed to be."""
-Told = list[tuple[Tier, list[BlockHash], list[BlockHash]]]
 
 
 class Spoilable(MemoryStore):
@@ -49,90 +42,6 @@ class Spoilable(MemoryStore):
             data.clear()
         self._bytes += len(data) - len(self._blocks[name])
         self._blocks[name] = bytes(data)
-
-
-class Node:
-    """An engine with a store side, as a worker has them; stores outlive it."""
-
-    def __init__(self, stores: Sequence[MemoryStore], stack: ExitStack, **kind: object) -> None:
-        self.rig = Rig(**kind)  # type: ignore[arg-type]
-        stack.callback(self.rig.arena.close)
-        self.rig.engine.publishes = True
-        self.told: Told = []
-        self.loaded: dict[Key, Brought] = {}
-        card = self.rig.runner.card
-        self.hasher = BlockHasher("mock", card.layout.block_size)
-        self.tiers = Tiers(stores, self.rig.arena, self.rig.books, card.fingerprint, Forms("none", card.layout))
-        self.side = StoreSide(
-            self.tiers,
-            self.rig.engine,
-            self.rig.books,
-            self.hasher,
-            card.layout,
-            lambda tier, stored, removed: self.told.append((tier, list(stored), list(removed))),
-            on_loaded=self.loaded.__setitem__,
-        )
-        self.number = 0
-
-    def submit(self, prompt: Sequence[int], believed: int = 0) -> tuple[Key, asyncio.Task[None]]:
-        """A request's key, and the task at whose end the engine has it."""
-        self.number += 1
-        asked = work(str(self.number), prompt, greedy(OUTPUT))
-        submission = Submit(
-            request=asked.request,
-            attempt=asked.attempt,
-            prompt=asked.prompt,
-            generated=(),
-            sampling=asked.sampling,
-            stored_tokens=believed,
-        )
-        task = self.side.start(submission, lambda _: self.rig.engine.submit(asked))
-        return Key(asked.request, asked.attempt), task
-
-    def step(self) -> None:
-        result = self.rig.step()
-        self.side.computed(self.rig.books.changes().stored)
-        self.side.stepped(result)
-
-    def expected(self, prompt: Sequence[int]) -> list[int]:
-        return reference(prompt, greedy(OUTPUT))
-
-    def check(self, key: Key, prompt: Sequence[int]) -> Brought | None:
-        """The tokens are the right ones, and what was loaded is part of what was found."""
-        outputs, brought = self.rig.outputs[key], self.loaded.get(key)
-        assert [each.token for each in outputs] == self.expected(prompt)
-        assert sum(brought.tokens.values() if brought is not None else ()) <= outputs[0].cached_tokens
-        return brought
-
-    async def rest(self) -> None:
-        """Until nothing is loaded or saved any more."""
-        while self.side.loading or self.side.saving:
-            await asyncio.sleep(0.0002)
-
-    async def complete(self, prompt: Sequence[int], believed: int = 0) -> Brought | None:
-        """Serve one request to its end and check its tokens; what became findable is saved."""
-        key, ready = self.submit(prompt, believed)
-        await ready
-        while self.rig.engine.has_work():
-            await asyncio.sleep(0)  # what the loader has told
-            self.step()
-        await self.rest()
-        return self.check(key, prompt)
-
-    async def bring(self, prompt: Sequence[int], believed: int = 0) -> int:
-        """Have a prompt loaded, and then no more of it; returns how many blocks came into the cache."""
-        before = self.rig.books.count_cached(HASHER.chain(prompt))
-        key, ready = self.submit(prompt, believed)
-        await ready
-        self.rig.engine.cancel(*key)
-        while self.side.loading:
-            await asyncio.sleep(0)
-        self.side.cancel(key)
-        return self.rig.books.count_cached(HASHER.chain(prompt)) - before
-
-
-def prompt_of(family: int, tokens: int = 10 * BLOCK) -> list[int]:
-    return [1000 * family + position for position in range(1, tokens + 1)]
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""Whatever is loaded when, while prompts are computed, cancelled and evicted: the tokens are the right ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import pytest
+from engine_rig import BLOCK
+from store_side_rig import KNOWN, LENGTH, OUTPUT, Gated, Node, finish, prompt_of, run, until
+from torch_support import BLOCK_SIZE, VOCAB, make_model, reference_greedy
+
+from bascule.engine.sequence import Key
+from bascule.engine.torch.runner import TorchRunner
+from bascule.models.hf_directory import ModelDirectory
+from bascule.models.source import resolve
+from bascule.types import Tier
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+class Chance:
+    """Requests, calls let through, cancels, evictions and steps, in any order."""
+
+    def __init__(self, seed: int, stack: ExitStack) -> None:
+        self.random = random = Random(seed)
+        self.stores = [Gated(1 << 18), Gated(1 << 20, Tier.DISK)]
+        lengths = [random.randrange(4, LENGTH * BLOCK) for _ in range(9)]
+        self.prompts = [prompt_of(number % 3, length) for number, length in enumerate(lengths)]
+        self.first = Node(self.stores, stack)
+        self.node = Node(
+            self.stores,
+            stack,
+            blocks=random.choice((64, 160)),
+            chunk=random.choice((3, 2 * BLOCK, 64)),
+            own_memory=bool(seed % 2),
+            sequences=random.choice((1, 4)),
+        )
+        self.node.rig.engine.cost = KNOWN
+        self.asked: dict[Key, list[int]] = {}
+        self.deeds = [self.ask] * 2 + [self.let] * 2 + [self.cancel, self.evict] + [self.step] * 6
+
+    async def ask(self) -> None:
+        if len(self.asked) < 12:
+            prompt = self.random.choice(self.prompts)
+            key, ready = self.node.submit(prompt)
+            self.asked[key] = prompt
+            if self.random.random() < 0.7:
+                await ready
+
+    async def let(self) -> None:
+        self.random.choice(self.stores).gate.release()
+        await asyncio.sleep(self.random.choice((0, 0.002)))
+
+    async def cancel(self) -> None:
+        if self.asked and self.random.random() < 0.3:
+            key = self.random.choice(list(self.asked))
+            self.node.side.cancel(key)
+            self.node.rig.engine.cancel(*key)
+            del self.asked[key]
+
+    async def evict(self) -> None:
+        if (lease := self.node.rig.books.acquire([], [], 30)) is not None:
+            lease.release()
+
+    async def step(self) -> None:
+        if self.node.rig.engine.has_work():
+            self.node.step()
+
+    async def all(self) -> None:
+        for prompt in self.prompts[:7]:
+            await self.first.complete(prompt)
+        for store in self.stores:
+            store.open = False
+        for _ in range(150):
+            await self.random.choice(self.deeds)()
+            await asyncio.sleep(0)
+            assert self.node.rig.engine.check_integrity() == []
+        for store in self.stores:
+            store.let_all()
+        while self.node.rig.engine.has_work() or self.node.side._starting:
+            self.node.step()
+            await asyncio.sleep(0.0002)
+        for key, prompt in self.asked.items():
+            self.node.check(key, prompt)
+        await self.node.rest()
+        self.node.rig.assert_idle()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_interleavings_give_the_right_tokens_and_leak_nothing(seed: int, stack: ExitStack) -> None:
+    async def scenario() -> None:
+        await Chance(seed, stack).all()
+
+    run(scenario)
+
+
+class TorchNode(Node):
+    """One that computes a real model in float32."""
+
+    def expected(self, prompt: Sequence[int]) -> list[int]:
+        return self.tokens[tuple(prompt)]
+
+    tokens: dict[tuple[int, ...], list[int]]
+
+
+def test_a_real_model_gives_the_same_tokens_whatever_it_loads_on_the_way(stack: ExitStack, tmp_path: Path) -> None:
+    model = make_model("llama3-untied", tmp_path)
+    random = Random(3)
+    prompt = [random.randrange(3, VOCAB) for _ in range(40 * BLOCK_SIZE + 3)]
+
+    def node() -> TorchNode:
+        runner = TorchRunner(
+            ModelDirectory(tmp_path).spec(),
+            resolve(str(tmp_path)),
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            name="tiny",
+            block_size=BLOCK_SIZE,
+        )
+        node = TorchNode([store], stack, runner=runner, chunk=2 * BLOCK_SIZE)
+        node.tokens = {tuple(prompt): reference_greedy(model, prompt, OUTPUT)}
+        return node
+
+    async def scenario() -> None:
+        await node().complete(prompt)
+        store.open = False
+        second = node()
+        second.rig.engine.cost = KNOWN
+        key, ready = second.submit(prompt)
+        await ready
+        second.step()
+        store.gate.release(2)
+        await until(lambda: len(store.asked) == 3)
+        while second.rig.engine.has_work():
+            second.step()
+        brought = second.check(key, prompt)
+        assert brought is not None and brought.tokens == {Tier.HOST: 30 * BLOCK_SIZE}
+        await finish(second, store)
+
+    store = Gated(1 << 26)
+    run(scenario)
