@@ -47,7 +47,7 @@ DRAWS = 2000
 TOLD_S = 4.0
 """After which the router knows what its worker has counted."""
 BACK_S = 90.0
-SAVED_S = 10.0
+SAVED_S = 60.0
 COUNTED = ("bascule_kv_store_faults_total", "bascule_kv_store_invalid_total", "bascule_kv_store_evictions_total")
 
 
