@@ -263,9 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.token_bytes = TOKEN_BYTES * (2 if arguments.dtype == "float32" else 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    print(
-        "| fault | TTFT without it | of that loaded | TTFT | p90 of requests | longest, s | counted by | same answers |"
-    )
+    print("| fault | TTFT before | loaded before | TTFT | p90 of requests | longest, s | counted by | same answers |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     same = True
     with tempfile.TemporaryDirectory(prefix="bascule-bench-") as temporary, ExitStack() as outer:
