@@ -116,7 +116,7 @@ class StepTokens(Struct, frozen=True, tag=True):
 
 
 class Loaded(Struct, frozen=True, tag=True, kw_only=True):
-    """KV of a request's prompt was loaded from the store, before the engine had the request."""
+    """KV of a request's prompt that was loaded from the store and not computed: all so far, told before its tokens."""
 
     worker: WorkerId
     epoch: Epoch
@@ -125,6 +125,7 @@ class Loaded(Struct, frozen=True, tag=True, kw_only=True):
     tokens: dict[Tier, int]
     """By the tier that they came from."""
     seconds: float
+    """That the request waited for it before the engine had it."""
 
 
 class Saved(Struct, frozen=True, tag=True):

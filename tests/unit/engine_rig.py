@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bascule.clock import VirtualClock
 from bascule.engine.core import Engine, EngineLimits, Failure, Output, Progress, StepResult, Work
 from bascule.engine.mock import MockRunner, mock_card
-from bascule.engine.protocol import Slice
+from bascule.engine.protocol import Runner, Slice
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
@@ -16,6 +20,7 @@ from bascule.types import CostModel, FinishReason, ModelCard, RequestId, Samplin
 
 BLOCK = 4
 CARD = mock_card(context=256, vocab=1_000_000, block_size=BLOCK)
+HASHER = BlockHasher("mock", BLOCK)
 STOP = 7
 MAX_STEPS = 2000
 
@@ -66,6 +71,29 @@ def reference(prompt: Sequence[int], sampling: SamplingParams, *, stop_at: int |
     return tokens[len(prompt) :]
 
 
+@cache
+def kv_of(prompt: tuple[int, ...]) -> NDArray[np.uint8]:
+    """[planes, full blocks, bytes], computed alone."""
+    blocks = list(range(-(-len(prompt) // BLOCK)))
+    with Arena.create(CARD.layout, len(blocks)) as arena:
+        runner = MockRunner(CARD, CostModel(), no_sleep)
+        runner.bind(arena)
+        runner.execute([Slice(prompt, 0, blocks)])
+        return arena.bytes[:, : len(prompt) // BLOCK].copy()
+
+
+def bring(rig: Rig, prompt: Sequence[int], places: range) -> bool:
+    """Have these full blocks of a prompt found from now on, as one who loads them does; False if memory is short."""
+    tokens = [token for place in places for token in prompt[place * BLOCK : (place + 1) * BLOCK]]
+    if (lease := rig.engine.borrow([], [], len(places))) is None:
+        return False
+    with lease:
+        rig.arena.bytes[:, lease.blocks] = kv_of(tuple(prompt))[:, list(places)]
+        rig.engine.take_in(lease.blocks)
+        lease.seal(0, [HASHER.chain(prompt)[place] for place in places], tokens)
+    return True
+
+
 class Rig:
     """An engine, everything it was made of, and everything that came out of it."""
 
@@ -80,15 +108,17 @@ class Rig:
         stop_at: int | None = None,
         own_memory: bool = False,
         card: ModelCard = CARD,
+        runner: Runner | None = None,
         slo: Slo = Slo(),
         cost: CostModel = CostModel(),
     ) -> None:
-        """Steps take the time of `cost` on the rig's own clock, and the engine knows it."""
+        """Steps take the time of `cost` on the rig's own clock, and the engine knows it. `runner` is for no mock."""
+        card = runner.card if runner is not None else card
         size = card.layout.block_size
         self.arena = Arena.create(card.layout, blocks)
         self.books = Books(blocks, size)
         self.clock = VirtualClock()
-        self.runner = MockRunner(
+        self.runner = runner or MockRunner(
             card, cost, self.clock.advance, stop_tokens=frozenset({STOP}), stop_at=stop_at, own_memory=own_memory
         )
         limits = EngineLimits(

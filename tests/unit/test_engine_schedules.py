@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from engine_rig import Rig, reference, work
+from engine_rig import BLOCK, Rig, bring, reference, work
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -88,6 +88,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.rig.engine.permit(*key)
 
     @rule(key=submitted)
+    def take_found(self, key: Key) -> None:
+        self.rig.engine.take_found(*key)
+
+    @rule(key=submitted)
     def keep(self, key: Key) -> None:
         self.rig.engine.keep(*key)
 
@@ -126,6 +130,22 @@ class EngineMachine(RuleBasedStateMachine):
         asked = work(asked.request, prompt, sampling, generated=peer.tokens(asked.request))
         self.works[Key(asked.request, asked.attempt)] = asked
         self.rig.engine.adopt(asked, lease)
+
+    @rule(prompt=prompts, start=st.integers(0, 5), count=st.integers(1, 5))
+    def load(self, prompt: tuple[int, ...], start: int, count: int) -> None:
+        """Some blocks come from elsewhere, be they of a prompt's beginning, middle or end."""
+        self.bring(prompt, start, count)
+
+    @precondition(lambda self: self.works)
+    @rule(data=st.data(), start=st.integers(0, 5), count=st.integers(1, 5))
+    def load_for(self, data: st.DataObject, start: int, count: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.works)))
+        asked = self.works[key]
+        self.bring((*asked.prompt, *expected(asked.prompt, asked.sampling)), start, count)
+
+    def bring(self, tokens: tuple[int, ...], start: int, count: int) -> None:
+        if places := range(len(tokens) // BLOCK)[start : start + count]:
+            bring(self.rig, tokens, places)
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:

@@ -311,3 +311,64 @@ def test_threads_do_not_confuse_the_books() -> None:
         assert not thread.is_alive()
     assert books.counts.held == 0
     assert books.check_integrity() == []
+
+
+# ---------------------------------------------------------------- swapping
+
+
+def test_cached_blocks_take_the_places_of_fresh_ones_up_to_a_gap(books: Books) -> None:
+    tokens = prompt(6)
+    hashes = HASHER.chain(tokens)
+    with take(books, 6) as lease:
+        own = list(lease.blocks)
+        with take(books, 4) as other:
+            other.seal(0, hashes[:2], tokens[: 2 * SIZE])
+            other.seal(2, hashes[4:], tokens[4 * SIZE :])
+            found = list(other.blocks)
+        assert lease.swap(range(6), hashes, tokens) == 2
+        assert lease.swap(range(5, -1, -1), hashes, tokens) == 2
+        assert lease.blocks == [*found[:2], *own[2:4], *found[2:]]
+        assert books.counts == Counts(10, 0, 6, 0)
+        assert lease.swap(range(2), hashes, tokens) == 2, "they are there"
+        with find(books, tokens, 6) as sharing:
+            assert (sharing.cached, sharing.blocks[:2]) == (2, found[:2])
+    assert books.counts == Counts(12, 4, 0, 0)
+
+
+def test_other_tokens_under_the_same_hash_are_not_swapped_in(books: Books) -> None:
+    tokens = prompt(1)
+    cache(books, tokens)
+    with take(books, 1) as lease:
+        assert lease.swap(range(1), HASHER.chain(tokens), prompt(1, seed=1)) == 0
+
+
+def test_what_others_may_have_found_is_not_swapped_away(books: Books) -> None:
+    tokens, others = prompt(1), prompt(1, seed=1)
+    cache(books, tokens)
+    with take(books, 1) as lease:
+        seal(lease, others)
+        with pytest.raises(LeaseError, match="is sealed: it cannot be swapped"):
+            lease.swap(range(1), HASHER.chain(tokens), tokens)
+    with take(books, 1) as lease:
+        seal(lease, tokens)
+        with pytest.raises(LeaseError, match="is sealed: it cannot be swapped"):
+            lease.swap(range(1), HASHER.chain(tokens), tokens)
+
+
+def test_a_lease_with_blocks_swapped_in_is_released_and_not_quarantined(books: Books) -> None:
+    tokens = prompt(2)
+    [found, _] = cache(books, tokens)
+    with take(books, 3, room=2) as lease:
+        lease.swap(range(1), HASHER.chain(tokens), tokens)
+        with pytest.raises(LeaseError, match="can only be released"):
+            lease.quarantine()
+        assert lease.blocks[0] == found
+
+
+def test_behind_a_last_block_that_was_swapped_no_room_is_kept(books: Books) -> None:
+    tokens = prompt(2)
+    cache(books, tokens)
+    with take(books, 2, room=3) as lease:
+        assert lease.swap(range(2), HASHER.chain(tokens), tokens) == 2
+        assert books.check_integrity() == []
+        assert lease.extend(4)

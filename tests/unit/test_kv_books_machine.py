@@ -33,6 +33,8 @@ class Held:
         self.tokens = tokens
         self.blocks = list(lease.blocks)
         self.sealed = False
+        """Blocks of its own are findable, or copies of what is."""
+        self.swapped = False
 
 
 class BooksMachine(RuleBasedStateMachine):
@@ -50,6 +52,8 @@ class BooksMachine(RuleBasedStateMachine):
         """What was last written into a block: the KV of a hash, or something else."""
         self.told: set[BlockHash] = set()
         """What a listener thinks is findable, who hears of changes now and then."""
+        self.loaded: set[BlockHash] = set()
+        """What was ever sealed by one who does not hold what comes before it."""
 
     def unused(self) -> set[int]:
         """Blocks that nobody holds and that are not quarantined: free or cached."""
@@ -100,6 +104,33 @@ class BooksMachine(RuleBasedStateMachine):
             held.lease.seal(start, hashes[start:], held.tokens[start * SIZE : len(hashes) * SIZE])
             held.sealed = held.sealed or start < len(hashes)
 
+    @rule(held=leases, start=st.integers(0, 3), upwards=st.booleans())
+    def swap(self, held: Held | None, start: int, upwards: bool) -> None:
+        if held not in self.held or held.sealed:
+            return
+        hashes = HASHER.chain(held.tokens)
+        places = range(start, len(hashes))
+        places = places if upwards else places[::-1]
+        before = list(held.blocks)
+        done = held.lease.swap(places, hashes, held.tokens)
+        held.blocks = list(held.lease.blocks)
+        assert all(self.content[held.blocks[place]] == hashes[place] for place in places[:done])
+        assert done == len(places) or not self.books.peek([hashes[places[done]]])
+        changed = [place for place, (old, new) in enumerate(zip(before, held.blocks, strict=True)) if old != new]
+        assert set(changed) <= set(places[:done])
+        held.swapped = held.swapped or bool(changed)
+        self.overwrite([before[place] for place in changed])
+
+    @rule(tokens=prompts, start=st.integers(0, 3))
+    def load(self, tokens: list[int], start: int) -> None:
+        """Of a prompt's end, by one who lets go at once."""
+        hashes = HASHER.chain(tokens)[start:]
+        if hashes and (lease := self.books.acquire([], [], len(hashes))) is not None:
+            self.content.update(zip(lease.blocks, hashes, strict=True))
+            lease.seal(0, hashes, tokens[start * SIZE :][: len(hashes) * SIZE])
+            lease.release()
+            self.loaded.update(hashes)
+
     @rule(held=leases)
     def release(self, held: Held | None) -> None:
         if held is not None:
@@ -109,7 +140,7 @@ class BooksMachine(RuleBasedStateMachine):
 
     @rule(target=quarantined, held=leases)
     def quarantine(self, held: Held | None) -> Held | None:
-        if held not in self.held or held.sealed:
+        if held not in self.held or held.sealed or held.swapped:
             return None
         held.lease.quarantine()
         self.held.remove(held)
@@ -152,7 +183,7 @@ class BooksMachine(RuleBasedStateMachine):
         held = {block for held in self.held for block in held.blocks}
         findable = set(self.books._by_hash)
         for name, entry in self.books._by_hash.items():
-            assert entry.block in held or PREVIOUS[name] in {None, *findable}
+            assert entry.block in held or PREVIOUS[name] in {None, *findable} or name in self.loaded
 
     def teardown(self) -> None:
         for held in self.held:

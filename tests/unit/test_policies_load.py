@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 from routing_rig import COST, Cluster
 
-from bascule.policies.load import blocks_to_load, load_seconds, prompt_seconds
+from bascule.policies.load import blocks_to_load, load_seconds, patience_seconds, prompt_seconds, worth_loading_beside
 from bascule.policies.route import adaptive
 from bascule.types import CostModel, LinkCost, Tier
 
@@ -59,6 +61,35 @@ def test_the_choice_is_the_best_of_all_beginnings() -> None:
             every.append(loading + prompt_seconds(COST, 1000, SIZE * blocks))
         # Steps end at whole chunks, so a beginning within a tier may save one; it is worth no more than that.
         assert every[chosen(run, costs)] <= min(every) + COST.step_s + 1e-9
+
+
+@given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1e-6, 1e3))
+def test_a_load_is_waited_for_where_that_is_quicker_than_computing_beside_it(
+    load_s: float, compute_s: float, step_s: float
+) -> None:
+    patience = patience_seconds(load_s, compute_s, step_s)
+    assert patience == 0 or load_s <= patience <= max(2 * load_s, 0.1 * compute_s)
+    if load_s < min(step_s, compute_s) / 2:
+        assert patience > 0, "it is there before a step would be done"
+    if load_s > compute_s + min(step_s, compute_s):
+        assert patience == 0
+    assert patience_seconds(load_s, compute_s, step_s / 2) <= patience, "shorter steps find sooner what has come"
+    assert patience_seconds(load_s, compute_s / 2, step_s) <= patience, "and less is to be spared"
+
+
+def test_a_prompt_of_one_step_waits_for_all_that_is_quicker_than_computing_it() -> None:
+    assert patience_seconds(0.4, 0.5, 1.0) > 0.4
+    assert patience_seconds(0.4, 0.5, 0.01) == 0.0
+    assert patience_seconds(0.0, 0.0, 1.0) == 0.0
+
+
+@given(st.floats(1e-6, 1e3), st.floats(0, 1e3))
+def test_what_is_loaded_beside_computing_spares_a_third_of_it_at_the_least(load_s: float, compute_s: float) -> None:
+    if worth_loading_beside(load_s, compute_s):
+        assert load_s * compute_s / (load_s + compute_s) <= 2 / 3 * compute_s + 1e-9
+        assert worth_loading_beside(load_s / 2, compute_s)
+    else:
+        assert load_s >= compute_s
 
 
 def stored(cluster: Cluster, tokens: dict[int, int], seconds: float) -> dict[str, object]:

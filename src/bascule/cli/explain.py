@@ -171,7 +171,7 @@ def _summary(actual: dict[str, Any]) -> str:
     return (
         f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
         f"{actual['cached_tokens']} prompt tokens cached"
-        + (f", of which loaded {loaded} in {_ms(actual['load_s'])} ms" if loaded else "")
+        + (f", of which loaded {loaded}, waited for {_ms(actual['load_s'])} ms" if loaded else "")
     )
 
 

@@ -14,15 +14,15 @@ from msgspec import Struct
 
 from bascule.engine.protocol import Runner, Sampled, Slice
 from bascule.engine.scheduler import EngineLimits, Grant, Scheduler
-from bascule.engine.sequence import Key, Output, Phase, Progress, Sequence, Work, blocks_for
+from bascule.engine.sequence import Found, Key, Output, Phase, Progress, Sequence, Work, blocks_for
 from bascule.errors import InvalidRequest
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.cost_fit import StepSample, step_sample
-from bascule.types import CostModel, RequestId
+from bascule.types import BlockHash, CostModel, RequestId
 
-__all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Output", "Progress", "StepResult", "Work"]
+__all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Found", "Output", "Progress", "StepResult", "Work"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
     progress: list[Progress] = []
     """Handoffs that came further. One whose request ended with its first token is gone and not among them."""
     failed: list[Failure] = []
+    found: list[Found] = []
+    """What sequences found in the prefix cache before this step, and did not compute."""
     executed: bool = False
 
 
@@ -68,7 +70,7 @@ class Engine:
     """Continuous batching over one runner. One thread calls `step`; everything else may be called from any thread.
 
     No call waits for a running step: the lock is held for bookkeeping only, and the runner executes outside it.
-    `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
+    `take_found`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
     """
 
     def __init__(
@@ -156,22 +158,40 @@ class Engine:
         self._arena.prepare(self._books.high_water)
         return lease
 
-    def borrow(self, tokens: Tokens[int], blocks: int) -> Lease | None:
-        """The first `blocks` full blocks of a prompt, for whoever has their KV from elsewhere.
+    def borrow(self, hashes: Tokens[BlockHash], tokens: Tokens[int], blocks: int, room_blocks: int = 0) -> Lease | None:
+        """`blocks` blocks for whoever has a prompt's KV from elsewhere, with room foreseen for `room_blocks` more.
 
-        The lease starts with those that are cached here (`lease.cached` of them). None if there are not enough now,
-        keeping a block for each running sequence. What is written to the others is told to `take_in`, then sealed.
+        The lease starts with those of `hashes` (full blocks of `tokens`) that are cached here: `lease.cached` of them.
+        None if there are not enough now, keeping a block for each running sequence. What is written to the others is
+        told to `take_in`, then sealed.
         """
-        hashes = self._hasher.chain(tokens[: blocks * self._books.block_size]) if self._hasher else []
         with self._lock:
-            lease = self._scheduler.acquire(hashes, tokens, blocks, 0)
+            lease = self._scheduler.acquire(hashes, tokens, blocks, room_blocks)
         self._arena.prepare(self._books.high_water)
         return lease
+
+    def widen(self, lease: Lease, blocks: int) -> bool:
+        """`blocks` more for a lease that was borrowed; False (nothing changed) if there are not enough now."""
+        with self._lock:
+            done = self._scheduler.widen(lease, blocks)
+        self._arena.prepare(self._books.high_water)
+        return done
 
     def take_in(self, blocks: Tokens[int]) -> None:
         """The arena's bytes of `blocks` are new: the device gets them before the next step."""
         with self._lock:
             self._adopted_blocks += blocks
+
+    def take_found(self, request: RequestId, attempt: int) -> bool:
+        """Let a prompt that is computed hold what has just been sealed of it, in place of blocks of its own.
+
+        It does so before each step, too; but then those may have been evicted. False if no more of it is of use.
+        """
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is None or sequence.phase is Phase.WAITING:
+                return True
+            return sequence.behind > 1 and sequence.take_found()
 
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
@@ -224,20 +244,21 @@ class Engine:
                 if sequence.handoff or self.publishes
                 for block in sequence.unpublished(tokens, cached=not self.publishes)
             ]
-            for sequence, _ in plan:
-                sequence.in_step = True
-        if not plan:
-            return StepResult()
+            for sequence, tokens in plan:
+                sequence.granted = tokens
+            if not plan:
+                return StepResult()
+            found, self._scheduler.found = self._scheduler.found, []
         self._arena.prepare(self._books.high_water)
         try:
             sampled = self._execute(batch, handed_in, handed_out)
         except Exception as error:
             logger.exception("a step over %d sequences failed", len(plan))
             with self._lock:
-                return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}")
+                return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}", found)
         with self._lock:
             del self._adopted_blocks[: len(handed_in)]
-            result = self._apply(plan, sampled, self._now())
+            result = self._apply(plan, sampled, self._now(), found)
             # A token takes planning and bookkeeping too: a tenth of a small model's step.
             seconds = self._now() - woken
             self._samples.append(step_sample(((part.start, len(part.tokens)) for part in batch), seconds))
@@ -253,7 +274,7 @@ class Engine:
     def load(self) -> EngineLoad:
         with self._lock:
             waiting, every = len(self._scheduler.waiting), self._scheduler.sequences.values()
-            behind = [sequence.behind for sequence in every if sequence.behind > 1]
+            behind = [sequence.to_compute for sequence in every if sequence.behind > 1]
             streams = [len(sequence.tokens) for sequence in every if sequence.decodes]
             return EngineLoad(
                 len(every) - waiting,
@@ -322,20 +343,20 @@ class Engine:
             self._runner.publish(handed_out)
         return sampled
 
-    def _fail(self, plan: list[Grant], message: str) -> StepResult:
+    def _fail(self, plan: list[Grant], message: str, found: list[Found]) -> StepResult:
         failed = []
         for sequence, _ in plan:
             self._scheduler.remove(sequence)
             if not sequence.cancelled:
                 key = sequence.key
                 failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
-        return StepResult(failed=failed, executed=True)
+        return StepResult(failed=failed, found=found, executed=True)
 
-    def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float) -> StepResult:
+    def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float, found: list[Found]) -> StepResult:
         outputs: list[Output] = []
         progress: list[Progress] = []
         for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
-            sequence.in_step = False
+            sequence.granted = 0
             if sequence.cancelled:
                 self._scheduler.remove(sequence)
                 continue
@@ -348,7 +369,7 @@ class Engine:
             elif sequence.handoff:
                 progress.append(sequence.progress())
                 self._rest(sequence)
-        return StepResult(outputs=outputs, progress=progress, executed=True)
+        return StepResult(outputs=outputs, progress=progress, found=found, executed=True)
 
     def _rest(self, sequence: Sequence) -> None:
         """Take a handoff out of the batch after a chunk, unless it may go on with the next."""

@@ -2,8 +2,8 @@
 
 The idea: every sequence just has known tokens, and computed ones that must catch up. A plan gives each running sequence
 the blocks for what it knows (taking them from the youngest if none are left), admits waiting ones as long as the
-running ones keep room to grow, and leaves the sharing out of tokens to `policies.batch`. Nothing here is thread-safe;
-the engine calls it under its lock.
+running ones keep room to grow, lets prompts jump over what has meanwhile come into the cache, and leaves the sharing
+out of tokens to `policies.batch`. Nothing here is thread-safe; the engine calls it under its lock.
 
 Those that wait go in the order of `policies.order`: first those that have begun, then the shortest uncached prompt,
 with ageing; and so do running prompts in the step's tokens. Nobody overtakes the first in line, even if only the first
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from bascule.engine.sequence import Key, Phase, Sequence
+from bascule.engine.sequence import Found, Key, Phase, Sequence
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
 from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens
@@ -71,6 +71,8 @@ class Scheduler:
         """What steps are expected to take; all zeros while nothing is known."""
         self.hit_tokens = 0
         """Prompt tokens found in the prefix cache, each request's counted once."""
+        self.found: list[Found] = []
+        """What sequences were spared since somebody last took this list."""
         self._books = books
         self._max_sequences = limits.max_sequences
         self._slo = limits.slo
@@ -125,9 +127,12 @@ class Scheduler:
         """A step that begins at `now`: at most one grant a sequence; empty if nothing can run before memory is free."""
         ready = [sequence for sequence in tuple(self._running) if self._make_room(sequence)]
         ready = sorted([*ready, *self._admit()], key=_by_place)
+        for sequence in ready:
+            if sequence.behind > 1:
+                self._note(sequence.catch_up())
         rows = [Row(each.computed, len(each.tokens), each.stream(self._slo, now)) for each in ready]
         tokens = grant_tokens(rows, self._batch, self._reckoned)
-        plan = [Grant(sequence, count) for sequence, count in zip(ready, tokens, strict=True) if count]
+        plan = [Grant(each, each.room_for(count)) for each, count in zip(ready, tokens, strict=True) if count]
         self._stuck_at = None if plan else self._available()
         return plan
 
@@ -138,6 +143,10 @@ class Scheduler:
             lease.release()
             return None
         return lease
+
+    def widen(self, lease: Lease, blocks: int) -> bool:
+        """Append `blocks` to a lease, but leave one for every running sequence that may need it next; else False."""
+        return self._available() - blocks >= len(self._preemptible()) and lease.extend(blocks)
 
     def check_integrity(self) -> list[str]:
         """Every line names a sequence that is not where its phase says, or a block that two may write."""
@@ -222,10 +231,15 @@ class Scheduler:
                 break
             self.waiting.remove(head)
             self._rank(head, lease.cached)
-            self.hit_tokens += head.admit(lease)
+            self._note(head.admit(lease))
             self._run(head)
             admitted.append(head)
         return admitted
+
+    def _note(self, found: Found | None) -> None:
+        if found is not None:
+            self.found.append(found)
+            self.hit_tokens += found.tokens
 
     def _sibling_computes(self, sequence: Sequence) -> bool:
         """Whether one in the batch is about to compute a good part of this one's prompt: it is spared by waiting.

@@ -14,15 +14,15 @@ blocks until the decode side has taken them over.
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import NamedTuple
-
-from msgspec import Struct
 
 from bascule.engine.protocol import Sampled, Slice
+from bascule.engine.work import Found, Key, Output, Progress, Work
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.batch import Stream
-from bascule.types import BlockHash, FinishReason, RequestId, SamplingParams, Slo, TokenLogprobs
+from bascule.types import BlockHash, FinishReason, Slo
+
+__all__ = ["FORESEEN_TOKENS", "Found", "Key", "Output", "Phase", "Progress", "Sequence", "Work", "blocks_for"]
 
 FORESEEN_TOKENS = 256
 """Output for which blocks are kept free behind a new sequence; most outputs are shorter than what was asked for."""
@@ -31,52 +31,6 @@ FORESEEN_TOKENS = 256
 def blocks_for(tokens: int, block_size: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // block_size)
-
-
-class Work(Struct, frozen=True, kw_only=True):
-    """A request for an engine. `generated` are output tokens the client already has: they are computed, not drawn."""
-
-    request: RequestId
-    attempt: int
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    generated: tuple[int, ...] = ()
-    handoff: bool = False
-    """Prefill here, decode elsewhere."""
-    slo: Slo | None = None
-    """None for the engine's own."""
-
-
-class Key(NamedTuple):
-    """What names a sequence: a request that is placed again is another sequence."""
-
-    request: RequestId
-    attempt: int
-
-
-class Output(Struct, frozen=True, kw_only=True):
-    """One drawn token. `position` counts output tokens from 0; `finish` is set on a request's last."""
-
-    request: RequestId
-    attempt: int
-    position: int
-    token: int
-    logprobs: TokenLogprobs | None
-    finish: FinishReason | None
-    cached_tokens: int
-    """Prompt tokens whose KV was found in the prefix cache when the sequence was first admitted."""
-
-
-class Progress(Struct, frozen=True, kw_only=True):
-    """A handoff's KV after one more chunk: the first `computed` tokens' lies in `blocks`, and in the arena's bytes."""
-
-    request: RequestId
-    attempt: int
-    blocks: tuple[int, ...]
-    """The sequence's block table from position 0 on; it may reach beyond `computed`."""
-    computed: int
-    last: bool
-    """The whole prompt is computed; the first token is in the same step's outputs."""
 
 
 class Phase(Enum):
@@ -106,12 +60,13 @@ class Sequence:
         self.handoff = work.handoff
         """Still to be handed off; `keep` ends that."""
         self.permitted = False
-        self.in_step = False
+        self.granted = 0
+        """Tokens that the running step computes of it."""
         self.cancelled = False
         """Cancelled while in the running step: to be dropped when that ends."""
         self.cached_tokens = 0
-        """Prompt tokens found in the cache when it was first admitted."""
-        self._admitted = False
+        """Prompt tokens found in the cache, until it has given its blocks up for the first time."""
+        self._admissions = 0
         self._first_s: float | None = None
         """When its first token was drawn here, or it was taken over."""
         self._last_s = arrived_s
@@ -126,11 +81,27 @@ class Sequence:
         """Leading blocks that are full and computed, and findable if there is a hasher."""
         self._published = 0
         """Leading blocks that are full and in the arena's bytes."""
+        self._found_to = 0
+        """Where the latest found of the blocks before `computed` end: in the arena's bytes, if all are published."""
+        self._ahead: set[int] = set()
+        """Places behind `computed` that have blocks from the cache, not to be written."""
+        self._end_from = 0
+        """From this place on, all that is `findable` is among those."""
+
+    @property
+    def in_step(self) -> bool:
+        """Part of the running step."""
+        return self.granted > 0
 
     @property
     def behind(self) -> int:
         """Tokens that are known and not computed."""
         return len(self.tokens) - self.computed
+
+    @property
+    def to_compute(self) -> int:
+        """Those of them that have not been found ahead."""
+        return self.behind - len(self._ahead) * self._block_size
 
     @property
     def decodes(self) -> bool:
@@ -140,7 +111,7 @@ class Sequence:
     @property
     def has_begun(self) -> bool:
         """Somebody reads its output already, or it has given way to another."""
-        return self._admitted or self.drawn > 0
+        return self._admissions > 0 or self.drawn > 0
 
     @property
     def blocks_known(self) -> int:
@@ -180,19 +151,68 @@ class Sequence:
     @property
     def findable(self) -> list[BlockHash]:
         """Hashes to look up in the cache; the last known token is left out, for it has to be computed to draw."""
-        return self._hashes[: (len(self.tokens) - 1) // self._block_size]
+        return self._hashes[: self._places]
 
-    def admit(self, lease: Lease) -> int:
-        """Go on from what `lease` found in the cache; returns the prompt tokens this spares the first time."""
+    @property
+    def _places(self) -> int:
+        """How many blocks are findable."""
+        return min((len(self.tokens) - 1) // self._block_size, len(self._hashes))
+
+    def admit(self, lease: Lease) -> Found | None:
+        """Go on from what `lease` found in the cache, and say what that was."""
         self._lease = lease
         self.phase = Phase.RUNNING
-        self.computed = lease.cached * self._block_size
-        self._sealed = lease.cached
-        if self._admitted:
-            return 0
-        self._admitted = True
-        self.cached_tokens = min(self.computed, len(self.work.prompt))
-        return self.cached_tokens
+        self._admissions += 1
+        self._end_from = self._places
+        return self._jump(lease.cached)
+
+    def catch_up(self) -> Found | None:
+        """Go on behind what has been found next to what is computed, and say what that was. Not while in a step."""
+        self.take_found()
+        to = first = blocks_for(self.computed, self._block_size)
+        if self.computed == first * self._block_size:
+            while to in self._ahead:
+                self._ahead.discard(to)
+                to += 1
+        return self._jump(to) if to > first else None
+
+    def take_found(self) -> bool:
+        """Take what has come into the cache of a prompt that is computed, instead of blocks of its own.
+
+        That is what follows, which a sibling computes, and what ends it, which is loaded from there to the front. Its
+        own blocks in those places are free at once; what the running step writes is left alone. False if there is
+        nothing more to be found.
+        """
+        first, places = blocks_for(self.computed + self.granted, self._block_size), self._places
+        if first < places and first not in self._ahead:
+            count = self.lease.swap(range(first, places), self._hashes, self.tokens)
+            self._ahead.update(range(first, first + count))
+        if self._end_from > first:
+            count = self.lease.swap(range(self._end_from - 1, first - 1, -1), self._hashes, self.tokens)
+            self._ahead.update(range(self._end_from - count, self._end_from))
+            self._end_from -= count
+        return self._end_from > first
+
+    def _jump(self, to: int) -> Found | None:
+        """Go on behind the block before place `to`: all from what is computed on has been found."""
+        before, places = self.computed, range(self.computed // self._block_size, to)
+        self.computed = to * self._block_size
+        self._sealed = self._found_to = to
+        if not places or self._admissions > 1:
+            return None
+        prompt = len(self.work.prompt)
+        tokens = min(self.computed, prompt) - min(before, prompt)
+        self.cached_tokens += tokens
+        return Found(request=self.key.request, attempt=self.key.attempt, places=places, tokens=tokens)
+
+    def room_for(self, count: int) -> int:
+        """How many of the next `count` tokens can be computed before a block that was found."""
+        for place in range(
+            blocks_for(self.computed, self._block_size), blocks_for(self.computed + count, self._block_size)
+        ):
+            if place in self._ahead:
+                return place * self._block_size - self.computed
+        return count
 
     def take_over(self, lease: Lease) -> None:
         """Go on from KV that another engine computed: of all known tokens but the last."""
@@ -207,7 +227,8 @@ class Sequence:
             self._lease.release()
         self._lease = None
         self.phase = Phase.WAITING
-        self.computed = self._sealed = self._published = 0
+        self.computed = self._sealed = self._published = self._found_to = 0
+        self._ahead.clear()
 
     def slice(self, count: int) -> Slice:
         """The next `count` tokens to compute; drawing one more if these are the last known."""
@@ -225,7 +246,7 @@ class Sequence:
     def unpublished(self, count: int, *, cached: bool) -> list[int]:
         """Blocks to publish when the next `count` tokens are computed, where somebody may read them then; with those
         that were found in the cache, if they may be in the device's memory alone (`cached`)."""
-        first = self._published if cached else max(self._published, self.lease.cached)
+        first = self._published if cached else max(self._published, self._found_to)
         return self.lease.blocks[first : blocks_for(self.computed + count, self._block_size)]
 
     def advance(self, count: int) -> None:
@@ -287,6 +308,10 @@ class Sequence:
         wrong = []
         if not 0 <= self._sealed * self._block_size <= self.computed < len(self.tokens):
             wrong.append(f"{self.key}: {self._sealed} blocks sealed, {self.computed} of {len(self.tokens)} computed")
+        if any(place * self._block_size < self.computed for place in self._ahead):
+            wrong.append(
+                f"{self.key}: {self.computed} tokens computed, but blocks found ahead at {sorted(self._ahead)}"
+            )
         if self.computed > len(self.lease.blocks) * self._block_size:
             wrong.append(f"{self.key}: {self.computed} tokens computed in {len(self.lease.blocks)} blocks")
         if self.phase is not Phase.RUNNING and (not self.handoff or self.in_step):
@@ -297,7 +322,13 @@ class Sequence:
 
     def private_blocks(self) -> list[int]:
         """Blocks it may still write: no other sequence may have them."""
-        return self.lease.blocks[self._sealed :] if self._lease else []
+        if self._lease is None:
+            return []
+        return [
+            block
+            for place, block in enumerate(self._lease.blocks)
+            if place >= self._sealed and place not in self._ahead
+        ]
 
     def _finish(self, token: int, stop_tokens: frozenset[int]) -> FinishReason | None:
         sampling = self.work.sampling

@@ -1,30 +1,23 @@
-"""Who holds which block: the allocator of an arena's blocks, its prefix cache, and the leases that own them."""
+"""Who holds which block: the allocator of an arena's blocks, and its prefix cache. What owns them is in `lease.py`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from threading import RLock
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from msgspec import Struct
 
-from bascule.errors import BasculeError
 from bascule.kv.journal import Changes, Journal
+from bascule.kv.lease import CachedBlock, Lease, LeaseError, LeaseState
 from bascule.kv.placement import Mask, place, reach
 from bascule.policies.evict import EvictionOrder
 from bascule.types import BlockHash
 
+__all__ = ["Books", "CachedBlock", "Counts", "Lease", "LeaseError"]
+
 _NOBODY = 0
-_UNFORESEEN_ROOM = 4
-"""Blocks to look for behind a sequence that has outgrown the room foreseen for it: it probably goes on."""
-
-
-class LeaseError(BasculeError):
-    """A lease used after its end, or in a way that would make the books lie."""
 
 
 class Counts(Struct, frozen=True):
@@ -37,20 +30,6 @@ class Counts(Struct, frozen=True):
     """Named by at least one lease."""
     quarantined: int
     """Out of use, because a peer may still write there."""
-
-
-class CachedBlock(Struct, frozen=True):
-    """A block in the prefix cache and the tokens whose KV it holds."""
-
-    block: int
-    hash: BlockHash
-    tokens: tuple[int, ...]
-
-
-class _State(StrEnum):
-    HELD = "held"
-    QUARANTINED = "quarantined"
-    RELEASED = "released"
 
 
 class Books:
@@ -183,6 +162,16 @@ class Books:
         usable: Mask = self._free & ((self._room_of == _NOBODY) | (self._room_of == lease._number))
         return usable
 
+    def _share(self, block: int) -> None:
+        """One hold more of a cached block: it has been used again."""
+        self._holders[block] += 1
+        self._evictable.use((block,))
+
+    def _give_up(self, block: int) -> None:
+        """Free a block that is not findable and that one lease holds."""
+        self._holders[block] = 0
+        self._free[block] = True
+
     def _give_up_room(self, lease: Lease) -> None:
         window = self._room_of[lease._kept.start : lease._kept.stop]
         window[window == lease._number] = _NOBODY
@@ -201,7 +190,9 @@ class Books:
         """Drop one hold of each block: sealed ones may be evicted from now on, the end of the prefix first.
 
         A block with `copies` holds what another is found by. It takes that one's place if it is gone; else that one has
-        been used now. So no suffix stays behind without its prefix, nor is younger than it.
+        been used now. So no suffix stays behind without its prefix, nor is younger than it, if leases are sealed from
+        their beginning on. Whoever seals an end before what comes in front of it leaves one that is found when that
+        comes, and is evicted in its turn if it does not.
         """
         holders, by_block, run = self._holders, self._by_block, list[int]()
         for block in reversed(blocks):
@@ -235,11 +226,11 @@ class Books:
         naming = np.zeros(self.num_blocks, np.int64)
         quarantined: Counter[int] = Counter()
         for lease in self._leases.values():
-            if lease._state is _State.HELD:
+            if lease._state is LeaseState.HELD:
                 np.add.at(naming, np.asarray(lease._blocks, np.intp), 1)
             else:
                 quarantined.update(lease._blocks)
-            if lease._state is _State.RELEASED:
+            if lease._state is LeaseState.RELEASED:
                 yield f"{lease} is released but still in the books"
             if len(set(lease._blocks)) < len(lease._blocks):
                 yield f"{lease} names a block twice"
@@ -272,127 +263,6 @@ class Books:
     def _wrong_room(self) -> Iterator[str]:
         for block in np.flatnonzero(self._room_of != _NOBODY):
             lease = self._leases.get(int(self._room_of[block]))
-            rightful = lease is not None and lease._state is _State.HELD and block in lease._kept
+            rightful = lease is not None and lease._state is LeaseState.HELD and block in lease._kept
             if not rightful or not self._free[block]:
                 yield f"block {block} is kept for lease {self._room_of[block]} which cannot have it"
-
-
-class Lease:
-    """The right to a sequence's blocks; made by `Books.acquire`. As a context manager it releases at the end."""
-
-    def __init__(self, books: Books, number: int, pinned: list[int], room: int) -> None:
-        self.cached = len(pinned)
-        """How many leading blocks came from the cache: shared, not to be written."""
-        self._books = books
-        self._number = number
-        self._blocks = pinned
-        self._copies: dict[int, CachedBlock] = {}
-        """By block, what was sealed while another block was found by its hash."""
-        self._room = room
-        self._kept = range(0)
-        self._state = _State.HELD
-
-    @property
-    def blocks(self) -> list[int]:
-        """The block table (grows in place with `extend`; not to be altered)."""
-        self._require_held("read")
-        return self._blocks
-
-    def extend(self, count: int) -> bool:
-        """Append `count` fresh blocks, directly behind the last where possible; False (nothing changed) if too few."""
-        books = self._books
-        with books._lock:
-            self._require_held("extended")
-            if count > books._count_free() + len(books._evictable):
-                return False
-            self._room = max(self._room - count, _UNFORESEEN_ROOM)
-            books._grow(self, count)
-            return True
-
-    def seal(self, start: int, hashes: Sequence[BlockHash], tokens: Sequence[int]) -> None:
-        """Make the blocks at `start`, `start + 1`, ... of the table findable under `hashes`.
-
-        They must be full, verified and never written again; `tokens` are the `block_size` ids of each of them. A hash
-        that another block already has stays with that block. Sealing a block again under its hash changes nothing.
-        """
-        books, size = self._books, self._books.block_size
-        with books._lock:
-            self._require_held("sealed")
-            if len(tokens) != len(hashes) * size or not 0 <= start <= start + len(hashes) <= len(self._blocks):
-                raise LeaseError(
-                    f"cannot seal {len(hashes)} blocks from {start} on with {len(tokens)} tokens: "
-                    f"{self} has {len(self._blocks)} blocks of {size} tokens"
-                )
-            for index, name in enumerate(hashes):
-                block = self._blocks[start + index]
-                known = books._by_block.get(block) or self._copies.get(block)
-                if known is not None and known.hash != name:
-                    raise LeaseError(f"block {block} is sealed as {known.hash.hex()} and cannot become {name.hex()}")
-                if known is None:
-                    entry = CachedBlock(block, name, tuple(tokens[index * size : (index + 1) * size]))
-                    if name in books._by_hash:
-                        self._copies[block] = entry
-                    else:
-                        books._enter(entry)
-
-    def release(self) -> None:
-        """Let go of all blocks: sealed ones stay cached. Idempotent; what is quarantined stays so until `lift`."""
-        with self._books._lock:
-            if self._state is _State.HELD:
-                self._books._let_go(self._blocks, self._copies)
-                self._end()
-
-    def quarantine(self) -> None:
-        """Put the lease's own fresh blocks out of use until `lift`, and let the pinned shared ones go. Idempotent.
-
-        Raises LeaseError if one of its own blocks is sealed: others may already read it, so it is too late.
-        """
-        books = self._books
-        with books._lock:
-            if self._state is _State.QUARANTINED:
-                return
-            self._require_held("quarantined")
-            fresh = self._blocks[self.cached :]
-            if any(block in books._by_block for block in fresh):
-                raise LeaseError(f"{self} has sealed blocks of its own, which others may read; it can only be released")
-            books._let_go(self._blocks[: self.cached], {})
-            books._give_up_room(self)
-            books._quarantined.update(fresh)
-            for block in fresh:
-                books._holders[block] = 0
-            self._blocks = fresh
-            self._state = _State.QUARANTINED
-
-    def lift(self) -> None:
-        """End the quarantine: nobody can write the blocks any more, they become free. Idempotent.
-
-        Raises LeaseError if the blocks are held and not quarantined.
-        """
-        books = self._books
-        with books._lock:
-            if self._state is _State.HELD:
-                raise LeaseError(f"{self} is not quarantined; quarantine it before asking whether its writer is gone")
-            if self._state is _State.QUARANTINED:
-                books._quarantined.difference_update(self._blocks)
-                books._free[self._blocks] = True
-                self._end()
-
-    def _end(self) -> None:
-        self._books._give_up_room(self)
-        del self._books._leases[self._number]
-        self._state = _State.RELEASED
-
-    def _require_held(self, verb: str) -> None:
-        if self._state is not _State.HELD:
-            raise LeaseError(f"{self} cannot be {verb}: it is {self._state}")
-
-    def __str__(self) -> str:
-        return f"lease {self._number}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()

@@ -65,7 +65,7 @@ class Actual(Struct, frozen=True, kw_only=True):
     loaded_tokens: dict[Tier, int] = {}
     """Those of them that came from the store, by tier."""
     load_s: float = 0.0
-    """What loading them took, from the worker's view."""
+    """What the request waited for that at the worker, before its prompt was begun."""
     finish: FinishReason | None = None
     error: str = ""
     """What the client was told, if it was an error."""

@@ -1,4 +1,7 @@
-"""Whether stored KV is worth loading: only where that is predicted to take less time than computing it anew."""
+"""Whether stored KV is worth loading: only where that is predicted to take less time than computing it anew.
+
+And whether it is worth waiting for, or rather loaded from the back while the prompt is computed from the front.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,12 @@ from bascule.types import CostModel, LinkCost, Tier
 
 UNMEASURED = {Tier.HOST: LinkCost(0.001, 1e9), Tier.DISK: LinkCost(0.002, 5e8), Tier.REMOTE: LinkCost(0.003, 1e8)}
 """What loading from a tier is taken to cost before it has been done."""
+_OVERRUN = 1.5
+"""How many times longer than predicted a load may take before it is not waited for any more."""
+LEAST_SHARE = 0.1
+"""Of the computing that it spares, what a load may take in any case: a step that begins too early costs more."""
+_BESIDE = 2.0
+"""How many times longer than computing a load may take that goes on beside it: such a one spares a third."""
 
 
 def load_seconds(costs: Mapping[Tier, LinkCost], tokens: Mapping[Tier, int], token_bytes: int) -> float:
@@ -53,3 +62,25 @@ def blocks_to_load(
         if seconds < least:
             best, least = blocks, seconds
     return best
+
+
+def patience_seconds(load_s: float, compute_s: float, step_s: float) -> float:
+    """How long a prompt is to wait for a load of `load_s` that spares it `compute_s`; 0 for not at all.
+
+    Who waits has everything after `load_s`. Who computes from the front while it is loaded from the back has it after
+    load * compute / (load + compute), and half a step later (`step_s`), because what has come is used from the next
+    step on. A load that takes longer than predicted is not waited for to its end.
+    """
+    both = load_s + compute_s
+    if not both or load_s > load_s * compute_s / both + min(step_s, compute_s) / 2:
+        return 0.0
+    return max(_OVERRUN * load_s, LEAST_SHARE * compute_s)
+
+
+def worth_loading_beside(load_s: float, compute_s: float) -> bool:
+    """Whether to load from the back what is not worth waiting for, while it is computed from the front.
+
+    Both meet after load * compute / (load + compute). A load that is much slower than computing spares little of that,
+    and takes its time from a processor and a link that others use.
+    """
+    return load_s < _BESIDE * compute_s

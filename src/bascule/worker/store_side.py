@@ -1,32 +1,32 @@
 """The KV store at a worker: what is computed is saved to the tiers below, what a prompt needs is loaded from them.
 
 Both go on beside the engine's steps, in threads of their own. Blocks are saved once they are in the device's prefix
-cache and stay where they are; they are loaded before the engine has the request, into blocks that become cached.
+cache and stay where they are; they are loaded into blocks that become cached, for as long as that is worth waiting for
+before the engine has the request, and then beside it (`loader.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Event
 
 from msgspec import Struct
 
-from bascule.engine.core import Engine
+from bascule.engine.core import Engine, StepResult
 from bascule.engine.sequence import Key
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
-from bascule.kv.store.tiers import Tiers, Wanted
-from bascule.policies.load import blocks_to_load, prompt_seconds
+from bascule.kv.store.tiers import Tiers
+from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import BlockHash, CostModel, KVLayout, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
+from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
 from bascule.worker.saver import Saver
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,14 @@ _LOADERS = 2
 _LOOK_S = 2.0
 _FLUSH_S = 2.0
 """What a worker's end waits for blocks that are not saved yet; `serve` kills what takes 5 s to end."""
-_LATER_S = 1.0
-"""How much longer than for computing a prompt to wait for what the store has of it, other prompts' turns included."""
+_UNKNOWN_S = 1.0
+"""What it waits for its load where nothing is known of that time."""
 _MOST_TOLD = 1_000_000
 """Blocks of a tier without a known bound that the router is told at once."""
 
-Tell = Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None]
-
 
 class Brought(Struct, frozen=True):
-    """What was loaded for a prompt: tokens by tier, and the seconds it took."""
+    """What was loaded for a prompt and found by the engine: tokens by tier, and the seconds that it was waited for."""
 
     tokens: dict[Tier, int]
     seconds: float
@@ -62,9 +60,11 @@ class StoreSide:
         layout: KVLayout,
         tell: Tell,
         on_saved: Callable[[Key], None] = lambda _: None,
+        on_loaded: Callable[[Key, Brought], None] = lambda _, __: None,
     ) -> None:
         """`tell` is told, in the loop, what has come into a tier and what was found missing there; `on_saved`, when
-        the KV of a request that asked for it (`Submit.save_to`) is in its tier."""
+        the KV of a request that asked for it (`Submit.save_to`) is in its tier; `on_loaded`, all that has been loaded
+        for a request so far, each time that the engine has found more of it."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
@@ -72,8 +72,12 @@ class StoreSide:
         self._layout = layout
         self._tell = tell
         self._on_saved = on_saved
+        self._on_loaded = on_loaded
         self._starting: dict[Key, asyncio.Task[None]] = {}
         """Requests that wait for what is loaded for them."""
+        self._loads: dict[Key, Load] = {}
+        """Of requests that have no token yet."""
+        self._loading: set[asyncio.Task[None]] = set()
         self._to_save: dict[Key, Submit] = {}
         """Those whose KV is to be saved when they have ended."""
         self._saving_tasks: set[asyncio.Task[None]] = set()
@@ -84,22 +88,24 @@ class StoreSide:
         }
         self._places: dict[Tier, StorePlace] = {}
         self._counting: asyncio.Task[None] | None = None
-        self._under_way: dict[BlockHash, asyncio.Future[Brought | None]] = {}
-        """Loads by the first block that they bring."""
+        self._under_way: dict[BlockHash, Load] = {}
+        """Loads by the blocks that they may bring."""
         self._hit_tokens: Counter[Tier] = Counter()
-        self._saved_s: Counter[Tier] = Counter()
+        self._saved_s = dict.fromkeys(tiers.stores, 0.0)
         self._stats: dict[Tier, StoreStats] = {}
         self.waiting = 0
         """Prompts that are being looked for, or loaded."""
         self.waiting_tokens = 0
         """Their tokens that are not cached on the device."""
+        self._loader = Loader(tiers, engine, books, layout, tell)
         self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
         self._askers = ThreadPoolExecutor(1, "kv-ask")
 
     # ------------------------------------------------------------ requests
 
-    def start(self, submission: Submit, ready: Callable[[Submit, Brought | None], None]) -> asyncio.Task[None]:
-        """Have what the store holds of its prompt loaded, as far as that is worth it; then call `ready`.
+    def start(self, submission: Submit, ready: Callable[[Submit], None]) -> asyncio.Task[None]:
+        """Have what the store holds of its prompt loaded, as far as that is worth it, and call `ready` when the engine
+        should have it: when that has come, or at the end of a short patience, while the load goes on.
 
         The task that does so is for the caller to watch: with an error there the request would be lost.
         """
@@ -109,17 +115,28 @@ class StoreSide:
         task = self._starting[key] = asyncio.create_task(self._start(key, submission, ready))
         return task
 
-    async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit, Brought | None], None]) -> None:
-        brought = await self.bring((*submission.prompt, *submission.generated), submission.stored_tokens)
+    async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit], None]) -> None:
+        tokens = (*submission.prompt, *submission.generated)
+        load = Load(key, tokens, self._hasher.chain(tokens[:-1]), submission.stored_tokens // self._layout.block_size)
+        if (cached := self._books.count_cached(load.hashes)) < len(load.hashes):
+            self._loads[key] = load
+            await self._wait_for(load, cached)
         del self._starting[key]
-        ready(submission, brought)
+        load.late.set()
+        ready(submission)
 
-    def ended(self, key: Key) -> None:
-        """A request has its last token; its blocks have been told to `computed`."""
-        if (submission := self._to_save.pop(key, None)) is not None:
-            task = asyncio.create_task(self._announce(key, submission))
-            self._saving_tasks.add(task)
-            task.add_done_callback(self._saving_tasks.discard)
+    def stepped(self, result: StepResult) -> None:
+        """The engine has made a step, whose new blocks have been told to `computed`; its tokens are not sent yet."""
+        for each in result.found:
+            if (load := self._loads.get(Key(each.request, each.attempt))) is not None:
+                self._found(load, each.places)
+        for output in result.outputs:
+            key = Key(output.request, output.attempt)
+            self._give_up(key)
+            if output.finish is not None and (submission := self._to_save.pop(key, None)) is not None:
+                task = asyncio.create_task(self._announce(key, submission))
+                self._saving_tasks.add(task)
+                task.add_done_callback(self._saving_tasks.discard)
 
     async def _announce(self, key: Key, submission: Submit) -> None:
         saver = self._savers.get(submission.save_to) if submission.save_to is not None else None
@@ -132,8 +149,14 @@ class StoreSide:
     def cancel(self, key: Key) -> None:
         """The request is no longer wanted here; does nothing for others."""
         self._to_save.pop(key, None)
+        self._give_up(key)
         if (starting := self._starting.pop(key, None)) is not None:
             starting.cancel()
+
+    def _give_up(self, key: Key) -> None:
+        """Nothing more is to be loaded for a request."""
+        if (load := self._loads.pop(key, None)) is not None:
+            load.over.set()
 
     # ------------------------------------------------------------ down
 
@@ -152,111 +175,66 @@ class StoreSide:
 
     # ------------------------------------------------------------ up
 
-    async def bring(self, tokens: Sequence[int], believed_tokens: int = 0) -> Brought | None:
-        """Have what the store holds of a prompt loaded as far as that is worth it; None if nothing was.
-
-        `believed_tokens` is how much the router takes to be there; it is told what is not. Never raises for what a
-        store does: what cannot be loaded will be computed.
-        """
-        hashes = self._hasher.chain(tokens[:-1])
-        cached = self._books.count_cached(hashes)
-        if cached == len(hashes):
-            return None
-        behind = len(tokens) - cached * self._layout.block_size
-        patience = prompt_seconds(self._engine.cost, len(tokens), len(tokens) - behind) + _LATER_S
+    async def _wait_for(self, load: Load, cached: int) -> None:
+        """Begin a load of what is behind `cached` blocks, and wait for it as long as that is worth it."""
+        before, model = cached * self._layout.block_size, self._engine.cost
+        patience_s = _UNKNOWN_S
+        if model != CostModel():
+            patience_s = max(LEAST_SHARE * prompt_seconds(model, len(load.tokens), before), LEAST_PATIENCE_S)
+        behind = len(load.tokens) - before
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
+        task = asyncio.create_task(self._run(load))
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
         try:
-            async with asyncio.timeout(patience):
-                return await self._bring(tokens, hashes, cached, believed_tokens // self._layout.block_size)
-        except TimeoutError:
-            return None
-        except Exception:
-            log.exception("KV store: a prefix could not be loaded")
-            return None
+            await load.wait(patience_s)
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
-    async def _bring(
-        self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int
-    ) -> Brought | None:
-        while (other := self._under_way.get(hashes[cached])) is not None:
-            await asyncio.wait([other])
-            if (cached := self._books.count_cached(hashes)) == len(hashes):
-                return None
-        first, given_up = hashes[cached], Event()
-        load = self._loop.run_in_executor(self._loaders, self._load, tokens, hashes, cached, believed, given_up)
-        self._under_way[first] = load
-        load.add_done_callback(lambda _: self._under_way.pop(first, None))
+    async def _run(self, load: Load) -> None:
+        """A load from its beginning to its end, behind those of others that bring the same.
+
+        Never raises for what a store does: what cannot be loaded will be computed.
+        """
+        hashes = load.hashes
         try:
-            # A request that is given up meanwhile leaves the load to its end: its thread writes into leased blocks.
-            return await asyncio.shield(load)
-        except asyncio.CancelledError:
-            given_up.set()
-            raise
+            while (cached := self._books.count_cached(hashes)) < len(hashes):
+                if load.over.is_set():
+                    break
+                if (other := self._under_way.get(hashes[cached])) is not None:
+                    await load.follow(other)
+                    continue
+                for name in hashes[cached:]:
+                    self._under_way.setdefault(name, load)
+                await self._loop.run_in_executor(self._loaders, self._loader.run, load)
+                break
+        except Exception:
+            if not load.over.is_set():
+                log.exception("KV store: a prefix could not be loaded")
+        finally:
+            for name in hashes:
+                if self._under_way.get(name) is load:
+                    del self._under_way[name]
+            load.front.set()
+            load.ended.set()
 
-    def _load(
-        self, tokens: Sequence[int], hashes: Sequence[BlockHash], cached: int, believed: int, given_up: Event
-    ) -> Brought | None:
-        """In a thread: lease, load, seal, let go; unless it was `given_up` before it began."""
-        if given_up.is_set():
-            return None
-        begun = self._loop.time()
-        size, block_bytes = self._layout.block_size, self._layout.block_bytes
-        model = self._engine.cost
-        spared = math.inf if model == CostModel() else prompt_seconds(model, len(tokens), cached * size)
-        tiers = self._tiers.within(spared)
-        run = self._tiers.find(hashes[cached:], tiers)
-        if missing := hashes[cached + len(run) : believed]:
-            self._loop.call_soon_threadsafe(self._missing, missing, tiers)
-        count = blocks_to_load(
-            run,
-            self._tiers.costs(),
-            model,
-            prompt_tokens=len(tokens),
-            cached_tokens=cached * size,
-            block_tokens=size,
-            token_bytes=block_bytes // size,
-        )
-        if not count or (lease := self._engine.borrow(tokens, cached + count)) is None:
-            return None
-        with lease:
-            # What was cached a moment ago may be evicted now, and more may have come.
-            run = [*[run[0]] * (cached - lease.cached), *run[max(lease.cached - cached, 0) : count]]
-            parts = [tuple(tokens[index * size : (index + 1) * size]) for index in range(lease.cached, cached + count)]
-            wanted = [
-                Wanted(hashes[lease.cached + index], part, lease.blocks[lease.cached + index])
-                for index, part in enumerate(parts)
-            ]
-            patience = prompt_seconds(model, len(tokens), lease.cached * size) or None
-            came = self._tiers.load(wanted, run, patience)
-            loaded = wanted[: len(came)]
-            self._engine.take_in([each.block for each in loaded])
-            lease.seal(
-                lease.cached, [each.name for each in loaded], [token for each in loaded for token in each.tokens]
-            )
-        if not came:
-            return None
-        unheard_of = slice(max(believed - lease.cached, 0), None)
-        self._loop.call_soon_threadsafe(self._found, [each.name for each in loaded[unheard_of]], came[unheard_of])
-        seconds = self._loop.time() - begun
-        by_tier = {tier: blocks * size for tier, blocks in Counter(came).items()}
-        before = lease.cached * size
-        saved_s = prompt_seconds(model, len(tokens), before) - prompt_seconds(
-            model, len(tokens), before + len(came) * size
-        )
-        self._hit_tokens.update(by_tier)
-        self._saved_s.update({tier: saved_s * count / (len(came) * size) for tier, count in by_tier.items()})
-        return Brought(by_tier, seconds)
+    @property
+    def loading(self) -> bool:
+        """Something is looked for or loaded."""
+        return bool(self._loading)
 
-    def _missing(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
-        for tier in tiers:
-            self._tell(tier, (), names)
-
-    def _found(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> None:
-        """The router did not count on these: it has never heard of them, or they were out of reach for a while."""
-        for tier in self._tiers.stores:
-            if here := [name for name, source in zip(names, tiers, strict=True) if source is tier]:
-                self._tell(tier, here, ())
+    def _found(self, load: Load, places: range) -> None:
+        """The engine has found these blocks of a prompt in the cache: count those that were loaded for it."""
+        size, model, prompt = self._layout.block_size, self._engine.cost, len(load.tokens)
+        tiers = Counter(load.came.pop(place) for place in places if place in load.came)
+        if not tiers:
+            return
+        saved_s = prompt_seconds(model, prompt, places.start * size) - prompt_seconds(model, prompt, places.stop * size)
+        for tier, blocks in tiers.items():
+            load.used[tier] += blocks * size
+            self._hit_tokens[tier] += blocks * size
+            self._saved_s[tier] += saved_s * blocks / len(places)
+        self._on_loaded(load.key, Brought(dict(load.used), load.waited_s))
 
     # ------------------------------------------------------------ figures
 
@@ -305,21 +283,25 @@ class StoreSide:
             loaded_bytes=figures.loaded_bytes,
             saved_bytes=figures.saved_bytes,
             load_s=figures.load_s,
-            spared_s=float(self._saved_s[tier]),
+            spared_s=self._saved_s[tier],
             cost=self._tiers.costs()[tier],
         )
 
     async def close(self) -> None:
         """Save what is left, for a while, and let go of the stores."""
+        for load in self._loads.values():
+            load.over.set()
         for task in (*self._starting.values(), *self._saving_tasks):
             task.cancel()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_S):
-                await asyncio.gather(*(saver.drain() for saver in self._savers.values()))
-        for saver in self._savers.values():
-            saver.close()
         if self._counting is not None:
             self._counting.cancel()
         self._loaders.shutdown(wait=False, cancel_futures=True)
         self._askers.shutdown(wait=False, cancel_futures=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                loads = (asyncio.shield(task) for task in self._loading)
+                savers = (saver.drain() for saver in self._savers.values())
+                await asyncio.gather(*loads, *savers, return_exceptions=True)
+        for saver in self._savers.values():
+            saver.close()
         await asyncio.to_thread(self._tiers.close)

@@ -82,7 +82,14 @@ class Worker:
         card = parts.runner.card
         if parts.tiers is not None:
             self._store = StoreSide(
-                parts.tiers, parts.engine, parts.books, parts.hasher, card.layout, self._reporter.tell, self._saved
+                parts.tiers,
+                parts.engine,
+                parts.books,
+                parts.hasher,
+                card.layout,
+                self._reporter.tell,
+                self._saved,
+                self._loaded,
             )
         self._senders = open_senders(parts.arena, config.transfer)
         self._prefill = PrefillSide(
@@ -184,22 +191,19 @@ class Worker:
         if self._store is None:
             self._begin(submission)
         else:
-            self._store.start(submission, self._brought).add_done_callback(self._task_ended)
+            self._store.start(submission, self._begin).add_done_callback(self._task_ended)
 
-    def _brought(self, submission: Submit, brought: Brought | None) -> None:
-        """What the store had of a prompt, if anything, is on the device."""
-        if brought is not None:
-            self._link.send(
-                Loaded(
-                    worker=self._identity.worker,
-                    epoch=self._identity.epoch,
-                    request=submission.request,
-                    attempt=submission.attempt,
-                    tokens=brought.tokens,
-                    seconds=brought.seconds,
-                )
+    def _loaded(self, key: Key, brought: Brought) -> None:
+        self._link.send(
+            Loaded(
+                worker=self._identity.worker,
+                epoch=self._identity.epoch,
+                request=key.request,
+                attempt=key.attempt,
+                tokens=brought.tokens,
+                seconds=brought.seconds,
             )
-        self._begin(submission)
+        )
 
     def _saved(self, key: Key) -> None:
         self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
@@ -272,6 +276,8 @@ class Worker:
         if any(output.finish is not None for output in result.outputs):
             # Before the tokens: whoever answers the end of an output with its next turn finds the blocks in the index.
             self._reporter.tell_changes()
+        if self._store is not None:
+            self._store.stepped(result)
         if result.executed:
             items = tuple(
                 TokenItem(
@@ -300,8 +306,6 @@ class Worker:
             key = Key(output.request, output.attempt)
             if output.finish is not None:
                 self._prefill.cancel(key)
-                if self._store is not None:
-                    self._store.ended(key)
             else:
                 self._prefill.first_token(key, output.token)
 

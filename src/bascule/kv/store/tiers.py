@@ -19,7 +19,7 @@ from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
 from bascule.policies.load import UNMEASURED
 from bascule.types import BlockHash, LinkCost, Tier
 
-_BATCH = 16
+BATCH = 16
 """Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
 _FORGOTTEN_S = 60.0
 """After this, half of what was measured still counts, the other half being what is assumed of such a tier."""
@@ -119,21 +119,19 @@ class Tiers:
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
 
-    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier], patience_s: float | None = None) -> list[Tier]:
+    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier]) -> list[Tier]:
         """Write blocks to the arena, `run` being the first tier to look in for each; returns where each came from.
 
-        Ends with the first block that no tier gives, or when it has taken `patience_s` seconds; what lies in the
-        arena's blocks from there on is undefined.
+        Ends with the first block that no tier gives; what lies in the arena's blocks from there on is undefined.
         """
         came: list[Tier] = []
-        end = math.inf if patience_s is None else self._now() + patience_s
         for tier, group in groupby(zip(wanted, run, strict=True), key=lambda pair: pair[1]):
             part = [each for each, _ in group]
-            for start in range(0, len(part), _BATCH):
-                batch = part[start : start + _BATCH]
+            for start in range(0, len(part), BATCH):
+                batch = part[start : start + BATCH]
                 sources = self._load_batch(batch, tier)
                 came += sources
-                if len(sources) < len(batch) or self._now() > end:
+                if len(sources) < len(batch):
                     return came
         return came
 
@@ -228,5 +226,5 @@ class Tiers:
 
 
 def _batches(names: Sequence[BlockHash]) -> Iterator[Sequence[BlockHash]]:
-    for start in range(0, len(names), _BATCH):
-        yield names[start : start + _BATCH]
+    for start in range(0, len(names), BATCH):
+        yield names[start : start + BATCH]

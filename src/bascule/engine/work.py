@@ -1,0 +1,66 @@
+"""What goes into an engine, and what comes out of it: requests, their tokens, and how far their KV has come."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from bascule.types import FinishReason, RequestId, SamplingParams, Slo, TokenLogprobs
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """A request for an engine. `generated` are output tokens the client already has: they are computed, not drawn."""
+
+    request: RequestId
+    attempt: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    generated: tuple[int, ...] = ()
+    handoff: bool = False
+    """Prefill here, decode elsewhere."""
+    slo: Slo | None = None
+    """None for the engine's own."""
+
+
+class Key(NamedTuple):
+    """What names a sequence: a request that is placed again is another sequence."""
+
+    request: RequestId
+    attempt: int
+
+
+class Output(Struct, frozen=True, kw_only=True):
+    """One drawn token. `position` counts output tokens from 0; `finish` is set on a request's last."""
+
+    request: RequestId
+    attempt: int
+    position: int
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: FinishReason | None
+    cached_tokens: int
+    """Prompt tokens whose KV was found in the prefix cache, when the sequence was first admitted or later."""
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """A handoff's KV after one more chunk: the first `computed` tokens' lies in `blocks`, and in the arena's bytes."""
+
+    request: RequestId
+    attempt: int
+    blocks: tuple[int, ...]
+    """The sequence's block table from position 0 on; it may reach beyond `computed`."""
+    computed: int
+    last: bool
+    """The whole prompt is computed; the first token is in the same step's outputs."""
+
+
+class Found(Struct, frozen=True, kw_only=True):
+    """Blocks of a sequence's prompt that were in the prefix cache, so that it need not compute them."""
+
+    request: RequestId
+    attempt: int
+    places: range
+    """Of its block table."""
+    tokens: int
+    """Of the prompt, in those blocks."""
