@@ -39,7 +39,9 @@ class Answer:
     """What one request gave."""
 
     ttft_s: float
+    total_s: float
     tokens: list[int]
+    prompt: int
     cached: int
     loaded: dict[str, int]
 
@@ -61,7 +63,8 @@ def ask(system: System, prompt: list[int], output: int = 4) -> Answer:
                 first = first or time.perf_counter() - begun
                 tokens += choice.get("token_ids") or []
             details = (chunk.get("usage") or {}).get("prompt_tokens_details") or details
-    return Answer(first, tokens, details.get("cached_tokens", 0), details.get("loaded_tokens", {}))
+    total = time.perf_counter() - begun
+    return Answer(first, total, tokens, len(prompt), details.get("cached_tokens", 0), details.get("loaded_tokens", {}))
 
 
 def settle(system: System) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.oracle import OUTPUT_TOKENS, Reference, generate, prompts, reference_model
+from support.oracle import OUTPUT_TOKENS, Reference, generate, kept, prompts, reference_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,13 +27,10 @@ def references(smollm2: Path, request: pytest.FixtureRequest) -> list[Reference]
     from bascule.models import load
 
     wanted = prompts(load("smollm2").tokenizer.encode)
-    cache = request.config.cache
-    key = f"bascule/references-2-{OUTPUT_TOKENS}"
-    kept = cache.get(key, []) if cache is not None else []
-    if [one[0] for one in kept] == wanted:
-        return [Reference(*one) for one in kept]
-    model = reference_model(smollm2, "float32")
-    made = [generate(model, prompt) for prompt in wanted]
-    if cache is not None:
-        cache.set(key, [(one.prompt, one.output, one.gaps, one.tops) for one in made])
-    return made
+
+    def make() -> list[tuple[object, ...]]:
+        model = reference_model(smollm2, "float32")
+        made = [generate(model, prompt) for prompt in wanted]
+        return [(one.prompt, one.output, one.gaps, one.tops) for one in made]
+
+    return [Reference(*one) for one in kept(request.config, f"references-3-{OUTPUT_TOKENS}", wanted, make)]

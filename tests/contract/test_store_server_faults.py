@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
@@ -18,6 +19,8 @@ from support.redis_server import RedisProcess, redis_process, wait_until
 A, B, C = (name_of(number) for number in range(1, 4))
 TIMEOUT = 1.0
 TOKENS = tuple(range(16))
+UNFINISHED = (b"$-5\r\n", b"$1000000000\r\nx", b"*1000000000\r\n", bytes(range(256)) * 50)
+"""Answers of which the rest is waited for, to the end of the timeout."""
 
 
 @pytest.fixture
@@ -208,19 +211,16 @@ def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisP
         b"+OK\r\n+PONG\r\n" * 20,
         b":7\r\n" * 20,
         b"*2\r\n$1\r\na\r\n$1\r\nb\r\n" * 20,
-        b"$-5\r\n",
         b"$99999999999999999999\r\nx",
-        b"$1000000000\r\nx",
+        *UNFINISHED,
         b"-ERR unknown command\r\n" * 20,
         b"-MOVED 1 127.0.0.1:1\r\n" * 20,
-        b"*1000000000\r\n",
-        bytes(range(256)) * 50,
         b"\r\n" * 100,
     ],
 )
 def test_a_server_that_answers_garbage_is_a_counted_miss(stack: ExitStack, answer: bytes) -> None:
     mad = stack.enter_context(closing(MadServer(answer)))
-    store = open_remote(stack, mad.url)
+    store = open_remote(stack, mad.url, timeout_s=TIMEOUT if answer in UNFINISHED else PATIENT)
     for _ in range(3):
         [found] = store.get([A])
         if found is not None:
@@ -231,6 +231,20 @@ def test_a_server_that_answers_garbage_is_a_counted_miss(stack: ExitStack, answe
         store.clear()
         store.stats()
     assert sum(store.stats().errors.values()) > 0
+
+
+def test_what_a_server_announces_takes_no_memory_before_it_comes(stack: ExitStack) -> None:
+    """Taking it is cheap, but giving gigabytes back stops every thread of the worker for seconds."""
+    before = most_mapped()
+    mad = stack.enter_context(closing(MadServer(b"*1000000000\r\n")))
+    assert open_remote(stack, mad.url, timeout_s=TIMEOUT).get([A]) == [None]
+    assert most_mapped() < before + (4 << 30)
+
+
+def most_mapped() -> int:
+    """The most bytes of address space that this process has ever had."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmPeak:")]
+    return int(line.split()[1]) << 10
 
 
 def test_a_server_that_drips_its_answer_costs_one_timeout(stack: ExitStack) -> None:

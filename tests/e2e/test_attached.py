@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.cluster import Cluster, run_cli, serve
+from support.cluster import Cluster, run_cli, run_clis, serve
 
 MOCK = ("--engine", "mock", "--kv-memory", "16MiB")
 LONG = 300
@@ -122,20 +122,20 @@ def _stream(cluster: Cluster, texts: list[str]) -> None:
     texts.append(cluster.http.post(f"{cluster.url}/v1/completions", json=body).text.strip())
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--attach", "gpu1:8000"], "attach is 'gpu1:8000'"),
-        (["--attach", "http://u:p@gpu1:8000"], "a bare URL"),
-        (["--attach", "http://a:1,http://a:1/v1"], "without repeats"),
-        (["--attach", "http://127.0.0.1:1", "--attach-sequences", "0"], "attach-sequences is 0"),
-        (["--attach", "http://127.0.0.1:1", "--mixed", "0", "--start-timeout", "1"], "waiting for http://127.0.0.1:1"),
-    ],
-)
-def test_servers_that_cannot_be_attached_are_named_at_start(flags: list[str], said: str) -> None:
-    result = run_cli("serve", "smollm2", "--port", "0", *MOCK, *flags)
-    assert result.returncode == 2
-    assert said in " ".join((result.stdout + result.stderr).split())
+REFUSED = [
+    (["--attach", "gpu1:8000"], "attach is 'gpu1:8000'"),
+    (["--attach", "http://u:p@gpu1:8000"], "a bare URL"),
+    (["--attach", "http://a:1,http://a:1/v1"], "without repeats"),
+    (["--attach", "http://127.0.0.1:1", "--attach-sequences", "0"], "attach-sequences is 0"),
+    (["--attach", "http://127.0.0.1:1", "--mixed", "0", "--start-timeout", "1"], "waiting for http://127.0.0.1:1"),
+]
+
+
+def test_servers_that_cannot_be_attached_are_named_at_start() -> None:
+    runs = run_clis(*(["serve", "smollm2", "--port", "0", *MOCK, *flags] for flags, _ in REFUSED))
+    for (flags, said), result in zip(REFUSED, runs, strict=True):
+        assert result.returncode == 2, (flags, result.stderr)
+        assert said in " ".join((result.stdout + result.stderr).split()), flags
 
 
 def test_a_server_that_is_something_else_ends_the_start_with_its_reason(direct: Cluster) -> None:

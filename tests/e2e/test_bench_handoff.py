@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cluster import run_cli
+from support.cluster import run_cli, run_clis
 from unit.tiny_models import tiny_llama_gguf
 
 
@@ -30,19 +30,19 @@ def test_both_parts_report_what_scripts_rely_on(tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(row["remote_s"] / row["local_s"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--prompt-tokens", "many"), "numbers separated by commas"),
-        (("--prompt-tokens", "0"), "at least 1 token"),
-        (("--prompt-tokens", "5000"), "context is 256"),
-        (("--transports", "pigeon"), "choose from shm, tcp"),
-        (("--runs", "0"), "start at 1"),
-        (("--size", "lots"), "is not a size"),
-    ],
-)
-def test_wrong_use_is_exit_code_2_with_the_reason(tmp_path: Path, flags: tuple[str, str], message: str) -> None:
+WRONG = [
+    (("--prompt-tokens", "many"), "numbers separated by commas"),
+    (("--prompt-tokens", "0"), "at least 1 token"),
+    (("--prompt-tokens", "5000"), "context is 256"),
+    (("--transports", "pigeon"), "choose from shm, tcp"),
+    (("--runs", "0"), "start at 1"),
+    (("--size", "lots"), "is not a size"),
+]
+
+
+def test_wrong_use_is_exit_code_2_with_the_reason(tmp_path: Path) -> None:
     model = tiny_llama_gguf(tmp_path / "tiny.gguf")
-    ended = run_cli("bench", "handoff", str(model), *flags)
-    assert ended.returncode == 2
-    assert message in " ".join(ended.stderr.split()), ended.stderr
+    runs = run_clis(*(("bench", "handoff", str(model), *flags) for flags, _ in WRONG))
+    for (flags, message), ended in zip(WRONG, runs, strict=True):
+        assert ended.returncode == 2, (flags, ended.stderr)
+        assert message in " ".join(ended.stderr.split()), ended.stderr

@@ -7,7 +7,7 @@ runs all combinations with all prompts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,8 +79,44 @@ SHORT = [
 """Chunks of 512 tokens lie between the two others: one layout has them in the short form."""
 
 
+SAMPLED_SHARE = slice(1, len(LENGTHS), 6)
+"""Prompts, short and long, of which the servers of `SAMPLED_WITH` have met none when they are asked for samples."""
+SAMPLED_WITH = {"single": "whole", "replicated": "64", "shm": "64", "tcp": "64"}
+
+
+class Samples:
+    """Seeded samples by layout, one at a time from the undivided server and all at once from the others.
+
+    They are taken while a server is up that other tests need anyway.
+    """
+
+    def __init__(self, references: Sequence[Reference]) -> None:
+        self._prompts = [one.prompt for one in references[SAMPLED_SHARE]]
+        self._found: dict[str, list[list[int]]] = {}
+
+    def take(self, cluster: Cluster, layout: str, chunk: str) -> None:
+        if SAMPLED_WITH[layout] == chunk:
+            batch = 1 if layout == "single" else 16
+            self._found[layout] = complete_all(cluster, self._prompts, batch, **SAMPLED)
+            cluster.wait_idle()
+
+    def of(self, layout: str) -> list[list[int]]:
+        """From a server of their own if need be."""
+        if layout not in self._found:
+            with serve("smollm2", *flags(layout, SAMPLED_WITH[layout])) as cluster:
+                self.take(cluster, layout, SAMPLED_WITH[layout])
+        return self._found[layout]
+
+
+@pytest.fixture(scope="module")
+def samples(references: list[Reference]) -> Samples:
+    return Samples(references)
+
+
 @pytest.mark.parametrize(("layout", "chunk"), SHORT)
-def test_greedy_outputs_equal_transformers(layout: str, chunk: str, references: list[Reference]) -> None:
+def test_greedy_outputs_equal_transformers(
+    layout: str, chunk: str, references: list[Reference], samples: Samples
+) -> None:
     """Cold and warm cache, batches of 1 and 16, alternating so that all pairs of settings occur."""
     layout_index, chunk_index = list(LAYOUTS).index(layout), list(CHUNKS).index(chunk)
     batches = (16, 1) if (layout_index + chunk_index) % 2 else (1, 16)
@@ -93,6 +129,7 @@ def test_greedy_outputs_equal_transformers(layout: str, chunk: str, references: 
     with serve("smollm2", *flags(layout, chunk)) as cluster:
         for batch, state in zip(batches, ("cold", "warm"), strict=True):
             check_pass(cluster, passes[batch], batch, state == "warm", f"{where} {state}", tokens[batch])
+        samples.take(cluster, layout, chunk)
 
 
 @pytest.mark.full
@@ -108,20 +145,12 @@ def test_greedy_outputs_equal_transformers_in_all_combinations(
     print(f"{layout} {chunk} batch {batch}: {exceptions} near ties")
 
 
-@pytest.fixture(scope="module")
-def sampled_locally(references: list[Reference]) -> Iterator[list[list[int]]]:
-    with serve("smollm2", *flags("single", "512")) as cluster:
-        yield complete_all(cluster, [one.prompt for one in references[::6]], 1, **SAMPLED)
-
-
 @pytest.mark.parametrize("layout", ["replicated", "shm", "tcp"])
 def test_seeded_samples_are_the_same_however_they_are_served(
-    layout: str, sampled_locally: list[list[int]], references: list[Reference]
+    layout: str, samples: Samples, references: list[Reference]
 ) -> None:
-    prompts = [one.prompt for one in references[::6]]
-    with serve("smollm2", *flags(layout, "64")) as cluster:
-        assert complete_all(cluster, prompts, 16, **SAMPLED) == sampled_locally
-        cluster.wait_idle()
-    assert any(output != one.output[:32] for output, one in zip(sampled_locally, references[::6], strict=True)), (
+    assert samples.of(layout) == samples.of("single")
+    greedy = [one.output[:32] for one in references[SAMPLED_SHARE]]
+    assert any(ours != theirs for ours, theirs in zip(samples.of(layout), greedy, strict=True)), (
         "the samples are greedy"
     )

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.cluster import Cluster, run_cli, serve
+from support.cluster import Cluster, run_cli, run_clis, serve
 from support.oracle import Reference
 
 MOCK = ["--engine", "mock"]
@@ -27,33 +28,30 @@ def slow_mock(folder: Path) -> list[str]:
     return [*MOCK, "--cost-model", str(path)]
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--kv-memory", "10KiB"], "kv-memory"),
-        (["--kv-memory", "lots"], "kv-memory"),
-        (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
-        (["--kv-host", "1", "--engine", "mock"], "--kv-host: 1 bytes hold no two blocks"),
-        (["--handoff", "store"], "--handoff store needs a KV store"),
-        (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
-        (
-            ["--transfer", "shm", "--transfer-codec", "auto"],
-            "transfer-codec is auto, but must be none with",
-        ),
-        (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
-        (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
-        (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
-        (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
-        (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),
-        (["--policy", "single", "--mixed", "2"], "policy single runs 1 worker, not 2"),
-        (["--chunk-tokenz", "3"], "Did you mean --chunk-tokens"),
-        (["--dtype", "float8"], "float8"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_at_start(flags: list[str], said: str) -> None:
-    result = run_cli("serve", "smollm2", "--port", "0", *flags)
-    assert result.returncode == 2
-    assert said in " ".join((result.stdout + result.stderr).split())
+REFUSED = [
+    (["--kv-memory", "10KiB"], "kv-memory"),
+    (["--kv-memory", "lots"], "kv-memory"),
+    (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
+    (["--kv-host", "1", "--engine", "mock"], "--kv-host: 1 bytes hold no two blocks"),
+    (["--handoff", "store"], "--handoff store needs a KV store"),
+    (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
+    (["--transfer", "shm", "--transfer-codec", "auto"], "transfer-codec is auto, but must be none with"),
+    (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
+    (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
+    (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
+    (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
+    (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),
+    (["--policy", "single", "--mixed", "2"], "policy single runs 1 worker, not 2"),
+    (["--chunk-tokenz", "3"], "Did you mean --chunk-tokens"),
+    (["--dtype", "float8"], "float8"),
+]
+
+
+def test_settings_that_cannot_work_are_refused_at_start() -> None:
+    runs = run_clis(*(["serve", "smollm2", "--port", "0", *flags] for flags, _ in REFUSED))
+    for (flags, said), result in zip(REFUSED, runs, strict=True):
+        assert result.returncode == 2, (flags, result.stderr)
+        assert said in " ".join((result.stdout + result.stderr).split()), flags
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -125,33 +123,41 @@ def test_a_router_and_workers_started_apart_serve_a_split_request(tmp_path: Path
     assert codes == [0, 0, 0]
 
 
-@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-def test_a_killed_worker_costs_no_request_and_is_started_again(victim: str, references: list[Reference]) -> None:
-    one = references[8]
+@pytest.fixture(scope="module")
+def exact() -> Iterator[Cluster]:
     with serve("smollm2", "--dtype", "float32") as cluster:
-        answers: list[list[int]] = []
+        yield cluster
 
-        def complete() -> None:
-            answer = cluster.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)
-            answers.append(answer["choices"][0]["token_ids"])
 
-        threads = [threading.Thread(target=complete) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        cluster.wait(lambda state: any(worker["running"] for worker in state["workers"]), "work has begun")
-        pid = cluster.pid(victim)
-        os.kill(pid, signal.SIGKILL)
-        for thread in threads:
-            thread.join(100)
-        assert len(answers) == 3
-        for answer in answers:
-            one.check(answer, f"{victim} killed")
-        cluster.wait(
-            lambda state: any(w["id"] == victim and w["pid"] != pid for w in state["workers"]), "a new one", 60
-        )
-        cluster.wait_idle()
-        assert f"worker {victim}" in cluster.log.read_text() and "SIGKILL" in cluster.log.read_text()
-        one.check(cluster.complete(one.prompt, max_tokens=64, ignore_eos=True)["choices"][0]["token_ids"], "after")
+@pytest.mark.parametrize(("victim", "prompt"), [("prefill-0", 8), ("decode-0", 9)])
+def test_a_killed_worker_costs_no_request_and_is_started_again(
+    victim: str, prompt: int, exact: Cluster, references: list[Reference]
+) -> None:
+    """The two victims share a server, and have a prompt each that it has not seen before."""
+    one = references[prompt]
+    answers: list[list[int]] = []
+    seen = len(exact.log.read_text())
+
+    def complete() -> None:
+        answer = exact.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)
+        answers.append(answer["choices"][0]["token_ids"])
+
+    threads = [threading.Thread(target=complete) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    exact.wait(lambda state: any(worker["running"] for worker in state["workers"]), "work has begun")
+    pid = exact.pid(victim)
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(100)
+    assert len(answers) == 3
+    for answer in answers:
+        one.check(answer, f"{victim} killed")
+    exact.wait(lambda state: any(w["id"] == victim and w["pid"] != pid for w in state["workers"]), "a new one", 60)
+    exact.wait_idle()
+    said = exact.log.read_text()[seen:]
+    assert f"worker {victim}" in said and "SIGKILL" in said
+    one.check(exact.complete(one.prompt, max_tokens=64, ignore_eos=True)["choices"][0]["token_ids"], "after")
 
 
 def test_sigterm_lets_requests_end_and_leaves_no_process(tmp_path: Path) -> None:

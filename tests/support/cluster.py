@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,9 @@ def run_cli(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProce
         timeout=timeout,
         env=os.environ | {"COLUMNS": "200"},
     )
+
+
+def run_clis(*commands: Sequence[str], timeout: float = 60.0) -> list[subprocess.CompletedProcess[str]]:
+    """Run several commands to their ends, as many at once as there are cores; their results are in order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda command: run_cli(*command, timeout=timeout), commands))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NEAR_TIE = 1e-4
 """Where the reference's two best logits are closer than this, either is right (docs/architecture.md, "Exactness")."""
@@ -53,8 +57,21 @@ def prompts(encode: Any) -> list[list[int]]:
     return [tokens[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
 
 
+def kept(config: pytest.Config, name: str, question: Any, make: Callable[[], Any]) -> Any:
+    """What `make` says to `question`, asked once and then kept in pytest's cache between runs; both go into JSON."""
+    key = f"bascule/{name}"
+    found = config.cache.get(key, None) if config.cache is not None else None
+    if found is not None and found["question"] == question:
+        return found["answer"]
+    answer = make()
+    if config.cache is not None:
+        config.cache.set(key, {"question": question, "answer": answer})
+    return answer
+
+
+@cache
 def reference_model(gguf: Path, dtype: str) -> Any:
-    """The embedded model as transformers loads it, its 4-bit weights dequantised to `dtype`."""
+    """The embedded model as transformers loads it, its 4-bit weights dequantised to `dtype`; loaded once."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 

@@ -14,6 +14,7 @@ from fake_server import CONTEXT, FakeServer, chunk, chunks_of, response, streame
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, RoutingConfig
 from bascule.errors import ConfigError, WorkerFailure
+from bascule.router.attached import keeper
 from bascule.router.attached.keeper import Attachments
 from bascule.router.attached.probe import OurModel
 from bascule.router.membership import Membership
@@ -208,7 +209,11 @@ def test_a_server_that_dies_is_suspect_then_dead_and_comes_back_as_a_new_epoch()
     attached(test)
 
 
-def test_a_server_that_has_another_model_all_at_once_is_let_go_until_it_has_the_first_again() -> None:
+def test_a_server_that_has_another_model_all_at_once_is_let_go_until_it_has_the_first_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper, "_REFUSED_AGAIN_S", 0.5)  # nothing here depends on how long it rests
+
     async def test(rig: Rig) -> None:
         await rig.until(lambda: rig.member)
         rig.server.models = _models({"id": "other", "max_model_len": CONTEXT})

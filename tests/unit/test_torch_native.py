@@ -239,7 +239,14 @@ def test_a_shape_that_the_kernels_cannot_take_is_named(tmp_path: Path) -> None:
 
 
 @native
-def test_a_damaged_library_is_compiled_again_not_loaded(cache: Path) -> None:
+def test_a_damaged_library_is_compiled_again_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that has the real library ready and keeps a list of what it was asked for: compiling takes long."""
+    ready, asked, compiler = cache / "ready.so", cache / "asked", cache / "cc"
+    ready.write_bytes(Path(build.load()._name).read_bytes()[: -build._DIGEST_BYTES])
+    compiler.write_text(f'#!/bin/sh\necho "$@" >>{asked}\nwhile [ "$1" != -o ]; do shift; done\nexec cp {ready} "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+
     def loaded() -> Path:
         build.load.cache_clear()
         return Path(build.load()._name)
@@ -252,7 +259,10 @@ def test_a_damaged_library_is_compiled_again_not_loaded(cache: Path) -> None:
             file.unlink()
             file.write_bytes(damage)
             assert loaded() == file
-            assert len(file.read_bytes()) == len(content)
+            assert file.read_bytes() == content
+        commands = asked.read_text().splitlines()
+        assert len(commands) == 4
+        assert all(str(source) in command for command in commands for source in Path(build.__file__).parent.glob("*.c"))
     finally:
         build.load.cache_clear()
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch_support import Running, poisoned_arena, reference_greedy, step
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from bascule.engine.protocol import Sampled, Slice
 from bascule.engine.torch.runner import TorchRunner
@@ -20,6 +18,7 @@ from bascule.models.gguf_tokenizer import tokenizer_from_gguf
 from bascule.models.source import ModelSource, resolve
 from bascule.models.spec import spec_from_gguf
 from bascule.types import SamplingParams
+from support.oracle import kept, reference_model
 
 PROMPTS = [
     "The capital of France is",
@@ -30,6 +29,7 @@ PROMPTS = [
 ]
 TOP_LOGPROB = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
 TOP_LOGPROBS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+OUTPUT = 6
 BLOCKS_EACH = 40
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
@@ -45,23 +45,31 @@ def prompts(source: ModelSource) -> list[list[int]]:
     return [tokenizer.encode(text) for text in PROMPTS]
 
 
-def reference_from_gguf(source: ModelSource) -> Any:
-    """The transformers model with the file as transformers reads it (`from_pretrained` would want `accelerate` too)."""
-    config = transformers.AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = load_gguf_checkpoint(str(source.path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model
+@pytest.fixture(scope="module")
+def text(source: ModelSource) -> list[int]:
+    """256 tokens of real prose."""
+    return tokenizer_from_gguf(GgufFile(source.path).metadata, str(source.path)).encode(LICENSE.read_text())[:256]
 
 
 @pytest.fixture(scope="module")
-def reference(source: ModelSource) -> Iterator[Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield reference_from_gguf(source)
-    torch.set_num_threads(threads)
+def reference(
+    source: ModelSource, prompts: list[list[int]], text: list[int], request: pytest.FixtureRequest
+) -> dict[str, Any]:
+    """What transformers says in float32: greedy `outputs` of the prompts, and the top log probability, `tops`, at each
+    position of the text; kept in pytest's cache between runs."""
+
+    def ask() -> dict[str, Any]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        model = reference_model(source.path, "float32")
+        with torch.inference_mode():
+            tops = model(torch.tensor([text])).logits[0].log_softmax(-1).amax(-1)
+        outputs = [reference_greedy(model, tokens, OUTPUT) for tokens in prompts]
+        torch.set_num_threads(threads)
+        return {"outputs": outputs, "tops": tops.tolist()}
+
+    said: dict[str, Any] = kept(request.config, "smollm2-says", [OUTPUT, *prompts, text], ask)
+    return said
 
 
 def load(source: ModelSource, dtype: Any) -> TorchRunner:
@@ -74,15 +82,15 @@ def blocks_of(index: int) -> list[int]:
 
 
 def test_float32_generates_the_tokens_of_transformers(
-    source: ModelSource, prompts: list[list[int]], reference: Any
+    source: ModelSource, prompts: list[list[int]], reference: dict[str, Any]
 ) -> None:
     runner = load(source, "float32")
     sequences = [Running(tokens, blocks_of(index)) for index, tokens in enumerate(prompts)]
     with poisoned_arena(runner, len(prompts) * BLOCKS_EACH) as arena:
         runner.bind(arena)
-        while unfinished := [sequence for sequence in sequences if len(sequence.output) < 6]:
+        while unfinished := [sequence for sequence in sequences if len(sequence.output) < OUTPUT]:
             step(runner, unfinished, chunk=64)
-    assert [sequence.output for sequence in sequences] == [reference_greedy(reference, tokens, 6) for tokens in prompts]
+    assert [sequence.output for sequence in sequences] == reference["outputs"]
 
 
 def top_log_probability(sampled: Sampled | None) -> float:
@@ -100,18 +108,17 @@ def bfloat16(source: ModelSource) -> Iterator[TorchRunner]:
 
 
 def test_bfloat16_keeps_the_top_log_probability_of_every_position(
-    source: ModelSource, bfloat16: TorchRunner, reference: Any
+    bfloat16: TorchRunner, text: list[int], reference: dict[str, Any]
 ) -> None:
     """On the mean over real text; sums or logits in bfloat16 would miss the bound."""
-    tokens = tokenizer_from_gguf(GgufFile(source.path).metadata, str(source.path)).encode(LICENSE.read_text())[:256]
     # One slice a token over one block table: each attends to what the slices before it write in the same step.
     batch = [
-        Slice([token], position, blocks_of(0), TOP_LOGPROB, tokens[: position + 1], position + 1)
-        for position, token in enumerate(tokens)
+        Slice([token], position, blocks_of(0), TOP_LOGPROB, text[: position + 1], position + 1)
+        for position, token in enumerate(text)
     ]
     found = torch.tensor([top_log_probability(sampled) for sampled in bfloat16.execute(batch)])
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0].log_softmax(-1).amax(-1)
+    expected = torch.tensor(reference["tops"])
+    assert len(found) == len(expected) == 256
     assert float((found - expected).abs().mean()) < 0.02
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import redis
 from msgspec import Struct
+from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -65,6 +66,9 @@ class Server:
                 socket_read_size=_READ_BYTES,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
+                # hiredis makes room for as many elements as an answer announces, and holds the whole process up for
+                # seconds when it gives that back; large values are read more slowly by it, too.
+                parser_class=_RESP2Parser,
             )
         )
         self.gate = Gate(
