@@ -63,7 +63,10 @@ class Worker:
         for part in message.changes:
             tier = Tier(part.tier)
             gone, come = unpack(part.removed), unpack(part.stored)
-            self.heard[tier] = (self.heard[tier] - gone) | come
+            self.heard[tier] -= gone
+            if tier is not Tier.DEVICE and len(come) > CAPACITY[tier] - len(self.heard[tier]):
+                continue  # removals were lost: a tier that seems crowded is left as it is until all is told anew
+            self.heard[tier] |= come
             if tier is Tier.DEVICE:
                 for name in gone | come:
                     self.expected.pop(name, None)
