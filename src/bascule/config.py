@@ -145,12 +145,18 @@ class HandoffConfig:
 
     transfer: Literal["auto", "shm", "tcp"] = "auto"
     """Transport: shared memory where both workers are on one host, else TCP; or one of them always."""
+    transfer_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
+    """Form of full blocks pushed over TCP: as they are, or smaller and no longer exact; auto: for each link the quicker
+    of none and int8. Over shared memory all go as they are."""
     reserve_timeout: float = 5.0
     """Seconds that a handoff waits for blocks on the decode worker; then the request decodes where it prefilled."""
     handoff_timeout: float = 30.0
     """Seconds without a sign of life after which either side gives a handoff up."""
 
     def __post_init__(self) -> None:
+        coded = self.transfer_codec != "none"
+        rule = "none with transfer shm, where nothing crosses a link"
+        _require(not coded or self.transfer != "shm", "transfer_codec", self.transfer_codec, rule)
         _require(self.reserve_timeout > 0, "reserve_timeout", self.reserve_timeout, "positive")
         _require(self.handoff_timeout > 0, "handoff_timeout", self.handoff_timeout, "positive")
 

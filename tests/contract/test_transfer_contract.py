@@ -26,7 +26,7 @@ from transfer_link import (
 )
 
 from bascule.kv.arena import Arena
-from bascule.kv.transfer.base import Move, TransferError
+from bascule.kv.transfer.base import Move, Pushed, TransferError
 
 
 @pytest.fixture(params=["loopback", "shm", "tcp"])
@@ -50,7 +50,7 @@ def test_bytes_arrive_exactly_and_nothing_else_changes(link: Link, seed: int) ->
     link.arena.bytes[:] = 3
     link.grant(*pairs.values())
     session = sender.open(link.receiver.endpoint, TICKET, SECRET)
-    assert session.push(moves(pairs)) == len(pairs) * LAYOUT.block_bytes
+    assert session.push(moves(pairs)) == Pushed(len(pairs) * LAYOUT.block_bytes)
     session.flush()
     expected = np.full_like(link.arena.bytes, 3)
     for origin, target in pairs.items():

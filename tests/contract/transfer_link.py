@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from threading import Event, Thread
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from bascule.kv.arena import Arena
+from bascule.kv.codecs import codec_named
 from bascule.kv.transfer.base import Grant, Move, Receiver, Sender
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.shm import ShmReceiver, ShmSender
@@ -30,6 +31,7 @@ SECRET, WRONG = b"s" * 16, b"w" * 16
 WRITER = """
 import sys, msgspec
 from bascule.kv.arena import Arena
+from bascule.kv.codecs import codec_named
 from bascule.kv.transfer.base import Endpoint, Move
 from bascule.kv.transfer.shm import ShmSender
 from bascule.kv.transfer.tcp import TcpSender
@@ -66,19 +68,21 @@ class Link:
         self.receiver.open(Grant(ticket, SECRET, blocks or tuple(range(BLOCKS))))
 
 
-def make_link(transport: str, stack: ExitStack) -> Link:
+def make_link(transport: str, stack: ExitStack, codecs: Sequence[str] = ()) -> Link:
+    """The receiver allows `codecs`."""
+    allowed = {name: codec_named(name, LAYOUT) for name in codecs}
     arena = stack.enter_context(Arena.create(LAYOUT, BLOCKS))
     safe: list[TicketId] = []
     receiver: Receiver
     new_sender: Callable[[Arena], Sender]
     if transport == "loopback":
         network = LoopbackNetwork()
-        receiver = LoopbackReceiver(arena, safe.append, network)
+        receiver = LoopbackReceiver(arena, safe.append, network, allowed)
         new_sender = lambda source: LoopbackSender(source, network)  # noqa: E731
     elif transport == "shm":
         receiver, new_sender = ShmReceiver(arena, safe.append), ShmSender
     else:
-        receiver, new_sender = TcpReceiver(arena, safe.append, "127.0.0.1"), TcpSender
+        receiver, new_sender = TcpReceiver(arena, safe.append, "127.0.0.1", codecs=allowed), TcpSender
     stack.callback(receiver.close)
     return Link(receiver, arena, new_sender, stack, safe)
 

@@ -11,6 +11,7 @@ from bascule.cli.worker import flags_of
 from bascule.config import (
     AttachConfig,
     EngineConfig,
+    HandoffConfig,
     HttpConfig,
     PoolConfig,
     RoutingConfig,
@@ -38,6 +39,8 @@ def test_a_value_out_of_range_is_refused_with_its_flag_named() -> None:
         EngineConfig(block_size=0)
     with pytest.raises(ConfigError, match="port is 70000"):
         HttpConfig(port=70000)
+    with pytest.raises(ConfigError, match="transfer-codec is int8, but must be none with transfer shm"):
+        HandoffConfig(transfer="shm", transfer_codec="int8")
     with pytest.raises(ConfigError, match="dead-after"):
         RoutingConfig(suspect_after=5, dead_after=5)
 
@@ -69,6 +72,7 @@ def test_the_config_file_fills_in_what_the_command_line_leaves_open(tmp_path: Pa
 
 def test_flags_made_from_settings_name_only_what_differs_from_the_defaults() -> None:
     assert flags_of(EngineConfig(), PoolConfig()) == ()
+    assert flags_of(HandoffConfig(transfer="tcp", transfer_codec="auto")) == ("--transfer=tcp", "--transfer-codec=auto")
     assert flags_of(EngineConfig(prefix_cache=False, chunk_tokens=64)) == ("--chunk-tokens=64", "--no-prefix-cache")
 
 

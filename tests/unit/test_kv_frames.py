@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from bascule.kv.codecs import NAMES
 from bascule.kv.transfer.base import Move, spans
 from bascule.kv.transfer.frames import (
     HEADER_BYTES,
@@ -51,10 +52,30 @@ def test_one_call_never_gets_more_buffers_than_the_system_takes() -> None:
 
 
 def test_a_header_comes_back_as_it_was() -> None:
-    header = Header(Kind.WRITE, ticket_key(TicketId("a" * 300)), b"s" * 16, b"l" * 16, 2**32 - 1, 7)
-    data = header.pack()
-    assert len(data) == HEADER_BYTES == 64
-    assert Header.unpack(data) == header
+    for codec in NAMES:
+        header = Header(Kind.WRITE, ticket_key(TicketId("a" * 300)), b"s" * 16, b"l" * 16, 2**32 - 1, 7, codec)
+        data = header.pack()
+        assert len(data) == HEADER_BYTES == 64
+        assert Header.unpack(data) == header
+
+
+def test_codecs_keep_their_places_on_the_wire() -> None:
+    """A peer of another build must read the same codec."""
+    headers = [Header(Kind.WRITE, b"k" * 16, b"s" * 16, b"l" * 16, 0, 1, codec).pack() for codec in NAMES]
+    assert [(codec, header[5]) for codec, header in zip(NAMES, headers, strict=True)] == [
+        ("none", 0),
+        ("fp8", 1),
+        ("int8", 2),
+        ("int4", 3),
+    ]
+
+
+@pytest.mark.parametrize(("kind", "codec"), [(Kind.WRITE, 4), (Kind.WRITE, 255), (Kind.FLUSH, 2), (Kind.ANNOUNCE, 1)])
+def test_an_unknown_codec_or_one_where_nothing_is_written_is_malformed(kind: Kind, codec: int) -> None:
+    data = bytearray(Header(kind, b"k" * 16, b"s" * 16, b"l" * 16).pack())
+    data[5] = codec
+    with pytest.raises(Malformed):
+        Header.unpack(bytes(data))
 
 
 @pytest.mark.parametrize("damage", [(0, b"B"), (3, b"2"), (4, b"\x00"), (4, b"\x09")])

@@ -9,8 +9,9 @@ from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.codecs.base import EXACT
+from bascule.kv.codecs.choice import AUTO, AUTOMATIC, fingerprint_with
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.store.forms import AUTO, AUTOMATIC, Forms, fingerprint_with
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.record import InvalidRecord, Payload, label
 from bascule.kv.store.tiers import Tiers, Wanted

@@ -250,3 +250,24 @@ def test_a_handoff_shorter_than_its_bytes_would_take_still_has_a_positive_latenc
     links.pushed(PEER, 1 << 20, 1.0)
     links.handed_over(PEER, 1 << 20, 0.1)
     assert links.costs()[PEER].latency_s > 0
+
+
+def test_the_link_s_own_rate_is_told_apart_from_that_of_kv_and_by_transport() -> None:
+    links = Links()
+    assert links.wire_rate(PEER, "tcp") is None
+    for _ in range(3):
+        links.crossed(PEER, "tcp", 1_000_000, 0.01)
+        links.pushed(PEER, 2_000_000, 0.04)
+    links.crossed(PEER, "tcp", 1_000_000, 10.0)
+    links.crossed(PEER, "shm", 1_000_000, 1e-4)
+    assert links.wire_rate(PEER, "tcp") == pytest.approx(1e8)
+    assert links.wire_rate(PEER, "shm") == pytest.approx(1e10)
+    links.handed_over(PEER, 0, 0.002)
+    assert links.costs()[PEER].bytes_per_s == pytest.approx(5e7)
+
+
+@pytest.mark.parametrize(("sent", "seconds"), [(0, 0.1), (1 << 20, 0.0), (1 << 20, -1.0), (10, 0.1)])
+def test_what_says_nothing_of_a_link_is_ignored(sent: int, seconds: float) -> None:
+    links = Links()
+    links.crossed(PEER, "tcp", sent, seconds)
+    assert links.wire_rate(PEER, "tcp") is None

@@ -18,8 +18,9 @@ from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
+from bascule.kv.codecs.base import Codec
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.transfer.base import Endpoint, Move
+from bascule.kv.transfer.base import Endpoint, Move, Pushed
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
 from bascule.types import CostModel, Epoch, RequestId, SamplingParams, TicketId, WorkerId
 from bascule.wire import (
@@ -60,8 +61,8 @@ class FakeSession:
 
     transport = "fake"
 
-    def push(self, moves: Sequence[Move]) -> int:
-        return 0
+    def push(self, moves: Sequence[Move], codec: Codec | None = None) -> Pushed:
+        return Pushed(0)
 
     def flush(self) -> None:
         return None

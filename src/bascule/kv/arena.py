@@ -45,6 +45,33 @@ def runs(blocks: Sequence[int]) -> list[Run]:
     return found
 
 
+def checksums(memory: NDArray[np.uint8], blocks: Sequence[int], bytes_in_last: int) -> list[bytes]:
+    """xxh3_64 (8 bytes) of each of `blocks` of `memory`, [planes, blocks, bytes], plane after plane.
+
+    Of the last one only the first `bytes_in_last` bytes of a plane count.
+    """
+    if not blocks:
+        return []
+    hashes = [xxhash.xxh3_64() for _ in blocks]
+    updates = [digest.update for digest in hashes]
+    pieces = list(_pieces(blocks))
+    # Plane after plane, as the bytes lie: block after block would be jumps of a few kilobytes, at half the speed.
+    for plane in memory:
+        for piece, first in pieces:
+            for update, row in zip(updates[first:], plane[piece], strict=False):
+                update(row)
+        updates[-1](plane[blocks[-1], :bytes_in_last])
+    return [digest.digest() for digest in hashes]
+
+
+def _pieces(blocks: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """The runs of all `blocks` but the last, each with its place in `blocks`."""
+    first = 0
+    for run in runs(blocks[:-1]):
+        yield slice(run.start, run.start + run.count), first
+        first += run.count
+
+
 class Arena:
     """`num_blocks` blocks of one layout, mapped from an anonymous shared file.
 
@@ -121,29 +148,9 @@ class Arena:
 
     def checksums(self, blocks: Sequence[int], tokens_in_last: int) -> list[bytes]:
         """`checksum` of each of `blocks`, all of them full but the last, which holds `tokens_in_last` tokens."""
-        if not blocks:
-            return []
-        if not 0 < tokens_in_last <= self.layout.block_size:
+        if blocks and not 0 < tokens_in_last <= self.layout.block_size:
             raise ValueError(f"a block holds 1 to {self.layout.block_size} tokens, not {tokens_in_last}")
-        hashes = [xxhash.xxh3_64() for _ in blocks]
-        updates = [digest.update for digest in hashes]
-        pieces = list(self._pieces(blocks))
-        bytes_in_last = tokens_in_last * self.layout.token_bytes
-        # Plane after plane, as the bytes lie: block after block would be jumps of a few kilobytes, at half the speed.
-        for plane in self.bytes:
-            for piece, first in pieces:
-                for update, row in zip(updates[first:], plane[piece], strict=False):
-                    update(row)
-            updates[-1](plane[blocks[-1], :bytes_in_last])
-        return [digest.digest() for digest in hashes]
-
-    @staticmethod
-    def _pieces(blocks: Sequence[int]) -> Iterator[tuple[slice, int]]:
-        """The runs of all `blocks` but the last, each with its place in `blocks`."""
-        first = 0
-        for run in runs(blocks[:-1]):
-            yield slice(run.start, run.start + run.count), first
-            first += run.count
+        return checksums(self.bytes, blocks, tokens_in_last * self.layout.token_bytes)
 
     def close(self) -> None:
         """Give up the file and this object's view; arrays that were handed out stay valid. Idempotent."""

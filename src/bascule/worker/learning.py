@@ -59,14 +59,26 @@ class Links:
         """Bytes per second."""
         self._tails: dict[WorkerId, deque[tuple[int, float]]] = {}
         """(bytes, seconds) from the first token to the verdict."""
+        self._wires: dict[tuple[WorkerId, str], deque[float]] = {}
+        """Bytes per second, by transport."""
+
+    def crossed(self, peer: WorkerId, transport: str, sent: int, seconds: float) -> None:
+        """`sent` bytes, coded or not, took the link itself `seconds`."""
+        if sent >= _TELLING_BYTES and seconds > _SHORTEST_S:
+            self._wires.setdefault((peer, transport), deque(maxlen=_REMEMBERED)).append(sent / seconds)
+
+    def wire_rate(self, peer: WorkerId, transport: str) -> float | None:
+        """What the link itself moves, in bytes per second; None before it has moved enough to tell."""
+        rates = self._wires.get((peer, transport))
+        return median(rates) if rates else None
 
     def pushed(self, peer: WorkerId, sent: int, seconds: float) -> None:
-        """A push of `sent` bytes took `seconds`."""
+        """A push of `sent` bytes of KV took `seconds`, in whatever form they went."""
         if sent >= _TELLING_BYTES and seconds > _SHORTEST_S:
             self._pushes.setdefault(peer, deque(maxlen=_REMEMBERED)).append(sent / seconds)
 
     def handed_over(self, peer: WorkerId, late: int, seconds: float) -> None:
-        """A handoff was accepted `seconds` after its first token, `late` bytes having been pushed meanwhile."""
+        """A handoff was accepted `seconds` after its first token, `late` bytes of KV having been pushed meanwhile."""
         if seconds > 0:
             self._tails.setdefault(peer, deque(maxlen=_REMEMBERED)).append((late, seconds))
 

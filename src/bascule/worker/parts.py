@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bascule.engine.core import Engine
 from bascule.engine.protocol import Runner
@@ -10,6 +10,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.tiers import Tiers
+from bascule.kv.transfer.coding import Coding
 from bascule.types import CostModel, Epoch, Role, WorkerId
 
 
@@ -37,3 +38,5 @@ class Parts:
     """What a step is expected to cost."""
     tiers: Tiers | None = None
     """Where KV is kept below the arena, if anywhere."""
+    coding: Coding = field(default_factory=Coding)
+    """How blocks may go to other workers over a link."""

@@ -10,12 +10,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Lock
 from typing import TypeVar
 
 from bascule.config import HandoffConfig
@@ -24,7 +22,8 @@ from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Endpoint, Move, Sender, Session, TransferError
-from bascule.types import BlockHash, ModelCard, TicketId
+from bascule.kv.transfer.coding import Coding
+from bascule.types import ModelCard, TicketId
 from bascule.wire import (
     Abort,
     Accepted,
@@ -41,6 +40,7 @@ from bascule.wire import (
     Written,
 )
 from bascule.worker.learning import Links
+from bascule.worker.outgoing import Outgoing, Pusher
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -64,45 +64,6 @@ class VerdictLost(Exception):
     """The decode side may or may not have taken over: only the router can decide who goes on."""
 
 
-class Outgoing:
-    """One request on its way out: what is computed, and what the decode side has said of the current ticket."""
-
-    def __init__(self, submission: Submit, decode: PeerAddress) -> None:
-        self.submission = submission
-        self.decode = decode
-        self.key = Key(submission.request, submission.attempt)
-        self.tokens = (*submission.prompt, *submission.generated)
-        self.hashes: tuple[BlockHash, ...] = ()
-        """Of the prompt's full blocks."""
-        self.blocks: tuple[int, ...] = ()
-        """The sequence's block table."""
-        self.computed = 0
-        """Leading blocks that will not change any more: full ones, and with the first token the last one too."""
-        self.checksums: list[bytes] = []
-        """Of the computed blocks, from block 0 on, taken as soon as they are."""
-        self.digesting = Lock()
-        self.first_token: int | None = None
-        self.computed_at = 0.0
-        """When the first token was there, by the loop's clock."""
-        self.late_bytes = 0
-        """Pushed after that."""
-        self.changed = asyncio.Event()
-        self.ticket = TicketId("")
-        self.reserved: asyncio.Future[Reserved] = asyncio.Future()
-        self.verdict: asyncio.Future[None] = asyncio.Future()
-        self.transport = ""
-        self.pushing = False
-        """A session is open, and each chunk's checksums are taken right before it is sent."""
-        self.task: asyncio.Task[None] | None = None
-
-    def renew_ticket(self) -> None:
-        """Start a new round; replies to the earlier ticket no longer count."""
-        self.late_bytes = 0
-        self.ticket = TicketId(uuid.uuid4().hex)
-        self.reserved = asyncio.Future()
-        self.verdict = asyncio.Future()
-
-
 class PrefillSide:
     """All handoffs that leave this worker. Runs in the asyncio loop; checksums and transfers in threads of its own."""
 
@@ -117,13 +78,13 @@ class PrefillSide:
         config: HandoffConfig,
         on_lost: Callable[[Key, str], None],
         wake: Callable[[], None],
+        coding: Coding = Coding(),
     ) -> None:
         """`on_lost` is told of requests whose verdict was lost; `wake` is called when a sequence may run again."""
         self.bytes_sent: Counter[str] = Counter()
-        """By transport."""
+        """By transport, as they crossed it."""
         self.links = Links()
         self._engine = engine
-        self._arena = arena
         self._hasher = hasher
         self._card = card
         self._peers = peers
@@ -131,6 +92,8 @@ class PrefillSide:
         self._config = config
         self._on_lost = on_lost
         self._wake = wake
+        self._coding = coding
+        self._pusher = Pusher(arena)
         self._by_key: dict[Key, Outgoing] = {}
         self._by_ticket: dict[TicketId, Outgoing] = {}
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="push")
@@ -139,7 +102,7 @@ class PrefillSide:
 
     def begin(self, submission: Submit, decode: PeerAddress) -> None:
         """Start the handoff of a request that has just been submitted to the engine."""
-        handoff = Outgoing(submission, decode)
+        handoff = Outgoing(submission, decode, self._card.layout.block_size)
         self._by_key[handoff.key] = handoff
         handoff.task = asyncio.create_task(self._run(handoff))
         # Not in the coroutine: one that is cancelled before its first step never gets to its `finally`.
@@ -154,7 +117,7 @@ class PrefillSide:
         handoff.computed = full + (1 if progress.last and rest else 0)
         handoff.changed.set()
         if not handoff.pushing:
-            self._threads.submit(self._digest, handoff)
+            self._threads.submit(self._pusher.digest, handoff)
 
     def first_token(self, key: Key, token: int) -> None:
         """The prompt is computed, and this is the first token (it has left for the router)."""
@@ -311,20 +274,20 @@ class PrefillSide:
         sent = reserved.have_blocks
         handoff.pushing = True
         try:
-            while sent < self._blocks_of(handoff) or handoff.first_token is None:
+            while sent < handoff.prompt_blocks or handoff.first_token is None:
                 if handoff.verdict.done():
                     handoff.verdict.result()
                 ready = handoff.computed
                 if ready > sent:
                     moves = [Move(handoff.blocks[i], reserved.blocks[i]) for i in range(sent, ready)]
-                    await self._push_now(handoff, session, moves)
+                    await self._push_now(handoff, session, moves, sent)
                     sent = ready
                     self._peers.send(handoff.decode, Written(handoff.ticket, sent))
                     continue
                 handoff.changed.clear()
                 await handoff.changed.wait()
-            if len(handoff.checksums) < handoff.computed or sent == reserved.have_blocks:
-                await self._in_thread(partial(self._send, handoff, session, []))
+            if sent == reserved.have_blocks or handoff.checksums_from(reserved.have_blocks) is None:
+                await self._in_thread(partial(self._pusher.send, handoff, session, [], sent, None))
         except TransferError as error:
             raise HandoffFailed(str(error), again=True) from error
         except TimeoutError:
@@ -333,37 +296,22 @@ class PrefillSide:
         finally:
             handoff.pushing = False
 
-    async def _push_now(self, handoff: Outgoing, session: Session, moves: list[Move]) -> None:
-        begin = asyncio.get_running_loop().time()
-        pushed = await self._in_thread(partial(self._send, handoff, session, moves))
-        self.bytes_sent[handoff.transport] += pushed
-        self.links.pushed(handoff.decode.worker, pushed, asyncio.get_running_loop().time() - begin)
+    async def _push_now(self, handoff: Outgoing, session: Session, moves: list[Move], first: int) -> None:
+        begin, peer = asyncio.get_running_loop().time(), handoff.decode.worker
+        size = len(moves) * self._card.layout.block_bytes
+        codec = None
+        if handoff.round == 1:  # whatever went wrong with coded blocks does not go wrong twice
+            codec = self._coding.codec_for(size, self.links.wire_rate(peer, handoff.transport))
+        sent = await self._in_thread(partial(self._pusher.send, handoff, session, moves, first, codec))
+        self.bytes_sent[handoff.transport] += sent.wire_bytes
+        self.links.crossed(peer, handoff.transport, sent.wire_bytes, sent.link_s)
+        self.links.pushed(peer, size, asyncio.get_running_loop().time() - begin)
         if handoff.first_token is not None:
-            handoff.late_bytes += pushed
-
-    def _send(self, handoff: Outgoing, session: Session, moves: list[Move]) -> int:
-        """In a thread: checksums, then the bytes; they lie in the peer's arena when this returns (their number)."""
-        self._digest(handoff)
-        sent = session.push(moves)
-        session.flush()
-        return sent
-
-    def _digest(self, handoff: Outgoing) -> None:
-        """In a thread: take the checksums of what is computed and has none."""
-        with handoff.digesting:
-            done, ready, blocks = len(handoff.checksums), handoff.computed, handoff.blocks
-            if ready > done:
-                size = self._card.layout.block_size
-                ends_in_last = ready == self._blocks_of(handoff)
-                in_last = len(handoff.tokens) - (ready - 1) * size if ends_in_last else size
-                handoff.checksums += self._arena.checksums(blocks[done:ready], in_last)
-
-    def _blocks_of(self, handoff: Outgoing) -> int:
-        """Blocks that hold the whole prompt."""
-        return -(-len(handoff.tokens) // self._card.layout.block_size)
+            handoff.late_bytes += size
 
     async def _commit(self, handoff: Outgoing, reserved: Reserved) -> None:
-        assert handoff.first_token is not None
+        checksums = handoff.checksums_from(reserved.have_blocks)
+        assert handoff.first_token is not None and checksums is not None
         commit = Commit(
             handoff.ticket,
             handoff.first_token,
@@ -376,7 +324,7 @@ class PrefillSide:
                 tokens=len(handoff.tokens),
                 have_blocks=reserved.have_blocks,
                 hashes=handoff.hashes,
-                checksums=tuple(handoff.checksums[reserved.have_blocks :]),
+                checksums=checksums,
             ),
         )
         deadline = asyncio.get_running_loop().time() + self._config.handoff_timeout

@@ -24,11 +24,13 @@ from bascule.engine.protocol import Runner
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
+from bascule.kv.codecs.choice import fingerprint_with
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import Store
-from bascule.kv.store.forms import Forms, fingerprint_with
+from bascule.kv.store.forms import Forms
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
+from bascule.kv.transfer.coding import Coding
 from bascule.models import load
 from bascule.types import CostModel, Epoch, ModelCard, Role, Tier, WorkerId
 from bascule.wire import Starting
@@ -104,9 +106,9 @@ async def _run(settings: WorkerSettings) -> None:
 def build(settings: WorkerSettings) -> Parts:
     """Load the model, map KV memory and compose the engine."""
     config = settings.engine_config
-    codec = settings.store_config.kv_codec
+    codec, pushed = settings.store_config.kv_codec, settings.handoff_config.transfer_codec
     runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
-    runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec))
+    runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec, pushed))
     layout = runner.card.layout
     if config.kv_bytes > (memory := psutil.virtual_memory().total):
         raise ConfigError(
@@ -120,6 +122,7 @@ def build(settings: WorkerSettings) -> Parts:
         )
     if settings.store_config.tiers and not config.prefix_cache:
         raise ConfigError("--kv-host, --kv-disk and --kv-remote need the prefix cache; leave out --no-prefix-cache")
+    coding = Coding.of(pushed, layout)
     stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
     books = Books(num_blocks, layout.block_size)
@@ -143,6 +146,7 @@ def build(settings: WorkerSettings) -> Parts:
         engine=engine,
         max_sequences=config.max_sequences,
         cost=cost,
+        coding=coding,
     )
 
 

@@ -95,6 +95,7 @@ class Worker:
             config,
             on_lost=self._handoff_lost,
             wake=self._steps.wake,
+            coding=parts.coding,
         )
         self._decode = DecodeSide(
             parts.engine,
@@ -107,7 +108,9 @@ class Worker:
             answer=self._peers.answer,
             wake=self._steps.wake,
         )
-        self._decode.receivers = open_receivers(parts.arena, config.transfer, host, self._safe_from_any_thread)
+        self._decode.receivers = open_receivers(
+            parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs
+        )
 
     async def run(self) -> None:
         """Serve; returns after a stop, raises RegistrationRefused when the router does not want this worker."""

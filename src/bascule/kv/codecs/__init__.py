@@ -12,6 +12,7 @@ from bascule.kv.codecs.lossy import LossyCodec
 from bascule.types import KVLayout
 
 NAMES = (EXACT, "fp8", "int8", "int4")
+"""New ones go to the end: frames of the TCP transport name a codec by its place here."""
 
 
 def codec_named(name: str, layout: KVLayout) -> Codec:

@@ -1,33 +1,20 @@
 """In which form blocks lie in the tiers: as they are, or made smaller by a codec.
 
-A lossy block must never pass as an exact one. So whoever allows a lossy codec gives its KV another fingerprint
-(`fingerprint_with`), the exact blocks included: what such a worker keeps, hands over and finds is of workers that
-allow the same.
+Who allows a lossy codec has KV with another fingerprint (`codecs.choice.fingerprint_with`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from bascule.kv.codecs import codec_named
-from bascule.kv.codecs.base import EXACT, Bytes, CannotDecode, CannotEncode, Codec
-from bascule.kv.codecs.floats import FORMS
+from bascule.kv.codecs.base import EXACT, Bytes, CannotDecode, CannotEncode
+from bascule.kv.codecs.choice import AUTO, measured, names_of
 from bascule.kv.store.record import InvalidRecord, Payload
 from bascule.policies.codec import Crossing, fastest_codec
 from bascule.types import CodecCost, KVLayout, LinkCost
-
-AUTO = "auto"
-AUTOMATIC = (EXACT, "int8")
-"""What `auto` chooses from; fp8 loses more for hardly fewer bytes (docs/adr/0015)."""
-_TRIAL_BLOCKS = 16
-
-
-def fingerprint_with(fingerprint: str, codec: str) -> str:
-    """What identifies a model's KV where blocks may have been through `codec`."""
-    return fingerprint if codec == EXACT else f"{fingerprint}+{codec}"
 
 
 class Forms:
@@ -36,15 +23,14 @@ class Forms:
     def __init__(self, codec: str, layout: KVLayout) -> None:
         """`codec` by name, or `auto`, for which each is measured here. Raises ConfigError if it cannot be used."""
         self._exact = codec_named(EXACT, layout)
-        names = AUTOMATIC if codec == AUTO else (EXACT, codec)
-        self._codecs = {name: codec_named(name, layout) for name in names}
+        self._codecs = {name: codec_named(name, layout) for name in names_of(codec)}
         self._layout = layout
         self.least_bytes = min(each.record_bytes for each in self._codecs.values())
         """Of a block in the smallest form that is used."""
         self._costs: Sequence[CodecCost] = ()
         self._chosen = self._codecs.get(codec, self._exact)
         if codec == AUTO:
-            self._costs = [_measured(each) for each in self._codecs.values()]
+            self._costs = [measured(each) for each in self._codecs.values()]
 
     def encode(self, blocks: Bytes, tier: LinkCost) -> tuple[str, Bytes]:
         """Records, [n, bytes], of `blocks`, [planes, n, plane_block_bytes], for a tier, and the codec's name.
@@ -72,27 +58,3 @@ class Forms:
             codec.decode(data[None], out)
         except CannotDecode:
             raise InvalidRecord("codec") from None
-
-
-def _measured(codec: Codec) -> CodecCost:
-    """What a codec does here, by numbers such as KV has."""
-    layout = codec.layout
-    if codec.name == EXACT:
-        return CodecCost(name=EXACT)
-    form = FORMS[layout.dtype]
-    bits = np.empty((layout.planes, _TRIAL_BLOCKS, layout.plane_block_bytes // form.bits.itemsize), form.bits)
-    numbers = np.random.default_rng(0).standard_normal(bits.size, np.float32)
-    form.store(numbers.reshape(bits.shape), bits)
-    blocks, size = bits.view(np.uint8), bits.nbytes
-    codec.encode(blocks)
-    begun = time.perf_counter()
-    records = codec.encode(blocks)
-    encoded = time.perf_counter()
-    codec.decode(records, blocks)
-    decoded = time.perf_counter()
-    return CodecCost(
-        name=codec.name,
-        ratio=layout.block_bytes / codec.record_bytes,
-        encode_bytes_per_s=size / max(encoded - begun, 1e-9),
-        decode_bytes_per_s=size / max(decoded - encoded, 1e-9),
-    )

@@ -9,6 +9,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from bascule.errors import BasculeError
+from bascule.kv.codecs.base import Codec
 from bascule.types import TicketId
 
 SECRET_BYTES = 16
@@ -50,6 +51,18 @@ class Span(Struct, frozen=True):
     source: int
     target: int
     count: int
+
+
+class Pushed(Struct, frozen=True):
+    """What became of a push."""
+
+    wire_bytes: int
+    """Bytes that were moved: fewer than those of the blocks where some were coded."""
+    idle_s: float = 0.0
+    """Seconds of coding in which the link had nothing to send."""
+    coded: dict[int, bytes] = {}
+    """Checksums of the blocks that arrive otherwise than they were, by their places in the moves: of what has to lie in
+    the receiver's arena."""
 
 
 def spans(moves: Sequence[Move]) -> list[Span]:
@@ -125,8 +138,11 @@ class Session(Protocol):
 
     transport: str
 
-    def push(self, moves: Sequence[Move]) -> int:
-        """Write blocks, blocking; adjacent ones go as one. Returns the bytes moved.
+    def push(self, moves: Sequence[Move], codec: Codec | None = None) -> Pushed:
+        """Write blocks, blocking; adjacent ones go as one.
+
+        With a lossy `codec`, for full blocks only, they cross the link smaller, but for what it has no code for; where
+        memory is shared they always go as they are.
 
         Raises TransferError if the receiver refuses, is gone or makes no progress, or if the session is closed.
         """

@@ -1,7 +1,8 @@
 """How blocks look on a TCP connection: fixed headers of 64 bytes, payloads that lie in the arenas themselves, replies.
 
-A frame is a header and, for a write, `planes x count x plane_block_bytes` bytes, plane after plane. The receiver
-answers an announcement and a flush; it answers anything else only to refuse it, and then closes the connection.
+A frame is a header and, for a write, `planes x count x plane_block_bytes` bytes, plane after plane; or, if the header
+names a lossy codec, `count` records of it. The receiver answers an announcement and a flush; it answers anything else
+only to refuse it, and then closes the connection.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from blake3 import blake3
 from msgspec import Struct
 
 from bascule.kv.arena import Arena
+from bascule.kv.codecs import NAMES
+from bascule.kv.codecs.base import EXACT
 from bascule.types import KVLayout, TicketId
 
 _MAGIC = b"bKV1"
-_HEADER = struct.Struct("!4sB3x16s16s16sII")
+_HEADER = struct.Struct("!4sBB2x16s16s16sII")
 _REPLY = struct.Struct("!4sB3x")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
@@ -41,6 +44,8 @@ class Verdict(IntEnum):
     OTHER_LAYOUT = 4
     OUTSIDE_GRANT = 5
     REVOKED = 6
+    CODEC_NOT_ALLOWED = 7
+    MALFORMED_RECORDS = 8
 
     @property
     def words(self) -> str:
@@ -52,7 +57,8 @@ class Malformed(ValueError):
 
 
 class Header(Struct, frozen=True):
-    """`key` and `layout` are digests (`ticket_key`, `layout_digest`); a write covers `count` blocks from `first` on."""
+    """`key` and `layout` are digests (`ticket_key`, `layout_digest`); a write covers `count` blocks from `first` on, in
+    the form of `codec`, which travels as its place in `codecs.NAMES`."""
 
     kind: Kind
     key: bytes
@@ -60,17 +66,23 @@ class Header(Struct, frozen=True):
     layout: bytes
     first: int = 0
     count: int = 0
+    codec: str = EXACT
 
     def pack(self) -> bytes:
-        return _HEADER.pack(_MAGIC, self.kind, self.key, self.secret, self.layout, self.first, self.count)
+        codec = NAMES.index(self.codec)
+        return _HEADER.pack(_MAGIC, self.kind, codec, self.key, self.secret, self.layout, self.first, self.count)
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
         """Raises Malformed."""
-        magic, kind, key, secret, layout, first, count = _HEADER.unpack(data)
-        if magic != _MAGIC or kind not in Kind.__members__.values():
-            raise Malformed(f"no frame begins with {data[:5]!r}")
-        return cls(Kind(kind), key, secret, layout, first, count)
+        magic, kind, codec, key, secret, layout, first, count = _HEADER.unpack(data)
+        if (
+            magic != _MAGIC
+            or kind not in Kind.__members__.values()
+            or codec >= (len(NAMES) if kind == Kind.WRITE else 1)
+        ):
+            raise Malformed(f"no frame begins with {data[:6]!r}")
+        return cls(Kind(kind), key, secret, layout, first, count, NAMES[codec])
 
 
 def pack_reply(verdict: Verdict) -> bytes:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from threading import Lock
 
-import numpy as np
-
 from bascule.kv.arena import Arena
-from bascule.kv.transfer.base import Endpoint, Grant, Move, OnSafe, TransferError, check_grant, machine_id, spans
-from bascule.types import TicketId
+from bascule.kv.codecs.base import EXACT, Bytes, CannotEncode, Codec
+from bascule.kv.transfer.base import Endpoint, Grant, Move, OnSafe, Pushed, TransferError, check_grant, machine_id
+from bascule.kv.transfer.coding import arriving, arriving_checksums
+from bascule.types import KVLayout, TicketId
 
 NAME = "loopback"
 
@@ -28,9 +29,12 @@ class LoopbackNetwork:
 class LoopbackReceiver:
     """Takes blocks from senders on the same network; see `base.Receiver`."""
 
-    def __init__(self, arena: Arena, on_safe: OnSafe, network: LoopbackNetwork) -> None:
+    def __init__(
+        self, arena: Arena, on_safe: OnSafe, network: LoopbackNetwork, codecs: Mapping[str, Codec] = {}
+    ) -> None:
         self.refusals: Counter[str] = Counter()
         self._arena = arena
+        self._codecs = codecs
         self._network = network
         self._address = str(next(network.addresses))
         self._lock = Lock()
@@ -64,24 +68,28 @@ class LoopbackReceiver:
         with self._lock:
             self._grants.clear()
 
-    def write(self, ticket: TicketId, secret: bytes, arena: Arena, moves: Sequence[Move]) -> None:
-        """Copy `moves` from a sender's arena; with none, only check the grant. Raises TransferError if refused."""
+    def write(
+        self, ticket: TicketId, secret: bytes, layout: KVLayout, blocks: Mapping[int, Bytes] = {}, codec: str = EXACT
+    ) -> None:
+        """Put `blocks`, [planes, plane_block_bytes] by target, which have been through `codec`, into the arena.
+
+        Without any, only the grant is checked. Raises TransferError if it is refused.
+        """
         with self._lock:
             grant = self._grants.get(ticket)
             if grant is None:
                 reason = "unknown or revoked ticket"
             elif not hmac.compare_digest(grant.secret, secret):
                 reason = "wrong secret"
-            elif arena.layout != self._arena.layout:
+            elif layout != self._arena.layout:
                 reason = "other layout"
-            elif not {move.target for move in moves} <= set(grant.blocks):
+            elif not blocks.keys() <= set(grant.blocks):
                 reason = "outside the grant"
+            elif codec != EXACT and codec not in self._codecs:
+                reason = "codec not allowed"
             else:
-                for span in spans(moves):
-                    np.copyto(
-                        self._arena.bytes[:, span.target : span.target + span.count],
-                        arena.bytes[:, span.source : span.source + span.count],
-                    )
+                for target, block in blocks.items():
+                    self._arena.bytes[:, target] = block
                 return
             self.refusals[reason] += 1
         raise TransferError(f"the receiver refused ticket {ticket}: {reason}; prepare the handoff again")
@@ -100,24 +108,33 @@ class LoopbackSession:
         self._secret = secret
         self._lock = Lock()
         self._closed = False
-        self._write(())
+        self._write({})
 
-    def push(self, moves: Sequence[Move]) -> int:
-        for move in moves:
-            self._write([move])
-        return len(moves) * self._arena.layout.block_bytes
+    def push(self, moves: Sequence[Move], codec: Codec | None = None) -> Pushed:
+        wire_bytes, block_bytes = 0, self._arena.layout.block_bytes
+        coded: dict[int, bytes] = {}
+        for place, move in enumerate(moves):
+            block, form, size = self._arena.bytes[:, move.source : move.source + 1], EXACT, block_bytes
+            if codec is not None:
+                with contextlib.suppress(CannotEncode):
+                    block = arriving(codec, codec.encode(block))
+                    form, size = codec.name, codec.record_bytes
+                    [coded[place]] = arriving_checksums(block)
+            self._write({move.target: block[:, 0]}, form)
+            wire_bytes += size
+        return Pushed(wire_bytes, 0.0, coded)
 
     def flush(self) -> None:
-        self._write(())
+        self._write({})
 
-    def _write(self, moves: Sequence[Move]) -> None:
+    def _write(self, blocks: Mapping[int, Bytes], codec: str = EXACT) -> None:
         with self._lock:
             receiver = self._network.receivers.get(self._address)
             if receiver is None:
                 raise TransferError(f"no receiver at loopback address {self._address}: it was closed, choose another")
             if self._closed:
                 raise TransferError(f"the session for ticket {self._ticket} is closed")
-            receiver.write(self._ticket, self._secret, self._arena, moves)
+            receiver.write(self._ticket, self._secret, self._arena.layout, blocks, codec)
 
     def close(self) -> None:
         with self._lock:

@@ -20,7 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bascule.kv.arena import Arena, ArenaError
-from bascule.kv.transfer.base import Endpoint, Grant, Move, OnSafe, TransferError, check_grant, machine_id, spans
+from bascule.kv.codecs.base import Codec
+from bascule.kv.transfer.base import (
+    Endpoint,
+    Grant,
+    Move,
+    OnSafe,
+    Pushed,
+    TransferError,
+    check_grant,
+    machine_id,
+    spans,
+)
 from bascule.kv.transfer.channel import (
     Announce,
     Channel,
@@ -229,7 +240,8 @@ class ShmSession:
         self._ended = False
         """The receiver has been told."""
 
-    def push(self, moves: Sequence[Move]) -> int:
+    def push(self, moves: Sequence[Move], codec: Codec | None = None) -> Pushed:
+        """See `base.Session.push`; nothing is coded, because nothing crosses a link."""
         if not self._granted.issuperset(move.target for move in moves):
             raise TransferError(f"ticket {self._ticket} does not grant all of the blocks to be written; none was")
         for span in spans(moves):
@@ -238,7 +250,7 @@ class ShmSession:
             few = max(1, _PIECE_BYTES // source[0].nbytes)
             for plane in range(0, len(source), few):
                 self._copy(target[plane : plane + few], source[plane : plane + few])
-        return len(moves) * self._block_bytes
+        return Pushed(len(moves) * self._block_bytes)
 
     def _copy(self, target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
         with self._copying:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import select
 import socket
+import struct
 from time import monotonic
 
 from bascule.kv.transfer.frames import Buffers
@@ -12,6 +14,8 @@ from bascule.kv.transfer.frames import Buffers
 DRAIN_SECONDS = 2.0
 """How long a refused peer may take to stop: what it still sends is thrown away, so that it can read the refusal."""
 _SCRATCH_BYTES = 1 << 20
+_SIOCOUTQNSD = 0x894B
+"""Linux's name for the bytes of a TCP socket that have not been sent even once."""
 
 
 class Stream:
@@ -62,6 +66,10 @@ class Stream:
         except BlockingIOError:
             return False
         return True
+
+    def has_unsent(self) -> bool:
+        """Whether the kernel still holds bytes that it has not handed to the network."""
+        return bool(struct.unpack("i", fcntl.ioctl(self._connection, _SIOCOUTQNSD, bytes(4)))[0])
 
     def write(self, memory: Buffers, seconds: float) -> None:
         """Send all; raises TimeoutError if nothing moves for `seconds`."""

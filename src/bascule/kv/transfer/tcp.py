@@ -1,4 +1,8 @@
-"""KV over TCP: scattered straight from one arena's memory into the other's, never past a revocation."""
+"""KV over TCP: scattered straight from one arena's memory into the other's, never past a revocation.
+
+Full blocks may be coded on the way, by pieces: the sender encodes one while the kernel sends the one before, and the
+receiver decodes each from memory of its own into the arena.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,28 @@ import hmac
 import select
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
+from time import perf_counter
 from weakref import WeakSet
 
+import numpy as np
+
 from bascule.kv.arena import Arena
-from bascule.kv.transfer.base import Endpoint, Grant, Move, OnSafe, TransferError, check_grant, machine_id, spans
+from bascule.kv.codecs.base import EXACT, Bytes, CannotDecode, CannotEncode, Codec
+from bascule.kv.transfer.base import (
+    Endpoint,
+    Grant,
+    Move,
+    OnSafe,
+    Pushed,
+    Span,
+    TransferError,
+    check_grant,
+    machine_id,
+    spans,
+)
+from bascule.kv.transfer.coding import arriving, arriving_checksums, blocks_at_a_time, cut
 from bascule.kv.transfer.frames import (
     HEADER_BYTES,
     REPLY_BYTES,
@@ -55,13 +75,17 @@ class _OpenGrant:
 class TcpReceiver:
     """Listens on `host` (which is also what peers connect to) and `port` (0: a free one); see `base.Receiver`.
 
-    A connection's bytes go into the arena by calls that never block, each under its grant's lock after a look at
-    whether it is still open. So once `revoke` has had that lock no late write is possible, whatever the writer does.
+    Blocks may come as they are, or through one of `codecs`. Bytes go into the arena by calls that wait for no peer,
+    each under its grant's lock after a look at whether it is still open. So once `revoke` has had that lock no late
+    write is possible, whatever the writer does.
     """
 
-    def __init__(self, arena: Arena, on_safe: OnSafe, host: str, port: int = 0) -> None:
+    def __init__(
+        self, arena: Arena, on_safe: OnSafe, host: str, port: int = 0, codecs: Mapping[str, Codec] = {}
+    ) -> None:
         self.refusals: Counter[str] = Counter()
         self._arena = arena
+        self._codecs = codecs
         self._layout = layout_digest(arena.layout)
         self._lock = Lock()
         self._grants: dict[bytes, _OpenGrant] = {}
@@ -128,7 +152,10 @@ class TcpReceiver:
         """Do what a frame asks; everything before it on this connection lies in the arena."""
         grant = self._admit(header)
         if header.kind is Kind.WRITE:
-            self._receive(stream, grant, Buffers(payload(self._arena, header.first, header.count)))
+            if header.codec == EXACT:
+                self._receive(stream, grant, Buffers(payload(self._arena, header.first, header.count)))
+            else:
+                self._receive_coded(stream, grant, header)
             return
         with grant.lock:
             if grant.revoked:
@@ -149,6 +176,8 @@ class TcpReceiver:
             range(header.first, header.first + header.count)
         ):
             raise _Refusal(Verdict.OUTSIDE_GRANT)
+        if header.codec != EXACT and header.codec not in self._codecs:
+            raise _Refusal(Verdict.CODEC_NOT_ALLOWED)
         return grant
 
     def _receive(self, stream: Stream, grant: _OpenGrant, memory: Buffers) -> None:
@@ -159,6 +188,20 @@ class TcpReceiver:
                 received = stream.receive_some(memory)
             if not received:
                 stream.wait(select.POLLIN, None)
+
+    def _receive_coded(self, stream: Stream, grant: _OpenGrant, header: Header) -> None:
+        codec, end = self._codecs[header.codec], header.first + header.count
+        most = blocks_at_a_time(codec.layout)
+        for first in range(header.first, end, most):
+            records = np.empty((min(most, end - first), codec.record_bytes), np.uint8)
+            self._receive(stream, grant, Buffers([records.reshape(-1).data]))
+            with grant.lock:
+                if grant.revoked:
+                    raise _Refusal(Verdict.REVOKED)
+                try:
+                    codec.decode(records, self._arena.bytes[:, first : first + len(records)])
+                except CannotDecode:
+                    raise _Refusal(Verdict.MALFORMED_RECORDS) from None
 
 
 class TcpSession:
@@ -183,13 +226,43 @@ class TcpSession:
         self._closed = False
         self._ask(Kind.ANNOUNCE)
 
-    def push(self, moves: Sequence[Move]) -> int:
+    def push(self, moves: Sequence[Move], codec: Codec | None = None) -> Pushed:
         with self._failing_well("push"):
+            if codec is not None:
+                return self._push_coded(moves, codec)
             for span in spans(moves):
-                header = self._header(Kind.WRITE, span.target, span.count)
-                blocks = payload(self._arena, span.source, span.count)
-                self._send(Buffers([memoryview(header), *blocks]))
-        return len(moves) * self._arena.layout.block_bytes
+                self._write(span)
+        return Pushed(len(moves) * self._arena.layout.block_bytes)
+
+    def _push_coded(self, moves: Sequence[Move], codec: Codec) -> Pushed:
+        wire_bytes, idle_s, place = 0, 0.0, 0
+        coded: dict[int, bytes] = {}
+        for span in cut(spans(moves), blocks_at_a_time(codec.layout)):
+            begun = perf_counter()
+            try:
+                records = codec.encode(self._arena.bytes[:, span.source : span.source + span.count])
+            except CannotEncode:
+                idle_s += self._idle_since(begun)
+                self._write(span)
+                wire_bytes += span.count * codec.layout.block_bytes
+            else:
+                idle_s += self._idle_since(begun)
+                self._write(span, codec.name, records)
+                wire_bytes += records.nbytes
+                begun = perf_counter()
+                coded.update(enumerate(arriving_checksums(arriving(codec, records)), place))
+                idle_s += self._idle_since(begun)
+            place += span.count
+        return Pushed(wire_bytes, idle_s, coded)
+
+    def _write(self, span: Span, codec: str = EXACT, records: Bytes | None = None) -> None:
+        """One frame: the blocks as they lie in the arena, or `records` of them."""
+        blocks = payload(self._arena, span.source, span.count) if records is None else [records.reshape(-1).data]
+        self._send(Buffers([memoryview(self._header(Kind.WRITE, span.target, span.count, codec)), *blocks]))
+
+    def _idle_since(self, begun: float) -> float:
+        """Seconds since `begun` if the link has run out of bytes meanwhile, though perhaps only just now."""
+        return 0.0 if self._stream.has_unsent() else perf_counter() - begun
 
     def flush(self) -> None:
         self._ask(Kind.FLUSH)
@@ -199,8 +272,8 @@ class TcpSession:
             self._send(Buffers([memoryview(self._header(kind))]))
             self._read_reply()
 
-    def _header(self, kind: Kind, first: int = 0, count: int = 0) -> bytes:
-        return Header(kind, self._key, self._secret, self._layout, first, count).pack()
+    def _header(self, kind: Kind, first: int = 0, count: int = 0, codec: str = EXACT) -> bytes:
+        return Header(kind, self._key, self._secret, self._layout, first, count, codec).pack()
 
     def _send(self, memory: Buffers) -> None:
         """Send all, but stop when the receiver says anything before it takes more: during a write that is a refusal."""
