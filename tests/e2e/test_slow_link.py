@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from bascule.bench.apart import Piece, running_apart
+from bascule.bench.apart import Apart, Piece, running_apart
 from bascule.bench.namespaces import Cable, two_hosts, why_not
 from support.cluster import serve
 
 TOKENS, LENGTHS = 16, (60, 300)
 EXACT = ("--dtype=float32", "--slo-tpot=inf", "--slo-gap=inf", "--no-prefix-cache", "--kv-memory=256MiB")
-FLOAT32_TOKEN_BYTES = 46_080
-"""Of the embedded model's KV."""
+KV_BYTES = sum(LENGTHS) * 46_080
+"""Of all prompts, in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +40,49 @@ def undivided(smollm2: Path) -> list[list[int]]:
     return [answer["choices"][0]["token_ids"] for answer in answers]
 
 
+@contextmanager
+def split(cable: Cable, folder: Path, *flags: str) -> Iterator[Apart]:
+    """A prefill worker on the near host and a decode worker on the far one; all end well, and nothing was refused."""
+    pieces = [
+        Piece("prefill-0", "prefill", cable.near, "cpu:0", (*EXACT, *flags)),
+        Piece("decode-0", "decode", cable.far, "cpu:1", (*EXACT, *flags)),
+    ]
+    with running_apart(cable, "smollm2", 8100, pieces, folder, "--policy=disaggregated") as cluster:
+        yield cluster
+        cluster.wait_idle()
+        assert not any(worker["handoff_refused"] for worker in cluster.state()["workers"])
+        assert cluster.stop() == [0, 0, 0]
+
+
+def answers(cable: Cable, cluster: Apart) -> tuple[list[list[int]], int]:
+    """Tokens of the answers to all prompts, and the bytes that crossed the cable meanwhile."""
+    before = cable.sent()
+    found = [cluster.complete(prompt(length), TOKENS) for length in LENGTHS]
+    assert {route for _, route in found} == {"remote;prefill=prefill-0;decode=decode-0"}
+    return [tokens for tokens, _ in found], cable.sent() - before
+
+
 def test_a_handoff_over_a_slow_link_leaves_the_tokens_as_they_are(
     cable: Cable, undivided: list[list[int]], tmp_path: Path
 ) -> None:
-    pieces = [
-        Piece("prefill-0", "prefill", cable.near, "cpu:0", EXACT),
-        Piece("decode-0", "decode", cable.far, "cpu:1", EXACT),
-    ]
-    with running_apart(cable, "smollm2", 8100, pieces, tmp_path, "--policy=disaggregated") as cluster:
+    with split(cable, tmp_path) as cluster:
         for megabits in (1000, 100):
             cable.limit(megabits * 1e6)
-            before = cable.sent()
-            for length, tokens in zip(LENGTHS, undivided, strict=True):
-                assert cluster.complete(prompt(length), TOKENS) == (tokens, "remote;prefill=prefill-0;decode=decode-0")
-            cluster.wait_idle()
-            assert cable.sent() - before > sum(LENGTHS) * FLOAT32_TOKEN_BYTES
-        assert not any(worker["handoff_refused"] for worker in cluster.state()["workers"])
-        assert cluster.stop() == [0, 0, 0]
+            tokens, crossed = answers(cable, cluster)
+            assert tokens == undivided
+            assert crossed > KV_BYTES
+
+
+def test_a_codec_sends_less_over_a_slow_link_and_does_so_alike_at_every_rate(cable: Cable, tmp_path: Path) -> None:
+    with split(cable, tmp_path, "--transfer-codec=int8") as cluster:
+        found = []
+        for megabits in (1000, 100):
+            cable.limit(megabits * 1e6)
+            tokens, crossed = answers(cable, cluster)
+            found.append(tokens)
+            assert all(len(each) == TOKENS for each in tokens)
+            assert crossed < KV_BYTES / 2
+        assert found[0] == found[1]
 
 
 def test_a_link_is_as_fast_as_it_is_told_to_be(cable: Cable) -> None:
