@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,18 @@ from bascule.kv.arena import Arena
 from bascule.kv.codecs import NAMES, codec_named
 from bascule.kv.transfer.base import Pushed, TransferError
 from bascule.kv.transfer.coding import arriving, blocks_at_a_time
-from bascule.kv.transfer.frames import Header, Kind, Verdict, layout_digest, payload, ticket_key, unpack_reply
+from bascule.kv.transfer.frames import (
+    Buffers,
+    Header,
+    Kind,
+    Verdict,
+    layout_digest,
+    payload,
+    ticket_key,
+    unpack_reply,
+)
+from bascule.kv.transfer.stream import Stream
+from bascule.kv.transfer.tcp import TcpReceiver
 
 LOSSY = NAMES[1:]
 INT8 = codec_named("int8", LAYOUT)
@@ -144,6 +156,26 @@ def test_blocks_as_they_are_may_follow_coded_ones(link: Link) -> None:
     assert np.array_equal(link.arena.bytes[:, 2], source.bytes[:, 2])
 
 
+def test_a_link_that_waits_for_the_codec_is_told_from_one_that_still_sends(tcp: Link) -> None:
+    """Coding is idle time before there is anything to send, and not while bytes wait for a peer that reads none."""
+    sender, source = tcp.sender()
+    fill(source)
+    tcp.grant()
+    session = sender.open(tcp.receiver.endpoint, TICKET, SECRET)
+    assert session.push(ALL[:1], INT8).idle_s > 0
+    assert session.push(ALL[1:2]).idle_s == 0
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+        far, _ = server.accept()
+        stream = Stream(near)
+        assert not stream.has_unsent()
+        while stream.send_some(Buffers([memoryview(bytes(1 << 20))])):
+            pass
+        assert stream.has_unsent()
+        with far:
+            far.settimeout(WAIT)
+            wait_until(lambda: far.recv(1 << 22) and not stream.has_unsent(), "the rest to be sent")
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -199,6 +231,43 @@ def test_records_whose_end_comes_after_the_revocation_are_not_decoded(tcp: Link)
         assert tcp.receiver.revoke(TICKET)
         tcp.arena.bytes[:] = 9
         raw.sendall(records[-1:])
+        wait_until(lambda: tcp.receiver.refusals.get("revoked"), "the refusal")
+    assert (tcp.arena.bytes == 9).all()
+
+
+def test_a_revocation_after_the_last_byte_and_before_it_is_decoded_counts(
+    tcp: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(tcp.receiver, TcpReceiver)
+    _, source = tcp.sender()
+    fill(source)
+    tcp.grant(0)
+    tcp.arena.bytes[:] = 9
+    grant = tcp.receiver._grants[ticket_key(TICKET)]
+    lock, receive_some, complete = grant.lock, Stream.receive_some, Event()
+
+    class RevokesNext:
+        """The grant's lock; after its holder has received all, the revocation is the next to have it."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            if complete.is_set():
+                complete.clear()
+                tcp.receiver.revoke(TICKET)
+
+    def receive(stream: Stream, memory: Buffers) -> bool:
+        received = receive_some(stream, memory)
+        if not memory.left and lock.locked():
+            complete.set()
+        return received
+
+    monkeypatch.setattr(grant, "lock", RevokesNext())
+    monkeypatch.setattr(Stream, "receive_some", receive)
+    with connect(tcp) as raw:
+        raw.sendall(header("int8", 0, 1) + INT8.encode(source.bytes[:, :1]).tobytes())
         wait_until(lambda: tcp.receiver.refusals.get("revoked"), "the refusal")
     assert (tcp.arena.bytes == 9).all()
 

@@ -36,6 +36,11 @@ def slow_mock(folder: Path) -> list[str]:
         (["--kv-host", "1", "--engine", "mock"], "--kv-host: 1 bytes hold no two blocks"),
         (["--handoff", "store"], "--handoff store needs a KV store"),
         (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
+        (
+            ["--transfer", "shm", "--transfer-codec", "auto"],
+            "transfer-codec is auto, but must be none with",
+        ),
+        (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
         (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
         (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
         (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
@@ -83,7 +88,7 @@ def test_an_unknown_key_in_the_config_file_is_named_with_its_neighbour(tmp_path:
 
 def test_a_worker_with_another_model_is_refused_naming_both(smollm2: Path) -> None:
     with serve("smollm2", *MOCK, "--policy", "replicated", "--mixed", "1") as cluster:
-        join = _worker_socket(cluster)
+        join = cluster.worker_socket()
         other = ["worker", "smollm2", "--join", join, "--id", "other", "--device", "cpu:1", *MOCK]
         result = run_cli(*other, "--max-model-len", "4096")
         assert result.returncode == 1
@@ -219,10 +224,3 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def _worker_socket(cluster: Cluster) -> str:
-    """The router's worker address, from a worker's command line."""
-    pid = cluster.state()["workers"][0]["pid"]
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return words[words.index("--join") + 1]

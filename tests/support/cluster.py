@@ -42,6 +42,12 @@ class Cluster:
         """The current process id of a worker (it changes when the worker is started again)."""
         return next(int(one["pid"]) for one in self.state()["workers"] if one["id"] == worker)
 
+    def worker_socket(self) -> str:
+        """The router's address for workers, from a worker's command line."""
+        pid = self.state()["workers"][0]["pid"]
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        return words[words.index("--join") + 1]
+
     def state(self) -> dict[str, Any]:
         answer = self.http.get(f"{self.ready['admin_url']}/admin/state")
         answer.raise_for_status()

@@ -304,5 +304,5 @@ def _require_same_model(card: ModelCard, offer: Register) -> None:
         if ours != theirs:
             raise RegistrationRefused(
                 f"worker {offer.worker} serves {offer.card.name} with {what} {theirs}, but this cluster serves "
-                f"{card.name} with {what} {ours}; start all workers with the same model, dtype and block size"
+                f"{card.name} with {what} {ours}; start all workers with the same model, dtype, block size and codecs"
             )
