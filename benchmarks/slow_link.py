@@ -19,18 +19,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from routing import ratio
+import msgspec
+from routing import FEWEST_SEEDS, ratio
 
 from bascule.bench.apart import Apart, Piece, running_apart
 from bascule.bench.load import Record, offer
@@ -44,7 +44,15 @@ from bascule.models import catalog
 WARM_UP = 3
 NEAR_ENOUGH = 1.05
 """Of the best codec's time, for `auto`."""
-FIGURES = {"TTFT": "ttft", "second token": "second", "TPOT": "tpot"}
+FIGURES = {"TTFT": "ttft", "second token": "second", "after the first": "late", "TPOT": "tpot"}
+
+
+SYSTEMS = {
+    "adaptive": ("adaptive", ("prefill", "mixed")),
+    "split": ("disaggregated", ("prefill", "decode")),
+    "whole": ("replicated", ("mixed",)),
+}
+"""Policy, and roles of the workers."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ class Answer:
     tpot: float
     """Mean of the times between tokens from the second one on."""
     crossed: int
+
+    @property
+    def late(self) -> float:
+        """From the first token to the second one: what of a handoff nothing hides."""
+        return self.second - self.ttft
 
 
 @dataclass
@@ -146,19 +159,14 @@ def over_the_link(cable: Cable, cluster: Apart, asked: Sequence[Talk], told: str
 
 def routing(cable: Cable, found: AtRate, options: argparse.Namespace, folder: Path) -> None:
     """Three systems in turns, each with the same closed loops."""
-    systems = {
-        "adaptive": ("adaptive", ("prefill", "mixed")),
-        "split": ("disaggregated", ("prefill", "decode")),
-        "whole": ("replicated", ("mixed",)),
-    }
     with ExitStack() as stack:
         clusters: dict[str, Apart] = {}
-        for number, (name, (policy, roles)) in enumerate(systems.items()):
+        for number, (name, (policy, roles)) in enumerate(SYSTEMS.items()):
             flags = ("--kv-memory=1GiB", f"--transfer-codec={options.routing_codec}")
             several = pieces(cable, roles, flags)
             started = running_apart(cable, options.model, 8200 + number, several, folder, f"--policy={policy}")
             clusters[name] = stack.enter_context(started)
-        names = list(systems)
+        names = list(SYSTEMS)
         for seed in range(options.seeds + 1):
             asked = talks(options.workload, options.requests, 1000 + seed)
             for name in names[seed % len(names) :] + names[: seed % len(names)]:
@@ -179,6 +187,8 @@ def routing(cable: Cable, found: AtRate, options: argparse.Namespace, folder: Pa
 def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Ratio of two paired series with its interval, and whether it is within 5 %."""
     middle, low, high = ratio(ours, theirs)
+    if len(ours) < FEWEST_SEEDS:
+        return f"{middle:.3f} undecided (rounds: {len(ours)})"
     told = "within" if high <= NEAR_ENOUGH else "**over**" if low > NEAR_ENOUGH else "undecided"
     return f"{middle:.3f} ({low:.3f}-{high:.3f}) {told}"
 
@@ -190,9 +200,9 @@ def codec_tables(all_found: Sequence[AtRate], options: argparse.Namespace) -> It
     yield "|" + "---|" * 8
     for found in all_found:
         for length, by_codec in found.answers.items():
-            for codec, answers in by_codec.items():
-                ttft, second, tpot = (statistics.median(series(answers, figure)) for figure in FIGURES.values())
-                late = statistics.median(answer.second - answer.ttft for answer in answers)
+            for codec in (codec for codec in options.codecs if codec in by_codec):
+                answers = by_codec[codec]
+                ttft, second, late, tpot = (statistics.median(series(answers, each)) for each in FIGURES.values())
                 crossed = statistics.median(answer.crossed for answer in answers) / 1e6
                 row = f"{ttft:.3f} | {second:.3f} | {late:.3f} | {1000 * tpot:.1f} | {crossed:.1f}"
                 yield f"| {found.megabits:g} | {length} | {codec} | {row} |"
@@ -220,27 +230,47 @@ def series(answers: Sequence[Answer], figure: str) -> list[float]:
 
 
 def routing_tables(all_found: Sequence[AtRate], options: argparse.Namespace) -> Iterator[str]:
-    """Latencies of the three systems, and the share that adaptive split."""
+    """What each system handed over, its latencies (means over the seeds), and adaptive beside the others, paired."""
     codec, clients = options.routing_codec, options.clients
     yield f"\n**routing**, workload `{options.workload}`, {clients} clients, `--transfer-codec {codec}`\n"
-    yield (
-        "| Mbit/s | split by adaptive | mean latency, s: adaptive | all split | whole | adaptive / all split "
-        "| adaptive / whole | TTFT, s | TPOT, ms |"
-    )
-    yield "|" + "---|" * 9
+    yield "| Mbit/s | system | handed over | mean latency s | TTFT s | TPOT ms | latency of adaptive over it |"
+    yield "|" + "---|" * 7
     for found in all_found:
-        loops = found.loops
-        share = statistics.fmean(loop.split for loop in loops["adaptive"])
-        means = {name: statistics.fmean(loop.mean for loop in runs) for name, runs in loops.items()}
-        paired = {name: [sum(loop.latencies) for loop in runs] for name, runs in loops.items()}
-        against = []
-        for name in ("split", "whole"):
-            middle, low, high = ratio(paired["adaptive"], paired[name])
-            against.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
-        ttft = ", ".join(f"{statistics.fmean(loop.ttft for loop in runs):.2f}" for runs in loops.values())
-        tpot = ", ".join(f"{1000 * statistics.fmean(loop.tpot for loop in runs):.1f}" for runs in loops.values())
-        row = f"{means['adaptive']:.2f} | {means['split']:.2f} | {means['whole']:.2f} | {' | '.join(against)}"
-        yield f"| {found.megabits:g} | {share:.2f} | {row} | {ttft} | {tpot} |"
+        ours = [sum(loop.latencies) for loop in found.loops["adaptive"]]
+        for name in SYSTEMS:
+            runs = found.loops[name]
+            split, mean, ttft = (
+                statistics.fmean(getattr(loop, figure) for loop in runs) for figure in ("split", "mean", "ttft")
+            )
+            middle, low, high = ratio(ours, [sum(loop.latencies) for loop in runs])
+            against = "" if name == "adaptive" else f"{middle:.2f} ({low:.2f}-{high:.2f})"
+            tpot = 1000 * statistics.fmean(loop.tpot for loop in runs)
+            yield f"| {found.megabits:g} | {name} | {split:.2f} | {mean:.2f} | {ttft:.2f} | {tpot:.1f} | {against} |"
+
+
+def measure(options: argparse.Namespace) -> list[AtRate]:
+    """All parts at all rates."""
+    parts: dict[str, Any] = {"codecs": codecs, "routing": routing}
+    if options.model in catalog.CATALOG:
+        pull_with_progress(options.model)
+    all_found: list[AtRate] = []
+    with two_hosts() as cable, tempfile.TemporaryDirectory(prefix="bascule-slow-link-") as folder:
+        for megabits in map(float, options.rates.split(",")):
+            cable.limit(1e6 * megabits)
+            rate = statistics.median(cable.measured() for _ in range(3)) / 1e6
+            print(
+                f"A link of {megabits:g} Mbit/s carries {rate:.0f} (one connection, headers not counted).", flush=True
+            )
+            all_found.append(AtRate(megabits, rate))
+            for part in options.parts.split(","):
+                parts[part](cable, all_found[-1], options, Path(folder))
+            if options.json:
+                options.json.write_bytes(msgspec.json.encode(all_found))
+    return all_found
+
+
+def read(path: Path) -> list[AtRate]:
+    return msgspec.json.decode(path.read_bytes(), type=list[AtRate])
 
 
 def main() -> None:
@@ -249,7 +279,7 @@ def main() -> None:
     parser.add_argument("--rates", default="100,1000,10000", help="Mbit/s")
     parser.add_argument("--parts", default="codecs,routing")
     parser.add_argument("--codecs", default="none,int8,int4,fp8,auto")
-    parser.add_argument("--lengths", default="1000,4000", help="prompt tokens")
+    parser.add_argument("--lengths", default="1000,2000", help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--routing-codec", default="none")
     parser.add_argument("--workload", default="mixed")
@@ -257,32 +287,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10, help="of each closed loop")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all that was found there")
+    parser.add_argument("--read", type=Path, help="print the tables of what --json wrote, and measure nothing")
     options = parser.parse_args()
     options.codecs = options.codecs.split(",")
     options.lengths = [int(length) for length in options.lengths.split(",")]
-    parts: dict[str, Any] = {"codecs": codecs, "routing": routing}
-    if options.model in catalog.CATALOG:
-        pull_with_progress(options.model)
-    all_found: list[AtRate] = []
     try:
-        with two_hosts() as cable, tempfile.TemporaryDirectory(prefix="bascule-slow-link-") as folder:
-            for megabits in map(float, options.rates.split(",")):
-                cable.limit(1e6 * megabits)
-                rate = statistics.median(cable.measured() for _ in range(3)) / 1e6
-                print(f"A link of {megabits:g} Mbit/s carries {rate:.0f} (one connection, headers not counted).")
-                all_found.append(AtRate(megabits, rate))
-                for part in options.parts.split(","):
-                    parts[part](cable, all_found[-1], options, Path(folder))
-                if options.json:
-                    options.json.write_text(json.dumps([asdict(found) for found in all_found]))
+        all_found = read(options.read) if options.read else measure(options)
     except NoNamespaces as error:
         sys.exit(f"two hosts cannot be made within this machine: {error}")
     except BenchFailed as error:
         sys.exit(str(error))
     for line in (
-        *(codec_tables(all_found, options) if "codecs" in options.parts else ()),
-        *(routing_tables(all_found, options) if "routing" in options.parts else ()),
+        *(codec_tables(all_found, options) if any(found.answers for found in all_found) else ()),
+        *(routing_tables(all_found, options) if any(found.loops for found in all_found) else ()),
     ):
         print(line)
 

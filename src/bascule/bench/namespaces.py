@@ -95,6 +95,7 @@ class Cable:
             sending = socket.create_connection(listening.getsockname())
             receiving, _ = listening.accept()
         with closing(sending), closing(receiving):
+            receiving.settimeout(_COMMAND_S)
             sender = Thread(target=_pour, args=(sending,), daemon=True)
             sender.start()
             rate = _drink(receiving, seconds)
@@ -142,7 +143,10 @@ def why_not() -> str | None:
 
 
 def _own_namespace() -> int:
-    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NoNamespaces(f"{error}; it takes Linux with network namespaces, and /proc") from error
 
 
 def _new_namespace() -> int:
@@ -167,7 +171,12 @@ def _enter(namespace: int) -> None:
 
 
 def _run(command: str) -> None:
-    done = subprocess.run(command.split(), capture_output=True, text=True, timeout=_COMMAND_S, check=False)
+    try:
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=_COMMAND_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NoNamespaces(
+            f"`{command}` has not ended after {_COMMAND_S:g} s; try again when less runs here"
+        ) from error
     if done.returncode:
         raise NoNamespaces(f"`{command}` failed: {done.stderr.strip()}; it takes root and a kernel with veth and tbf")
 
