@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from bascule.kv.hashing import BlockHasher
 from bascule.router.found import Peer
-from bascule.types import Epoch, Placement, Tier, WorkerId
-from bascule.wire import KvEvents, StorePlace, TierChanges
+from bascule.types import Epoch, LinkCost, Placement, Tier, WorkerId, WorkerLoad
+from bascule.wire import Heartbeat, KvEvents, StorePlace, TierChanges
 
 SIZE = CARD.layout.block_size
 PROMPT = BlockHasher("model", 1).chain(range(20))
@@ -87,3 +87,15 @@ def test_a_worker_that_has_left_is_no_peer(made: Bench) -> None:
     has(made, "a", 9)
     made.membership.lost(WorkerId("a"), "ended")
     assert made.view.found(PROMPT).peer == Peer()
+
+
+def test_a_link_that_its_worker_has_forgotten_is_forgotten(made: Bench) -> None:
+    def beat(**links: LinkCost) -> None:
+        load = WorkerLoad(links={WorkerId(name): link for name, link in links.items()})
+        made.hear(Heartbeat(WorkerId("a"), Epoch("a-1"), load, 1))
+
+    beat(b=LinkCost(0.1, 1e6), c=LinkCost(0.2, 1e7))
+    beat(c=LinkCost(0.3, 1e8))
+    assert made.view.links == {(WorkerId("a"), WorkerId("c")): LinkCost(0.3, 1e8)}
+    beat()
+    assert not made.view.links

@@ -245,6 +245,21 @@ def test_pushes_that_say_nothing_of_the_rate_are_ignored(sent: int, seconds: flo
     assert links.costs()[PEER].bytes_per_s > 1e8
 
 
+def test_a_link_that_was_slow_once_is_forgotten_and_what_it_moves_is_not() -> None:
+    now = [100.0]
+    links = Links(lambda: now[0])
+    links.crossed(PEER, "tcp", 1 << 20, 10.0)
+    links.pushed(PEER, 1 << 20, 10.0)
+    links.handed_over(PEER, 1 << 20, 10.1)
+    assert links.costs()[PEER].bytes_per_s == pytest.approx((1 << 20) / 10.0)
+    now[0] += 61.0
+    assert links.costs() == {}
+    assert links.wire_rate(PEER, "tcp") == pytest.approx((1 << 20) / 10.0)
+    links.pushed(PEER, 1 << 20, 0.01)
+    links.handed_over(PEER, 1 << 20, 0.02)
+    assert links.costs()[PEER].bytes_per_s == pytest.approx((1 << 20) / 0.01)
+
+
 def test_a_handoff_shorter_than_its_bytes_would_take_still_has_a_positive_latency() -> None:
     links = Links()
     links.pushed(PEER, 1 << 20, 1.0)

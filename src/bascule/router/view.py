@@ -135,6 +135,8 @@ class ClusterView:
         return member if member is not None and member.epoch == epoch else None
 
     def heartbeat(self, member: Member, load: WorkerLoad, now: float) -> None:
+        for peer in member.load.links.keys() - load.links.keys():
+            self.links.pop((member.id, peer), None)
         member.load = load
         member.last_seen = now
         self._suspect(member, False)

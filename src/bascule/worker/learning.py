@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from statistics import median
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,6 +20,7 @@ _LEAST_SAMPLES = 8
 """Steps that a refit needs."""
 _REMEMBERED = 32
 """Latest pushes and handoffs of a link of which the median counts."""
+_FORGOTTEN_S = 60.0
 _TELLING_BYTES = 1 << 16
 """A smaller push says how long a call takes, not how fast bytes go."""
 _SHORTEST_S = 1e-6
@@ -51,13 +55,34 @@ class StepCosts:
             self._engine.cost = fit(samples, before)
 
 
-class Links:
-    """What handing KV over to each decode worker takes, by the medians of the latest handoffs."""
+T = TypeVar("T")
+
+
+class _Latest(Generic[T]):
+    """The latest values, with the time of each."""
 
     def __init__(self) -> None:
-        self._pushes: dict[WorkerId, deque[float]] = {}
+        self._values: deque[tuple[float, T]] = deque(maxlen=_REMEMBERED)
+
+    def add(self, now: float, value: T) -> None:
+        self._values.append((now, value))
+
+    def since(self, then: float) -> list[T]:
+        return [value for at, value in self._values if at >= then]
+
+
+class Links:
+    """What giving KV to each worker takes, by the medians of the latest times.
+
+    What is older than a minute is forgotten, so that a link that was slow once is tried again. What the link itself
+    moves is not: any push tells it, whatever the router makes of the link.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._pushes: defaultdict[WorkerId, _Latest[float]] = defaultdict(_Latest)
         """Bytes per second."""
-        self._tails: dict[WorkerId, deque[tuple[int, float]]] = {}
+        self._tails: defaultdict[WorkerId, _Latest[tuple[int, float]]] = defaultdict(_Latest)
         """(bytes, seconds) from the first token to the verdict."""
         self._wires: dict[tuple[WorkerId, str], deque[float]] = {}
         """Bytes per second, by transport."""
@@ -75,19 +100,20 @@ class Links:
     def pushed(self, peer: WorkerId, sent: int, seconds: float) -> None:
         """A push of `sent` bytes of KV took `seconds`, in whatever form they went."""
         if sent >= _TELLING_BYTES and seconds > _SHORTEST_S:
-            self._pushes.setdefault(peer, deque(maxlen=_REMEMBERED)).append(sent / seconds)
+            self._pushes[peer].add(self._now(), sent / seconds)
 
     def handed_over(self, peer: WorkerId, late: int, seconds: float) -> None:
         """A handoff was accepted `seconds` after its first token, `late` bytes of KV having been pushed meanwhile."""
         if seconds > 0:
-            self._tails.setdefault(peer, deque(maxlen=_REMEMBERED)).append((late, seconds))
+            self._tails[peer].add(self._now(), (late, seconds))
 
     def costs(self) -> dict[WorkerId, LinkCost]:
-        """Of the links that have been used."""
-        return {peer: self._cost(peer) for peer in self._tails}
+        """Of the links that have lately been used."""
+        then = self._now() - _FORGOTTEN_S
+        tails = {peer: latest.since(then) for peer, latest in self._tails.items()}
+        return {peer: _cost(self._pushes[peer].since(then), found) for peer, found in tails.items() if found}
 
-    def _cost(self, peer: WorkerId) -> LinkCost:
-        pushes = self._pushes.get(peer)
-        rate = median(pushes) if pushes else OTHER_MACHINE.bytes_per_s  # no push was long enough for it to matter
-        latency = median(max(seconds - late / rate, _SHORTEST_S) for late, seconds in self._tails[peer])
-        return LinkCost(latency, rate)
+
+def _cost(pushes: list[float], tails: list[tuple[int, float]]) -> LinkCost:
+    rate = median(pushes) if pushes else OTHER_MACHINE.bytes_per_s  # no push was long enough for it to matter
+    return LinkCost(median(max(seconds - late / rate, _SHORTEST_S) for late, seconds in tails), rate)
