@@ -142,7 +142,8 @@ class Bench:
     def wait_back(self) -> None:
         """Until the tier is used again: each prompt is an occasion to look whether it is back."""
         deadline = time.monotonic() + BACK_S
-        while (said := self.log.read_text()).count("doing without it") > said.count("answers again"):
+        # The line that says that it is given up has both of these in it, the other one only the second.
+        while 2 * (said := self.log.read_text()).count("doing without it") > said.count("answers again"):
             if time.monotonic() > deadline:
                 sys.exit(f"{self.tier} did not come back within {BACK_S:g} s of its fault's end: {said[-2000:]}")
             ask(self.stored, self.text(SHORT), 1)
