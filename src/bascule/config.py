@@ -101,8 +101,8 @@ class StoreConfig:
     """Redis or Valkey servers, `redis://host1:6379,host2`, over which blocks are spread; any number of clusters may
     share them."""
     kv_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
-    """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quicker of
-    none and int8."""
+    """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quickest of
+    none, int8 and int4."""
 
     def __post_init__(self) -> None:
         _require(self.tiers or self.kv_codec == "none", "kv_codec", self.kv_codec, "left out without a tier")
@@ -146,8 +146,8 @@ class HandoffConfig:
     transfer: Literal["auto", "shm", "tcp"] = "auto"
     """Transport: shared memory where both workers are on one host, else TCP; or one of them always."""
     transfer_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
-    """Form of full blocks pushed over TCP: as they are, or smaller and no longer exact; auto: for each link the quicker
-    of none and int8. Over shared memory all go as they are."""
+    """Form of full blocks pushed over TCP: as they are, or smaller and no longer exact; auto: for each link the
+    quickest of none, int8 and int4. Over shared memory all go as they are."""
     peer_fetch: bool = True
     """Workers take computed KV from each other where that is predicted to be quicker than computing it."""
     reserve_timeout: float = 5.0

@@ -11,7 +11,7 @@ from bascule.kv.codecs.floats import FORMS
 from bascule.types import CodecCost
 
 AUTO = "auto"
-AUTOMATIC = (EXACT, "int8")
+AUTOMATIC = (EXACT, "int8", "int4")
 """What `auto` chooses from; fp8 loses more for hardly fewer bytes (docs/adr/0015)."""
 _TRIAL_BLOCKS = 16
 
