@@ -3,11 +3,11 @@
     python benchmarks/kv_faults.py --rounds 1
 
 Two servers of one worker on one core each: one without a store, one with a Redis server or a directory as its tier.
-Both get the same greedy requests, one after the other, and take turns in being the first and in their cores. Prompts
-are 1,000 to 1,500 tokens of prefix and a short question, and device memory holds hardly more than one of them, so that
-a prefix that comes again is in the store or nowhere. In each round the tier first works: prefixes are saved, and found.
+Both get the same greedy requests, one after the other on the same core, and take turns in being the first. Prompts are
+1,000 to 1,500 tokens of prefix and a short question, and device memory holds hardly more than one of them, so that a
+prefix that comes again is in the store or nowhere. In each round the tier first works: prefixes are saved, and found.
 Then the fault begins, the same prefixes are asked for again, and new ones twice each; then it ends, and the tier is
-waited for until it is used again.
+waited for until it is used again. A round takes eight minutes on two cores.
 
 The faults are real: `faults.py`. Those of the disk befall a small file system in memory that is mounted for them,
 which takes root. Prints Markdown: ratios of paired requests to the server without a store, with a 95 % bootstrap
