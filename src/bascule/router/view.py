@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
-from bascule.policies.snapshot import Candidate, Snapshot
+from bascule.policies.snapshot import ROLES, Candidate, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
@@ -25,6 +26,7 @@ from bascule.types import (
     LinkCost,
     ModelCard,
     Placement,
+    Role,
     StepLoad,
     Tier,
     WorkerId,
@@ -39,6 +41,8 @@ class Member:
     """One registered worker; what the router has placed on it is in its row of the columns."""
 
     registration: Register
+    role: Role
+    """What new placements use it for; at first what it registered with."""
     row: int
     """Its place in the columns and in the prefix index; given to another worker once it has left."""
     last_seen: float
@@ -50,6 +54,21 @@ class Member:
     rest_until: float = 0.0
     """Until then it asked to be left alone, or is not trusted, and gets no new requests (the clock's seconds)."""
     resting: bool = False
+    draining: bool = False
+    """It gets nothing new; what it has may end there."""
+    drained: bool = False
+    """Draining, and nothing needs it any more."""
+    leaving: bool = False
+    """It has said that it will end once it is drained."""
+    drain_by: float = math.inf
+    """When what is left goes elsewhere (the clock's seconds)."""
+
+    @property
+    def state(self) -> str:
+        """As in `WorkerStatus`."""
+        if self.draining:
+            return "drained" if self.drained else "draining"
+        return "suspect" if self.suspect or self.resting else "ready"
 
     @property
     def id(self) -> WorkerId:
@@ -111,7 +130,7 @@ class ClusterView:
         self.index.join(row, held | self.stores.capacity(offer.stores))
         feed = KvFeed(self.index, row, self.kv_faults)
         self.stores.join(row, feed, offer.stores)
-        member = self.members[offer.worker] = Member(offer, row, now, feed, attached=attached)
+        member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, attached=attached)
         if not attached:
             self._own = self._own or offer.card
         self._update_card()
@@ -175,9 +194,19 @@ class ClusterView:
         member.rest_until, member.resting = until, now < until
         self._suspect(member, member.suspect)
 
+    def drain(self, member: Member, draining: bool, by: float = math.inf) -> None:
+        """Place nothing on a member, or place on it again."""
+        member.draining, member.drained, member.drain_by = draining, False, by
+        self._suspect(member, member.suspect)
+
+    def set_role(self, member: Member, role: Role) -> None:
+        """New placements use the member for that; what runs goes on as it is."""
+        member.role = role
+        self.columns.role[member.row] = ROLES.index(role)
+
     def _suspect(self, member: Member, suspect: bool) -> None:
         member.suspect = suspect
-        self.columns.placeable[member.row] = not suspect and not member.resting
+        self.columns.placeable[member.row] = not (suspect or member.resting or member.draining)
 
     def remove(self, worker: WorkerId) -> None:
         """Forget a worker and burn its epoch."""
@@ -252,15 +281,17 @@ class ClusterView:
     def snapshot(self, now: float) -> Snapshot:
         return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window, self.stores.columns())
 
-    def statuses(self) -> tuple[WorkerStatus, ...]:
+    def statuses(self, requests: Mapping[WorkerId, int] | None = None) -> tuple[WorkerStatus, ...]:
+        """All members as an operator sees them; `requests` says how many need each."""
         return tuple(
             WorkerStatus(
                 id=member.id,
-                role=member.registration.role,
-                state="suspect" if member.suspect or member.resting else "ready",
+                role=member.role,
+                state=member.state,
                 epoch=member.epoch,
                 pid=member.registration.pid,
                 device=member.registration.device,
+                requests=requests.get(member.id, 0) if requests else 0,
                 load=member.load,
             )
             for member in self.members.values()
