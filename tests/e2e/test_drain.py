@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class Load:
     def __init__(self, cluster: Cluster) -> None:
         self._url = cluster.url
         self._bodies = bodies(cluster.model)
-        self._right = [stream(self._url, body) for body in self._bodies]
+        with ThreadPoolExecutor(len(self._bodies)) as pool:
+            self._right = list(pool.map(lambda body: stream(self._url, body), self._bodies))
         self._over = threading.Event()
         self.done = 0
         self.wrong: list[str] = []
@@ -205,16 +207,21 @@ def test_with_all_workers_drained_requests_wait_and_ready_says_so(cluster: Clust
 
 
 def test_a_second_signal_ends_a_worker_at_once_and_its_requests_go_elsewhere(cluster: Cluster) -> None:
-    with Load(cluster) as load:
-        cluster.wait(lambda state: one(state, "decode-0")["requests"] > 0, "decode-0 has work")
+    body = {**bodies(cluster.model)[1], "max_tokens": 200}
+    seen = len(cluster.log.read_text())
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream, cluster.url, body) for _ in range(2)]
+        cluster.wait(
+            lambda state: all(one(state, name)["requests"] for name in ("decode-0", "decode-1")), "one on each"
+        )
         pid = cluster.pid("decode-0")
         os.kill(pid, signal.SIGTERM)
-        cluster.wait(lambda state: all(w["state"] != "ready" for w in state["workers"] if w["pid"] == pid), "it drains")
+        cluster.wait(lambda state: one(state, "decode-0")["state"] == "draining", "it drains")
         os.kill(pid, signal.SIGTERM)
-        cluster.wait(
-            lambda state: any(w["id"] == "decode-0" and w["pid"] != pid for w in state["workers"]), "it is back", 90
-        )
-    load.check()
+        moved, stayed = (future.result(60) for future in streams)
+    assert moved == stayed and len(moved) == 200
+    assert cluster.log.read_text()[seen:].count("is placed again") == 1
+    cluster.wait(lambda state: len(state["workers"]) == 3, "it is back", 60)
     cluster.wait_idle()
 
 

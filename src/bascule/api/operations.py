@@ -38,7 +38,7 @@ def operation_routes(operations: Operations) -> list[BaseRoute]:
         return json_response(worker_fields(operations.set_role(_worker(request), chosen)))
 
     return [
-        Route(f"/admin/workers/{{id}}/{name}", call, methods=["POST"])
+        Route(f"/admin/workers/{{id:path}}/{name}", call, methods=["POST"])
         for name, call in (("drain", drain), ("resume", resume), ("role", role))
     ]
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 
+from bascule.clock import Clock
 from bascule.kv.transfer.base import machine_id
 from bascule.types import Tier, WorkerLoad
 from bascule.wire import (
@@ -60,6 +61,7 @@ class Standing:
         load: Callable[[], WorkerLoad],
         sequence: Callable[[], int],
         stop: Callable[[], None],
+        clock: Clock,
     ) -> None:
         """`load` and `sequence` are what a heartbeat tells (the latter of the latest `KvEvents`); `stop` ends the
         worker at once."""
@@ -68,6 +70,7 @@ class Standing:
         self._load = load
         self._sequence = sequence
         self._stop = stop
+        self._clock = clock
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
         self._leaving = asyncio.Event()
@@ -92,12 +95,12 @@ class Standing:
             self._stop()
             return
         log.info("asking the router for leave; once more to stop at once")
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._clock.now()
         self._leaving.set()
 
     def heard(self, message: Draining) -> None:
         """The router knows that this worker would like to end; it sends `Stop` when it may."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._clock.now()
         if not self._told and message.requests:
             log.info("%d requests still need this worker", message.requests)
         self._told = True
@@ -119,7 +122,7 @@ class Standing:
     async def ask_for_leave(self) -> None:
         """From `leave` on."""
         await self._leaving.wait()
-        while asyncio.get_running_loop().time() - self._heard_at < UNHEARD_S:
+        while self._clock.now() - self._heard_at < UNHEARD_S:
             self._send(Leaving(self._identity.worker, self._identity.epoch))
             await asyncio.sleep(_AGAIN_S)
         log.warning("the router has not answered for %g s; ending without its leave", UNHEARD_S)

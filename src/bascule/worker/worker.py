@@ -68,7 +68,7 @@ class Worker:
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
-        self._standing = Standing(identity, link.send, self._load, lambda: self._reporter.sequence, self.stop)
+        self._standing = Standing(identity, link.send, self._load, lambda: self._reporter.sequence, self.stop, clock)
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
