@@ -58,6 +58,7 @@ class Walk(Rig):
             self.drain(value, 1.0 if what == "drain soon" else None)
         elif what == "leave":
             self.leaves(value)
+            self.restart(value)
         elif what == "restart":
             self.restart(value)
         else:
@@ -113,7 +114,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(STEPS, st.sampled_from(["disaggregated", "replicated", "adaptive", "thresholds", "random"]))
 def test_a_draining_worker_gets_nothing_and_every_request_ends_with_its_tokens(
     steps: list[tuple[str, Any]], policy: str

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from bascule.clock import VirtualClock
 from bascule.types import Epoch, Role, WorkerId, WorkerLoad
 from bascule.wire import Draining, Leaving, Register, Registered, WorkerMessage
 from bascule.worker import standing
 from bascule.worker.parts import Identity
-from bascule.worker.standing import Standing
+from bascule.worker.standing import UNHEARD_S, Standing
 
 ME = Identity(worker=WorkerId("a"), epoch=Epoch("a-1"), role=Role.MIXED, device="cpu:0")
 
@@ -23,7 +24,8 @@ class Rig:
     def __init__(self) -> None:
         self.sent: list[WorkerMessage] = []
         self.stopped = asyncio.Event()
-        self.standing = Standing(ME, self.sent.append, WorkerLoad, lambda: 0, self.stopped.set)
+        self.clock = VirtualClock()
+        self.standing = Standing(ME, self.sent.append, WorkerLoad, lambda: 0, self.stopped.set, self.clock)
 
     @property
     def asked(self) -> int:
@@ -47,7 +49,6 @@ async def running(*, registered: bool = True) -> AsyncIterator[Rig]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing, "_AGAIN_S", 0.02)
-    monkeypatch.setattr(standing, "UNHEARD_S", 0.3)
 
 
 async def until_asked(rig: Rig, times: int) -> None:
@@ -59,8 +60,9 @@ def test_it_asks_until_it_is_told_to_stop() -> None:
     async def test() -> None:
         async with running() as rig:
             rig.standing.leave()
-            for count in range(1, 40):  # longer than it waits for an answer
+            for count in range(1, 10):
                 await until_asked(rig, count)
+                rig.clock.advance(0.9 * UNHEARD_S)
                 rig.standing.heard(Draining(1))
             assert not rig.stopped.is_set()
 
@@ -73,6 +75,10 @@ def test_without_an_answer_it_ends_by_itself() -> None:
             rig.standing.leave()
             await until_asked(rig, 2)
             rig.standing.heard(Draining(1))
+            rig.clock.advance(0.9 * UNHEARD_S)
+            await until_asked(rig, 4)
+            assert not rig.stopped.is_set()
+            rig.clock.advance(0.2 * UNHEARD_S)
             await rig.stopped.wait()
 
     asyncio.run(test())
