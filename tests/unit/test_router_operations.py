@@ -156,6 +156,22 @@ async def test_what_is_left_goes_elsewhere_when_the_time_is_over_however_often()
 
 
 @scenario
+async def test_what_nobody_else_could_take_stays_until_somebody_can() -> None:
+    rig = Rig({"a": Role.MIXED}, policy="replicated")
+    starting = rig.start()
+    await settle()
+    rig.drain("a", 0.0)
+    rig.tick()
+    assert rig.state("a") == "draining" and not rig.clients["a"].cancelled
+    rig.tokens("a", item(0, 7))
+    rig.join("b", Role.MIXED)
+    rig.tick()
+    assert rig.state("a") == "drained" and rig.clients["b"].submitted[0].generated == (7,)
+    rig.tokens("b", item(1, 8, attempt=1, finish=LAST))
+    assert await collect(await starting) == [7, 8]
+
+
+@scenario
 async def test_a_sampled_output_of_an_attached_server_stays_when_the_time_is_over() -> None:
     rig = Rig({"a": Role.MIXED}, policy="replicated")
     rig.drain("a")

@@ -65,7 +65,7 @@ class Operations(Protocol):
     """
 
     def drain(self, worker: WorkerId, timeout: float | None = None) -> WorkerStatus:
-        """Place nothing more on it. What it has ends there, or goes elsewhere after `timeout` seconds."""
+        """Place nothing more on it. What it has ends there, or after `timeout` seconds goes on where else it can."""
         ...
 
     def resume(self, worker: WorkerId) -> WorkerStatus:

@@ -105,7 +105,6 @@ class MemberOperations:
         draining = [member for member in self._view.members.values() if member.draining and not member.drained]
         for member in draining:
             if self._clock.now() >= member.drain_by:
-                member.drain_by = math.inf
                 self._service.move_away(member.id)
         if not draining:
             return

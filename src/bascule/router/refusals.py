@@ -36,10 +36,10 @@ def too_late(flight: Flight) -> DeadlineExceeded:
     )
 
 
-def stranded(flight: Flight, members: Collection[Member], most_kv_tokens: int) -> RequestError | None:
-    """What ends a request that none of the members could ever take, however long it waits; None for all others."""
+def stranded(flight: Flight, members: Collection[Member]) -> RequestError | None:
+    """What ends a request that none of these members could ever take, however long it waits; None for all others."""
     if all(member.attached for member in members) and not flight.portable:
         return WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}")
-    if len(flight.request.prompt) + flight.request.sampling.max_tokens > most_kv_tokens:
+    if len(flight.request.prompt) + flight.request.sampling.max_tokens > max(member.kv_tokens for member in members):
         return WorkerFailure("no worker that is left has enough KV memory for the request")
     return None

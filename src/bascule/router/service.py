@@ -74,13 +74,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return any(not (member.suspect or member.draining) for member in self.view.members.values())
+        return self.view.ready
 
     @property
     def draining(self) -> bool:
-        members = self.view.members.values()
-        awaited = any(member.draining and not member.suspect for member in members)
-        return not self.ready and (awaited or self._clock.now() < self._back_by)
+        return not self.ready and (self.view.draining or self._clock.now() < self._back_by)
 
     @property
     def kv_tokens(self) -> int:
@@ -144,9 +142,10 @@ class Service:
         return Counter(worker for flight in self._flights.values() for worker in flight.uses())
 
     def move_away(self, worker: WorkerId) -> None:
-        """Place anew what needs that worker; an output that could go on nowhere else stays."""
-        for flight in list(self._flights.values()):
-            if flight.needs(worker) and not self._is_bound(flight):
+        """Place anew what needs that worker; what could go on nowhere else now stays."""
+        takers = self.view.takers(besides=worker)
+        for flight in list(self._flights.values()) if takers else ():
+            if flight.needs(worker) and not self._is_bound(flight) and stranded(flight, takers) is None:
                 self._again(flight, None, f"worker {worker} is drained, and its time is over")
         self._dispatch()
 
@@ -347,11 +346,10 @@ class Service:
     def _end_stranded(self) -> None:
         """End what no worker that is left can take: it would wait in vain, and all others behind it."""
         members = self.view.members.values()
-        if not len(self._line) or not members:
+        if not len(self._line) or not members or self._clock.now() < self._back_by:
             return
-        most = self.view.most_kv_tokens
         for flight in [one for one in self._flights.values() if one in self._line]:
-            if (error := stranded(flight, members, most)) is not None:
+            if (error := stranded(flight, members)) is not None:
                 self._end_with(flight, error)
 
     def _cancelled(self, flight: Flight) -> None:

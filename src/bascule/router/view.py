@@ -64,6 +64,11 @@ class Member:
     """When what is left goes elsewhere (the clock's seconds)."""
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV memory holds."""
+        return self.registration.kv_blocks * self.registration.card.layout.block_size
+
+    @property
     def state(self) -> str:
         """As in `WorkerStatus`."""
         if self.draining:
@@ -139,7 +144,7 @@ class ClusterView:
             offer.worker,
             offer.role,
             slots=offer.max_sequences,
-            kv_tokens=_kv_tokens(member),
+            kv_tokens=member.kv_tokens,
             machine=self._machines.setdefault(offer.machine, len(self._machines)),
             hands_off=not attached,
             lends=offer.lends,
@@ -246,12 +251,21 @@ class ClusterView:
     @property
     def kv_tokens(self) -> int:
         """The smallest KV memory of any member, in tokens: what fits there fits wherever it is placed."""
-        return min((_kv_tokens(member) for member in self.members.values()), default=0)
+        return min((member.kv_tokens for member in self.members.values()), default=0)
+
+    def takers(self, besides: WorkerId) -> list[Member]:
+        """The other members that requests are placed on now."""
+        return [one for one in self.members.values() if one.id != besides and self.columns.placeable[one.row]]
 
     @property
-    def most_kv_tokens(self) -> int:
-        """The largest KV memory of any member, in tokens."""
-        return max((_kv_tokens(member) for member in self.members.values()), default=0)
+    def ready(self) -> bool:
+        """Whether there is a member that neither lacks heartbeats nor drains."""
+        return any(not (member.suspect or member.draining) for member in self.members.values())
+
+    @property
+    def draining(self) -> bool:
+        """Whether there is a member that drains and could take requests else."""
+        return any(member.draining and not member.suspect for member in self.members.values())
 
     def found(self, hashes: Sequence[BlockHash]) -> Found:
         """What workers, and the store, have of a prompt with these blocks."""
@@ -316,10 +330,6 @@ class ClusterView:
             self.card = replace(
                 base, context=min(base.context, *(card.context for card in servers)) if servers else base.context
             )
-
-
-def _kv_tokens(member: Member) -> int:
-    return member.registration.kv_blocks * member.registration.card.layout.block_size
 
 
 def _require_same_model(card: ModelCard, offer: Register) -> None:
