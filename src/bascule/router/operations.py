@@ -43,14 +43,13 @@ class MemberOperations:
     def resume(self, worker: WorkerId) -> WorkerStatus:
         """See `Operations`."""
         member = self._member(worker)
+        self._put_aside.discard(worker)
         if member.leaving:
-            self._put_aside.discard(worker)
             raise Conflict(
                 f"Worker {worker} is about to end, as its process was told to; what is started in its place takes "
                 "requests at once.",
                 code="leaving",
             )
-        self._put_aside.discard(worker)
         if member.draining:
             log.info("worker %s takes requests again", worker)
             self._view.drain(member, False)
