@@ -43,9 +43,16 @@ class InvalidRequest(RequestError):
 
 
 class NotFound(RequestError):
-    """404: unknown model or path."""
+    """404: unknown model, worker or path."""
 
     status = 404
+    kind = "invalid_request_error"
+
+
+class Conflict(RequestError):
+    """409: what is asked does not go with what is there."""
+
+    status = 409
     kind = "invalid_request_error"
 
 

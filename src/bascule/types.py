@@ -314,10 +314,13 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     id: WorkerId
     role: Role
     state: str
-    """`ready`, or `suspect` while heartbeats are missing; a dead worker is no longer listed."""
+    """`ready`; `suspect` while heartbeats are missing; `draining` while it takes nothing new and still has requests,
+    `drained` once it has none. A dead worker is no longer listed."""
     epoch: Epoch
     pid: int
     device: str
+    requests: int = 0
+    """Requests that cannot go on without it, as the router knows at once."""
     load: WorkerLoad
 
 

@@ -27,7 +27,7 @@ from bascule.types import (
     WorkerLoad,
 )
 
-VERSION = 4
+VERSION = 5
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -174,6 +174,13 @@ class KvEvents(Struct, frozen=True, tag=True, kw_only=True):
     changes: tuple[TierChanges, ...]
 
 
+class Leaving(Struct, frozen=True, tag=True):
+    """A worker would like to end: it is to get nothing new, and `Stop` once nothing needs it. Repeated until then."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
 class Goodbye(Struct, frozen=True, tag=True):
     """A worker leaves on purpose; nothing of its epoch comes after this."""
 
@@ -181,7 +188,7 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | Failed | KvEvents | Goodbye
+WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | Failed | KvEvents | Leaving | Goodbye
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -244,11 +251,17 @@ class Resync(Struct, frozen=True, tag=True):
     """The router has lost track of this worker's cache: tell anew what is there."""
 
 
+class Draining(Struct, frozen=True, tag=True):
+    """Answers `Leaving`: nothing new comes, and so many requests still need the worker."""
+
+    requests: int
+
+
 class Stop(Struct, frozen=True, tag=True):
     """Leave at once: say goodbye and end the process."""
 
 
-RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Resync | Stop
+RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Resync | Draining | Stop
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 import openai
 
 from bascule.api.admin import create_admin_app
@@ -21,7 +22,7 @@ from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import Message, TokenStream
 from bascule.clock import WallClock
-from bascule.errors import InvalidRequest
+from bascule.errors import InvalidRequest, NotFound
 from bascule.observe.decisions import DecisionRecords
 from bascule.observe.metrics import Metrics
 from bascule.types import (
@@ -186,7 +187,10 @@ class FakeGeneration:
 
 
 class FakeBackend:
-    """The `Backend` in memory. `script` makes a request's deltas; `refusal` what `start` raises instead."""
+    """The `Backend`, and with one worker the `Operations`, in memory.
+
+    `script` makes a request's deltas; `refusal` what `start` raises instead.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -194,10 +198,16 @@ class FakeBackend:
     def reset(self) -> None:
         self.card: ModelCard | None = CARD
         self.ready = True
+        self.draining = False
         self.kv_tokens = KV_TOKENS
         self.script: Callable[[Request], Script] = echoes
         self.refusal: Callable[[Request], Exception | None] = lambda request: None
         self.placement = LOCAL
+        self.worker = WorkerStatus(
+            id=WorkerId("mixed-0"), role=Role.MIXED, state="ready", epoch=Epoch("e1"), pid=7, device="cpu:0", load=LOAD
+        )
+        self.operations: list[tuple[str, object]] = []
+        """What an operator has asked for, and with what."""
         self.routing = RoutingFigures()
         self.start_blocked = False
         self.start_cancelled = threading.Event()
@@ -221,10 +231,25 @@ class FakeBackend:
         return generation
 
     def state(self) -> ClusterState:
-        worker = WorkerStatus(
-            id=WorkerId("mixed-0"), role=Role.MIXED, state="ready", epoch=Epoch("e1"), pid=7, device="cpu:0", load=LOAD
-        )
-        return ClusterState(workers=(worker,), queued=4, active=5, routing=self.routing, kv_faults={"gap": 3})
+        return ClusterState(workers=(self.worker,), queued=4, active=5, routing=self.routing, kv_faults={"gap": 3})
+
+    def drain(self, worker: WorkerId, timeout: float | None = None) -> WorkerStatus:
+        self.operations.append(("drain", timeout))
+        return self._operated(worker, state="draining", requests=2)
+
+    def resume(self, worker: WorkerId) -> WorkerStatus:
+        self.operations.append(("resume", None))
+        return self._operated(worker, state="ready", requests=0)
+
+    def set_role(self, worker: WorkerId, role: Role) -> WorkerStatus:
+        self.operations.append(("role", role))
+        return self._operated(worker, role=role)
+
+    def _operated(self, worker: WorkerId, **changes: Any) -> WorkerStatus:
+        if worker != self.worker.id:
+            raise NotFound(f"There is no worker {worker!r}; there are: mixed-0.", code="unknown_worker")
+        self.worker = msgspec.structs.replace(self.worker, **changes)
+        return self.worker
 
 
 class ApiRig(AbstractContextManager["ApiRig"]):
@@ -248,7 +273,7 @@ class ApiRig(AbstractContextManager["ApiRig"]):
 
     def __enter__(self) -> ApiRig:
         self._thread.start()
-        app, admin = create_app(self.context), create_admin_app(self.backend, self.records)
+        app, admin = create_app(self.context), create_admin_app(self.backend, self.records, self.backend)
         self.server = self.call(HttpServer.start(app, self.context.calls, "127.0.0.1", 0))
         self.admin = self.call(HttpServer.start(admin, Calls(), "127.0.0.1", 0))
         self.http = httpx.Client(base_url=self.server.url, timeout=WAIT)

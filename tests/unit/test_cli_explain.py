@@ -14,7 +14,8 @@ from test_api_decisions import add
 from test_observe_decisions import record
 
 from bascule.cli import servers
-from bascule.cli.explain import NotExplained, explain
+from bascule.cli.admin_api import NotAnswered
+from bascule.cli.explain import explain
 from bascule.errors import ConfigError
 from bascule.observe.decisions import Actual, Outcome
 
@@ -67,12 +68,12 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(
 
 
 def test_an_unknown_id_is_told_in_the_servers_words(rig: ApiRig) -> None:
-    with pytest.raises(NotExplained, match="'nothing/at all'"):
+    with pytest.raises(NotAnswered, match="'nothing/at all'"):
         explain("nothing/at all", admin=rig.admin.url)
 
 
 def test_without_a_server_the_way_to_name_one_is_told() -> None:
-    with pytest.raises(NotExplained, match=r"--admin.*BASCULE_ADMIN"):
+    with pytest.raises(NotAnswered, match=r"--admin.*BASCULE_ADMIN"):
         explain("r")
 
 
@@ -116,13 +117,13 @@ def test_an_address_that_is_none_is_wrong_use(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["http://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::"])
 def test_a_server_that_does_not_answer_is_named(given: str) -> None:
-    with pytest.raises(NotExplained, match="cannot reach"):
+    with pytest.raises(NotAnswered, match="cannot reach"):
         explain("r", admin=given)
 
 
 def test_what_is_no_admin_api_is_told_apart(rig: ApiRig) -> None:
-    with pytest.raises(NotExplained, match="nothing at"):
+    with pytest.raises(NotAnswered, match="nothing at"):
         explain("r", admin=rig.server.url)
     rig.backend.ready = True
-    with pytest.raises(NotExplained, match="no admin API"):
+    with pytest.raises(NotAnswered, match="no admin API"):
         explain("r", admin=f"{rig.server.url}/metrics?")

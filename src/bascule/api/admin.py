@@ -1,4 +1,4 @@
-"""The operator's HTTP application, on a port of its own: the cluster's state, and why requests went where they did."""
+"""The operator's HTTP application, on a port of its own: the cluster's state, its workers, its decisions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from starlette.types import ASGIApp
 
 from bascule.api.app import application, health, json_response
 from bascule.api.decisions import decision_routes
+from bascule.api.operations import operation_routes, worker_fields
 from bascule.observe.decisions import DecisionRecords
-from bascule.router.backend import Backend
-from bascule.types import ClusterState, WorkerStatus
+from bascule.router.backend import Backend, Operations
+from bascule.types import ClusterState
 
 
-def create_admin_app(backend: Backend, records: DecisionRecords) -> ASGIApp:
+def create_admin_app(backend: Backend, records: DecisionRecords, operations: Operations) -> ASGIApp:
     """The application that operators and scripts talk to."""
 
     async def state(_request: Request) -> Response:
         return json_response(_state_fields(backend.state()))
 
-    return application([Route("/admin/state", state), *decision_routes(records), Route("/health", health)])
+    routes = [Route("/admin/state", state), *operation_routes(operations), *decision_routes(records)]
+    return application([*routes, Route("/health", health)])
 
 
 def _state_fields(state: ClusterState) -> dict[str, object]:
@@ -28,12 +30,5 @@ def _state_fields(state: ClusterState) -> dict[str, object]:
         "queued": state.queued,
         "active": state.active,
         "integrity_violations": sum(worker.load.integrity_violations for worker in state.workers),
-        "workers": [_worker_fields(worker) for worker in state.workers],
+        "workers": [worker_fields(worker) for worker in state.workers],
     }
-
-
-def _worker_fields(worker: WorkerStatus) -> dict[str, object]:
-    """A worker's fields and those of its load, side by side."""
-    load = {name: getattr(worker.load, name) for name in worker.load.__struct_fields__}
-    status = {name: getattr(worker, name) for name in worker.__struct_fields__ if name != "load"}
-    return {**status, **load}

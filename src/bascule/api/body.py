@@ -15,8 +15,8 @@ BODY_SECONDS = 20.0
 """A body that takes longer to arrive is given up, so that it holds neither its connection nor a stop of the server."""
 
 
-async def read_object(request: Request, limit: int) -> dict[str, object]:
-    """The JSON object in the body of at most `limit` bytes.
+async def read_object(request: Request, limit: int, *, empty: bool = False) -> dict[str, object]:
+    """The JSON object in the body of at most `limit` bytes; one without fields for no body, if it may be `empty`.
 
     Raises TooLarge as soon as that is known, InvalidRequest for anything but a JSON object, SlowBody, and ClientGone.
     """
@@ -25,7 +25,7 @@ async def read_object(request: Request, limit: int) -> dict[str, object]:
             body = await _read(request, limit)
     except TimeoutError:
         raise SlowBody(f"The body did not arrive within {BODY_SECONDS:g} s; send it whole.", code="timeout") from None
-    return _decode(body)
+    return {} if empty and not body else _decode(body)
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -55,13 +55,23 @@ class Context:
 
     def check_ready(self) -> None:
         """Raises Unavailable, with the reason, while no request could be placed."""
-        self.served()
+        self.check_open()
         if not self.backend.ready:
+            raise Unavailable(ALL_DRAINED, code="draining")
+
+    def check_open(self) -> None:
+        """Raises Unavailable while no request would be taken, not even to wait until a worker takes some again."""
+        self.served()
+        if not self.backend.ready and not self.backend.draining:
             raise Unavailable(NOT_PLACEABLE, code="not_ready")
 
 
 NOT_REGISTERED = "No worker has registered yet; the model may still be loading. Try again in a few seconds."
 NOT_PLACEABLE = "No worker can take a request now; GET /admin/state on the admin port says why. Try again later."
+ALL_DRAINED = (
+    "Every worker is drained or being started again: new requests wait, at most until their time limit. Have a worker "
+    "take requests again with bascule admin resume."
+)
 
 
 def request_id_of(headers: Headers) -> str:

@@ -72,7 +72,7 @@ class TokenEndpoint:
         if unknown := fields.unknown():
             log.debug("request %s has fields that are not known here: %s", request_id, ", ".join(unknown))
         asked = _asked(request, context)
-        context.check_ready()
+        context.check_open()
         timers = [context.metrics.timer(received) for _ in range(len(call.prompts) * call.parameters.n)]
         outputs = outputs_of(call, asked, context.tokenizer, timers)
         writer = _writer(call, request_id, served)

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
-import urllib.error
-import urllib.request
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bascule.cli import servers
+from bascule.cli.admin_api import Admin, admin_url, ask
 from bascule.cli.report import write_json
-from bascule.errors import BasculeError, ConfigError
 
-_TIMEOUT_S = 10.0
 _TERMS = ("ttft", "tpot", "gap", "queue", "load", "prefill", "transfer", "harm")
 _MEASURED = ("ttft", "tpot", "gap")
-
-
-class NotExplained(BasculeError):
-    """The server does not answer, or does not know the request."""
 
 
 def explain(
     request_id: str,
     /,
     *,
-    admin: Annotated[str | None, Parameter(env_var="BASCULE_ADMIN")] = None,
+    admin: Admin = None,
     json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
 ) -> None:
     """Say why a request went where it did: every candidate, the choice, and the prediction against what happened.
@@ -47,8 +37,7 @@ def explain(
     json
         File to write the decision record to, `-` for standard output.
     """
-    url = _admin_url(admin)
-    found = _get(f"{url}/admin/decisions/{quote(request_id, safe='')}")
+    found = ask(f"{admin_url(admin)}/admin/decisions/{quote(request_id, safe='')}", _is_decision)
     if json != "-":
         console = Console()
         for output in found["outputs"]:
@@ -56,46 +45,8 @@ def explain(
     write_json(found, json)
 
 
-def _admin_url(given: str | None) -> str:
-    if given is not None:
-        if not given.startswith(("http://", "https://")):
-            raise ConfigError(f"--admin {given!r} is no address; write for example http://127.0.0.1:8001")
-        return given.rstrip("/")
-    found = servers.running()
-    if not found:
-        raise NotExplained(
-            "no server of yours runs on this machine; give the address of one with --admin (serve prints it as admin "
-            "API) or BASCULE_ADMIN"
-        )
-    if len(found) > 1:
-        listed = "".join(f"\n  --admin {server.admin_url}  ({server.model} at {server.url})" for server in found)
-        raise ConfigError(f"{len(found)} servers run on this machine; say which one:{listed}")
-    return found[0].admin_url
-
-
-def _get(url: str) -> dict[str, Any]:
-    """What the admin API says; raises NotExplained. Proxies are left out, as the address is near."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=_TIMEOUT_S) as answer:
-            found: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict)
-            found["outputs"][0]["candidates"]
-    except urllib.error.HTTPError as error:
-        raise NotExplained(_message(error)) from error
-    except (msgspec.DecodeError, LookupError, TypeError, UnicodeDecodeError) as error:
-        raise NotExplained(f"what answers at {url} is no admin API of Bascule; check --admin") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NotExplained(f"cannot reach {url}: {reason}; is the server running, and is --admin right?") from error
-    return found
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """The admin API's own words, or the bare status of something else."""
-    try:
-        return str(msgspec.json.decode(error.read())["error"]["message"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return f"{error.url} answered {error.code} {error.reason}; check --admin"
+def _is_decision(found: dict[str, Any]) -> bool:
+    return isinstance(found["outputs"][0]["candidates"], list)
 
 
 def _show(console: Console, output: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ class Frontend:
 
     async def serve_http(self) -> tuple[str, str]:
         """Start listening; returns the URLs of the API and of the admin API. Raises ConfigError for a taken port."""
-        admin = create_admin_app(self.service, self.journal.records)
+        admin = create_admin_app(self.service, self.journal.records, self.membership.operations)
         api = await HttpServer.start(create_app(self._context), self._context.calls, self._http.host, self._http.port)
         self._servers.append(api)
         operators = await HttpServer.start(admin, Calls(), "127.0.0.1", self._http.admin_port)

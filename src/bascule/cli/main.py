@@ -33,6 +33,7 @@ app.command("bascule.cli.serve:serve", name="serve", help="Serve a model from th
 app.command("bascule.cli.router:router", name="router", help="Run a router without workers.")
 app.command("bascule.cli.worker:worker", name="worker", help="Run one worker and join a router.")
 app.command("bascule.cli.explain:explain", name="explain", help="Say why a request went where it did.")
+app.command("bascule.cli.admin:app", name="admin", help="List, drain, resume or re-role workers of a running server.")
 app.command("bascule.cli.models:app", name="models", help="Pull models, and list those on this machine.")
 app.command("bascule.cli.kv:app", name="kv", help="Count, check or clear what the tiers of the KV store hold.")
 app.command(

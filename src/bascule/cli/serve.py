@@ -36,6 +36,7 @@ from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
 from bascule.kv.store.places import check_stores, parse_host
 from bascule.models import LoadedModel, catalog, load
+from bascule.router.policy import lacking
 from bascule.types import Role, WorkerId
 
 console = Console(stderr=True)
@@ -135,9 +136,7 @@ def plan_workers(
         raise ConfigError(f"policy single runs 1 worker, not {total}; use --policy replicated")
     if total == attached:
         return []
-    if routing.policy == "disaggregated" and not (
-        counts[Role.PREFILL] + counts[Role.MIXED] and counts[Role.DECODE] + counts[Role.MIXED]
-    ):
+    if lacking(routing.policy, [role for role in Role if counts[role]]):
         raise ConfigError("policy disaggregated needs at least one --prefill and one --decode worker")
     names = [(role, index) for role in Role for index in range(counts[role])]
     devices = deal_out(pools.devices, len(names))

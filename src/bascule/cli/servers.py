@@ -43,7 +43,7 @@ def announce(url: str, admin_url: str, model: str) -> Path | None:
         part.write_bytes(msgspec.json.encode(server))
         part.replace(path)
     except OSError as error:
-        log.info("bascule explain will need --admin: cannot write %s: %s", path, error.strerror)
+        log.info("bascule explain and admin will need --admin: cannot write %s: %s", path, error.strerror)
         return None
     return path
 

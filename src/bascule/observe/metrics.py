@@ -132,6 +132,7 @@ class _ClusterCollector(Collector):
         loads = [worker.load for worker in state.workers]
         yield GaugeMetricFamily("bascule_requests_queued", "Requests that wait at the router", state.queued)
         yield GaugeMetricFamily("bascule_requests_active", "Requests placed and not ended", state.active)
+        yield _workers(state)
         yield _blocks(state)
         yield _sequences(state)
         yield GaugeMetricFamily(
@@ -231,6 +232,14 @@ def _blocks(state: ClusterState) -> Metric:
         family.add_metric([worker.id, "cached"], load.kv_blocks_cached)
         family.add_metric([worker.id, "quarantined"], load.kv_blocks_quarantined)
         family.add_metric([worker.id, "free"], load.kv_blocks_total - used)
+    return family
+
+
+def _workers(state: ClusterState) -> Metric:
+    family = GaugeMetricFamily("bascule_workers", "Members of the cluster", labels=["state"])
+    states = Sums(worker.state for worker in state.workers)
+    for name in ("ready", "suspect", "draining", "drained"):
+        family.add_metric([name], states[name])
     return family
 
 

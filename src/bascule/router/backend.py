@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from bascule.types import ClusterState, Delta, FinishReason, ModelCard, Placement, Request
+from bascule.types import ClusterState, Delta, FinishReason, ModelCard, Placement, Request, Role, WorkerId, WorkerStatus
 
 
 class Generation(Protocol):
@@ -38,6 +38,12 @@ class Backend(Protocol):
         ...
 
     @property
+    def draining(self) -> bool:
+        """True while none can be placed, but those that come wait: every worker that could take them is drained, or is
+        being started again."""
+        ...
+
+    @property
     def kv_tokens(self) -> int:
         """The longest prompt plus output that every worker's KV memory can hold, in tokens."""
         ...
@@ -50,3 +56,22 @@ class Backend(Protocol):
         ...
 
     def state(self) -> ClusterState: ...
+
+
+class Operations(Protocol):
+    """What an operator does to single workers.
+
+    All raise NotFound for an id that is not there, naming those that are, and return the worker as it is now.
+    """
+
+    def drain(self, worker: WorkerId, timeout: float | None = None) -> WorkerStatus:
+        """Place nothing more on it. What it has ends there, or after `timeout` seconds goes on where else it can."""
+        ...
+
+    def resume(self, worker: WorkerId) -> WorkerStatus:
+        """Place on it again; raises Conflict for a worker that is about to end."""
+        ...
+
+    def set_role(self, worker: WorkerId, role: Role) -> WorkerStatus:
+        """Use it for that from the next placement on; raises Conflict where it has no role, or is needed in its own."""
+        ...

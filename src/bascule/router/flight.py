@@ -25,7 +25,8 @@ class Flight:
         self.request = request
         self.received = received
         self.deadline = deadline
-        self.attempt = 0
+        self.attempt = self.moves = 0
+        """Attempts given up so far; those of them that no worker failed, but that were to leave one."""
         self.excluded: frozenset[WorkerId] = frozenset()
         self.tokens: list[int] = []
         """Output tokens taken so far, over all attempts."""
@@ -37,8 +38,7 @@ class Flight:
         """Tokens of context that it counts for where it decodes."""
         self.hashes: tuple[BlockHash, ...] = ()
         """Of the full blocks of what it has to compute; the last known token is not among them."""
-        self.placed_at = 0.0
-        self.expected_s = 0.0
+        self.placed_at = self.expected_s = 0.0
         """Seconds from then to the first token of this attempt, as predicted."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
@@ -59,6 +59,7 @@ class Flight:
         self.prompt_blocks = 0
         """Of `hashes`, those of the prompt."""
         self._route: Placement | None = None
+        self._lender: WorkerId | None = None
         self._on_cancel = on_cancel
         self._held: dict[int, TokenItem] = {}
         self._gap_since: float | None = None
@@ -96,9 +97,15 @@ class Flight:
             sampling.temperature == 0 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0
         )
 
-    def place(self, placement: Placement, uncached: int, context: float) -> None:
+    @property
+    def drawn_at_random(self) -> bool:
+        """Whether its client has tokens that only the engine that drew them could go on from, as the seed wants it."""
+        return bool(self.tokens) and self.request.sampling.temperature > 0
+
+    def place(self, placement: Placement, uncached: int, context: float, lender: WorkerId | None = None) -> None:
         """A placement has been chosen for the current attempt, with `uncached` tokens to compute there."""
         self.placed = self._route = placement
+        self._lender = lender
         self.uncached = uncached
         self.context = context
         self.prefilling = True
@@ -118,10 +125,22 @@ class Flight:
             return False
         return worker == self.placed.decode or (worker == self.placed.prefill and not self.handed_over)
 
-    def retry(self, failed: WorkerId) -> None:
-        """Give the attempt up; the next one continues after the tokens taken so far."""
+    def uses(self) -> set[WorkerId]:
+        """The workers that the current attempt uses: those that it needs, and a peer that lends while it prefills."""
+        if self.placed is None:
+            return set()
+        workers = {self.placed.decode} if self.handed_over else {self.placed.prefill, self.placed.decode}
+        if self.prefilling and self._lender is not None:
+            workers.add(self._lender)
+        return workers
+
+    def retry(self, failed: WorkerId | None) -> None:
+        """Give the attempt up; the next one continues after the tokens taken so far, not on the worker that failed."""
         self.attempt += 1
-        self.excluded |= {failed}
+        if failed is None:
+            self.moves += 1
+        else:
+            self.excluded |= {failed}
         self._held.clear()
         if self.cached_tokens is None:
             self.loaded, self.load_s = {}, 0.0

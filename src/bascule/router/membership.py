@@ -10,14 +10,17 @@ from bascule.config import RoutingConfig
 from bascule.errors import RegistrationRefused
 from bascule.router.client import NativeClient, WorkerClient
 from bascule.router.link import RouterLink
+from bascule.router.operations import MemberOperations
 from bascule.router.service import Service
 from bascule.router.view import Member
 from bascule.types import Epoch, WorkerId
 from bascule.wire import (
+    Draining,
     Failed,
     Goodbye,
     Heartbeat,
     KvEvents,
+    Leaving,
     Loaded,
     Register,
     Registered,
@@ -27,6 +30,7 @@ from bascule.wire import (
     Saved,
     Starting,
     StepTokens,
+    Stop,
     WorkerMessage,
 )
 
@@ -51,6 +55,7 @@ class Membership:
         self._view = service.view
         self._config = config
         self._clock = clock
+        self.operations = MemberOperations(service, config.policy, clock)
 
     async def run(self) -> None:
         """Serve the worker socket and the clock until cancelled."""
@@ -75,14 +80,20 @@ class Membership:
             if message.load is not None:
                 self._view.stepped(member, message.load, self._clock.now())
             self._service.tokens(message)
-        elif isinstance(message, Loaded):
+        elif isinstance(message, Loaded | Saved | Failed):
+            self._apply_to_request(message)
+        elif isinstance(message, Leaving):
+            self._link.send(sender, Draining(self.operations.leaves(member)))
+        elif isinstance(message, Goodbye):
+            self._lose(member, "has left")
+
+    def _apply_to_request(self, message: Loaded | Saved | Failed) -> None:
+        if isinstance(message, Loaded):
             self._service.loaded(message)
         elif isinstance(message, Saved):
             self._service.saved(message)
-        elif isinstance(message, Failed):
+        else:
             self._service.failed(message)
-        elif isinstance(message, Goodbye):
-            self._lose(member, "has left")
 
     def is_current(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether that epoch of the worker is a member, and not lost or replaced."""
@@ -125,7 +136,8 @@ class Membership:
     def _take_in(self, offer: Register, client: WorkerClient, *, attached: bool = False) -> Member:
         member = self._view.add(offer, self._clock.now(), attached=attached)
         self.stages.pop(offer.worker, None)
-        log.info("worker %s joined as %s on %s", member.id, offer.role, offer.device)
+        self.operations.joined(member)
+        log.info("worker %s joined as %s on %s", member.id, member.role, offer.device)
         self._service.joined(member, client)
         return member
 
@@ -144,9 +156,14 @@ class Membership:
             self._link.send(member.epoch, Resync())
 
     def _answer_stranger(self, sender: Epoch, message: WorkerMessage) -> None:
-        """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again."""
+        """A burned epoch must stop; one that this router has never seen (it restarted) is asked to register again.
+
+        What leaves and is no member has nothing that anybody waits for.
+        """
         if isinstance(message, KvEvents):
             self._view.kv_faults["stranger"] += 1
+        if isinstance(message, Leaving):
+            self._link.send(sender, Stop())
         if not isinstance(message, Heartbeat):
             return
         if message.epoch in self._view.burned:
@@ -174,5 +191,6 @@ class Membership:
             for member in dead:
                 self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
             self._service.tick()
+            self.operations.tick()
             self._view.index.expire(self._clock.now())
             self._view.index.sweep(_SWEPT_BLOCKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+from collections.abc import Collection
 from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
@@ -17,7 +18,7 @@ from bascule.policies.baselines import BASELINES, FIXED, PICKS
 from bascule.policies.cost import CostColumns
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Decision, Policy, RouteQuery, Snapshot
-from bascule.types import Placement
+from bascule.types import Placement, Role
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,15 @@ def policy_named(name: str, balance: str) -> Policy:
 def orders_by_work(name: str) -> bool:
     """Whether requests wait shortest first under this policy; the baselines keep the order of arrival."""
     return name not in BASELINES and name not in FIXED
+
+
+def lacking(name: str, roles: Collection[Role]) -> str:
+    """What the policy called `name` needs and workers of these roles do not give; empty if it can do what it is for."""
+    if name == "disaggregated":
+        for role in (Role.PREFILL, Role.DECODE):
+            if role not in roles and Role.MIXED not in roles:
+                return f"policy {name} needs a {role} worker, or a mixed one"
+    return ""
 
 
 def _imported(name: str) -> Policy:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import Counter
 
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
-from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, WorkerFailure
+from bascule.errors import InvalidRequest, RequestError, Unavailable, WorkerFailure
 from bascule.policies.admit import LATE_S, Verdict, has_room, is_late, worth_starting, worth_waiting
 from bascule.policies.order import place_in_line
 from bascule.policies.route import priced
@@ -18,6 +20,7 @@ from bascule.router.journal import Journal
 from bascule.router.line import FIRST, Line
 from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
+from bascule.router.refusals import NO_SECOND_HAND, overloaded, stranded, too_late
 from bascule.router.relay import Relay
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
@@ -28,13 +31,11 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """Placements of one request, the first included, before a worker's failure becomes the request's."""
 
+BACK_S = 30.0
+"""A worker that has ended because it was asked to is probably started again: for so long requests wait for it."""
+
 GAP_S = 5.0
 """Seconds that a stream may lack a token while later ones are there; a connection that broke has lost it."""
-
-NO_SECOND_HAND = (
-    "an output that has begun with sampling, or with penalties that count the output, is not continued on an engine "
-    "with other random numbers; send the request again"
-)
 
 
 class Service:
@@ -62,6 +63,8 @@ class Service:
         self.relay = Relay()
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
+        self._back_by = -math.inf
+        """Until then a worker that has left in order is expected back, and requests wait for it."""
 
     # ------------------------------------------------------------ what the api calls
 
@@ -71,7 +74,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return any(not member.suspect for member in self.view.members.values())
+        return self.view.ready
+
+    @property
+    def draining(self) -> bool:
+        return not self.ready and (self.view.draining or self._clock.now() < self._back_by)
 
     @property
     def kv_tokens(self) -> int:
@@ -86,7 +93,7 @@ class Service:
         """Admit a request and return when its first tokens are there; see `Backend.start` for what it raises."""
         if request.id in self._flights:
             raise InvalidRequest(f"a request with id {request.id} is under way; use another X-Request-Id")
-        if not self.ready:
+        if not self.ready and not self.draining:
             raise Unavailable("no worker is ready; see /ready, and try again in a few seconds")
         now = self._clock.now()
         flight = Flight(request, now, now + request.timeout, self._cancelled)
@@ -104,7 +111,7 @@ class Service:
 
     def state(self) -> ClusterState:
         return ClusterState(
-            workers=self.view.statuses(),
+            workers=self.view.statuses(self.needed()),
             queued=len(self._line),
             active=len(self._flights) - len(self._line),
             routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
@@ -123,9 +130,23 @@ class Service:
     def lost(self, member: Member, why: str) -> None:
         """A worker is gone for good (and off the view): what ran there goes on elsewhere."""
         self.clients.pop(member.id, None)
+        if member.leaving and member.drained:
+            self._back_by = self._clock.now() + BACK_S
         for flight in list(self._flights.values()):
             if flight.needs(member.id):
                 self._again(flight, member.id, f"worker {member.id} {why}")
+        self._dispatch()
+
+    def needed(self) -> Counter[WorkerId]:
+        """How many requests use each worker: cannot go on without it, or fetch from it."""
+        return Counter(worker for flight in self._flights.values() for worker in flight.uses())
+
+    def move_away(self, worker: WorkerId) -> None:
+        """Place anew what needs that worker; what could go on nowhere else now stays."""
+        takers = self.view.takers(besides=worker)
+        for flight in list(self._flights.values()) if takers else ():
+            if flight.needs(worker) and not self._is_bound(flight) and stranded(flight, takers) is None:
+                self._again(flight, None, f"worker {worker} is drained, and its time is over")
         self._dispatch()
 
     def tokens(self, message: StepTokens) -> None:
@@ -198,14 +219,7 @@ class Service:
                 self._again(flight, flight.placed.decode, "a token of the stream was lost")
         for flight in [flight for flight in self._flights.values() if now >= flight.deadline]:
             self._stop_workers(flight)
-            self._end_with(
-                flight,
-                DeadlineExceeded(
-                    f"the request took longer than its limit of {flight.request.timeout:g} s; "
-                    "send X-Request-Timeout with a larger one, or ask for fewer tokens",
-                    code="timeout",
-                ),
-            )
+            self._end_with(flight, too_late(flight))
         for flight in self.relay.overdue(now):
             self._send_second_leg(flight)
         self._end_stranded()
@@ -235,7 +249,7 @@ class Service:
             verdict = worth_waiting(self.view.snapshot(now), self._queries.query(flight, now), queued_s)
         if not verdict.admitted:
             self._forget(flight)
-            refusal = _overloaded(verdict)
+            refusal = overloaded(verdict)
             self.journal.ended(flight, self._clock.now(), refusal)
             raise refusal
 
@@ -270,7 +284,7 @@ class Service:
             verdict = worth_starting(snapshot, query, chosen)
             if not verdict.admitted:
                 self.journal.decided(flight, decision, chosen, now, taken=False)
-                self._end_with(flight, _overloaded(verdict))
+                self._end_with(flight, overloaded(verdict))
                 return True
         self._line.remove(flight)
         self._place(flight, decision, chosen, now)
@@ -284,7 +298,7 @@ class Service:
         self.journal.decided(flight, decision, chosen, now)
         self.view.place(placement, uncached, context, now)
         self.view.expect(placement, flight.hashes, now)
-        flight.place(placement, uncached, context)
+        flight.place(placement, uncached, context, chosen.fetch_from)
         terms = chosen.predicted
         flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
         decode = self.view.members[placement.decode].registration.peer
@@ -308,15 +322,16 @@ class Service:
         if submission is not None and flight.placed is not None:
             self.clients[flight.placed.decode].submit(submission)
 
-    def _again(self, flight: Flight, failed: WorkerId, why: str) -> None:
-        """Place a request anew, at the head of the queue, behind the tokens its client has."""
+    def _again(self, flight: Flight, failed: WorkerId | None, why: str) -> None:
+        """Place a request anew, at the head of the queue, behind the tokens its client has. Where no worker has failed
+        it, it is only moved, which does not count as a try."""
         self._stop_workers(flight)
-        if flight.placed is not None and flight.placed.decode in self._attached and _drawn_at_random(flight):
+        if self._is_bound(flight):
             self._end_with(flight, WorkerFailure(f"{why}; {NO_SECOND_HAND}"))
             return
         self._unplace(flight)
         flight.retry(failed)
-        if flight.attempt >= MAX_ATTEMPTS:
+        if flight.attempt - flight.moves >= MAX_ATTEMPTS:
             self._end_with(flight, WorkerFailure(f"{why}; tried {MAX_ATTEMPTS} times"))
             return
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
@@ -324,17 +339,18 @@ class Service:
         self.journal.waits(flight, f"to be placed again: {why}")
         self._line.push(flight, FIRST, self._queries.work_s(flight))
 
+    def _is_bound(self, flight: Flight) -> bool:
+        """Whether its output could not go on anywhere but where it runs."""
+        return flight.placed is not None and flight.placed.decode in self._attached and flight.drawn_at_random
+
     def _end_stranded(self) -> None:
         """End what no worker that is left can take: it would wait in vain, and all others behind it."""
         members = self.view.members.values()
-        if not len(self._line) or not members:
+        if not len(self._line) or not members or self._clock.now() < self._back_by:
             return
-        servers_only, most = all(member.attached for member in members), self.view.most_kv_tokens
         for flight in [one for one in self._flights.values() if one in self._line]:
-            if servers_only and not flight.portable:
-                self._end_with(flight, WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}"))
-            elif len(flight.request.prompt) + flight.request.sampling.max_tokens > most:
-                self._end_with(flight, WorkerFailure("no worker that is left has enough KV memory for the request"))
+            if (error := stranded(flight, members)) is not None:
+                self._end_with(flight, error)
 
     def _cancelled(self, flight: Flight) -> None:
         self._stop_workers(flight)
@@ -379,19 +395,3 @@ class Service:
         flight.prefilling = False
         self.view.prefilled(flight.placed, flight.uncached)
         return True
-
-
-def _overloaded(verdict: Verdict) -> Overloaded:
-    if verdict.reason.endswith("--queue-limit"):
-        return Overloaded(verdict.reason, retry_after=verdict.retry_after_s)
-    return Overloaded(
-        f"the request would miss its SLO now: {verdict.reason}; try again in {verdict.retry_after_s:.0f} s, or ask for "
-        "more time with X-SLO-TTFT and X-SLO-TPOT",
-        retry_after=verdict.retry_after_s,
-        code="slo",
-    )
-
-
-def _drawn_at_random(flight: Flight) -> bool:
-    """Whether its client has tokens that only the engine that drew them could go on from, as the seed wants it."""
-    return bool(flight.tokens) and flight.request.sampling.temperature > 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from bascule.errors import RegistrationRefused
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
-from bascule.policies.snapshot import Candidate, Snapshot
+from bascule.policies.snapshot import ROLES, Candidate, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
@@ -25,6 +26,7 @@ from bascule.types import (
     LinkCost,
     ModelCard,
     Placement,
+    Role,
     StepLoad,
     Tier,
     WorkerId,
@@ -39,6 +41,8 @@ class Member:
     """One registered worker; what the router has placed on it is in its row of the columns."""
 
     registration: Register
+    role: Role
+    """What new placements use it for; at first what it registered with."""
     row: int
     """Its place in the columns and in the prefix index; given to another worker once it has left."""
     last_seen: float
@@ -50,6 +54,26 @@ class Member:
     rest_until: float = 0.0
     """Until then it asked to be left alone, or is not trusted, and gets no new requests (the clock's seconds)."""
     resting: bool = False
+    draining: bool = False
+    """It gets nothing new; what it has may end there."""
+    drained: bool = False
+    """Draining, and nothing needs it any more."""
+    leaving: bool = False
+    """It has said that it will end once it is drained."""
+    drain_by: float = math.inf
+    """When what is left goes elsewhere (the clock's seconds)."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV memory holds."""
+        return self.registration.kv_blocks * self.registration.card.layout.block_size
+
+    @property
+    def state(self) -> str:
+        """As in `WorkerStatus`."""
+        if self.draining:
+            return "drained" if self.drained else "draining"
+        return "suspect" if self.suspect or self.resting else "ready"
 
     @property
     def id(self) -> WorkerId:
@@ -111,7 +135,7 @@ class ClusterView:
         self.index.join(row, held | self.stores.capacity(offer.stores))
         feed = KvFeed(self.index, row, self.kv_faults)
         self.stores.join(row, feed, offer.stores)
-        member = self.members[offer.worker] = Member(offer, row, now, feed, attached=attached)
+        member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, attached=attached)
         if not attached:
             self._own = self._own or offer.card
         self._update_card()
@@ -120,7 +144,7 @@ class ClusterView:
             offer.worker,
             offer.role,
             slots=offer.max_sequences,
-            kv_tokens=_kv_tokens(member),
+            kv_tokens=member.kv_tokens,
             machine=self._machines.setdefault(offer.machine, len(self._machines)),
             hands_off=not attached,
             lends=offer.lends,
@@ -177,9 +201,19 @@ class ClusterView:
         member.rest_until, member.resting = until, now < until
         self._suspect(member, member.suspect)
 
+    def drain(self, member: Member, draining: bool, by: float = math.inf) -> None:
+        """Place nothing on a member, or place on it again."""
+        member.draining, member.drained, member.drain_by = draining, False, by
+        self._suspect(member, member.suspect)
+
+    def set_role(self, member: Member, role: Role) -> None:
+        """New placements use the member for that; what runs goes on as it is."""
+        member.role = role
+        self.columns.role[member.row] = ROLES.index(role)
+
     def _suspect(self, member: Member, suspect: bool) -> None:
         member.suspect = suspect
-        self.columns.placeable[member.row] = not suspect and not member.resting
+        self.columns.placeable[member.row] = not (suspect or member.resting or member.draining)
 
     def remove(self, worker: WorkerId) -> None:
         """Forget a worker and burn its epoch."""
@@ -219,12 +253,21 @@ class ClusterView:
     @property
     def kv_tokens(self) -> int:
         """The smallest KV memory of any member, in tokens: what fits there fits wherever it is placed."""
-        return min((_kv_tokens(member) for member in self.members.values()), default=0)
+        return min((member.kv_tokens for member in self.members.values()), default=0)
+
+    def takers(self, besides: WorkerId) -> list[Member]:
+        """The other members that requests are placed on now."""
+        return [one for one in self.members.values() if one.id != besides and self.columns.placeable[one.row]]
 
     @property
-    def most_kv_tokens(self) -> int:
-        """The largest KV memory of any member, in tokens."""
-        return max((_kv_tokens(member) for member in self.members.values()), default=0)
+    def ready(self) -> bool:
+        """Whether there is a member that neither lacks heartbeats nor drains."""
+        return any(not (member.suspect or member.draining) for member in self.members.values())
+
+    @property
+    def draining(self) -> bool:
+        """Whether there is a member that drains and could take requests else."""
+        return any(member.draining and not member.suspect for member in self.members.values())
 
     def found(self, hashes: Sequence[BlockHash]) -> Found:
         """What workers, and the store, have of a prompt with these blocks."""
@@ -254,15 +297,17 @@ class ClusterView:
     def snapshot(self, now: float) -> Snapshot:
         return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window, self.stores.columns())
 
-    def statuses(self) -> tuple[WorkerStatus, ...]:
+    def statuses(self, requests: Mapping[WorkerId, int] | None = None) -> tuple[WorkerStatus, ...]:
+        """All members as an operator sees them; `requests` says how many need each."""
         return tuple(
             WorkerStatus(
                 id=member.id,
-                role=member.registration.role,
-                state="suspect" if member.suspect or member.resting else "ready",
+                role=member.role,
+                state=member.state,
                 epoch=member.epoch,
                 pid=member.registration.pid,
                 device=member.registration.device,
+                requests=requests.get(member.id, 0) if requests else 0,
                 load=member.load,
             )
             for member in self.members.values()
@@ -287,10 +332,6 @@ class ClusterView:
             self.card = replace(
                 base, context=min(base.context, *(card.context for card in servers)) if servers else base.context
             )
-
-
-def _kv_tokens(member: Member) -> int:
-    return member.registration.kv_blocks * member.registration.card.layout.block_size
 
 
 def _require_same_model(card: ModelCard, offer: Register) -> None:

@@ -94,7 +94,7 @@ async def _run(settings: WorkerSettings) -> None:
     identity = Identity(worker=settings.worker, epoch=epoch, role=settings.role, device=settings.device_name)
     worker = Worker(identity, parts, link, settings.host, settings.handoff_config, WallClock())
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
+        loop.add_signal_handler(number, worker.leave)
     log.info("%s is up after %.1f s", settings.worker, time.monotonic() - started)
     try:
         await worker.run()

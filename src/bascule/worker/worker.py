@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +12,15 @@ from bascule.config import HandoffConfig
 from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.errors import RegistrationRefused
-from bascule.kv.transfer.base import machine_id
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
 from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerLoad
 from bascule.wire import (
-    VERSION,
     Cancel,
+    Draining,
     Failed,
     Goodbye,
-    Heartbeat,
     Loaded,
-    Register,
     Registered,
     RegistrationRefusal,
     Reregister,
@@ -47,19 +43,19 @@ from bascule.worker.link import RouterSocket
 from bascule.worker.parts import Brought, Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
+from bascule.worker.standing import Standing, offer_of
 from bascule.worker.steploop import StepLoop
 from bascule.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
 
-_REGISTER_AGAIN_S = 1.0
 _RENEW_S = 1.0
 _EXPIRE_S = 0.1
 _REFIT_S = 2.0
 
 
 class Worker:
-    """Runs until the router says stop, refuses it, or `stop` is called."""
+    """Runs until the router says stop, refuses it, or `leave` or `stop` is called."""
 
     def __init__(
         self, identity: Identity, parts: Parts, link: RouterSocket, host: str, config: HandoffConfig, clock: Clock
@@ -69,11 +65,10 @@ class Worker:
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._registered = asyncio.Event()
-        self._heartbeat_s = 0.5
         self._peers = Peers(link.context, host, identity.worker, identity.epoch)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
+        self._standing = Standing(identity, link.send, self._load, lambda: self._reporter.sequence, self.stop, clock)
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
@@ -144,11 +139,14 @@ class Worker:
     async def run(self) -> None:
         """Serve; returns after a stop, raises RegistrationRefused when the router does not want this worker."""
         self._steps.start()
+        stores = self._store.places() if self._store is not None else {}
+        offer = offer_of(self._identity, self._parts, self._peers.address, stores)
         tasks = [
             asyncio.create_task(self._link.serve(self._apply)),
             asyncio.create_task(self._peers.serve(self._peer_message)),
-            asyncio.create_task(self._register()),
-            asyncio.create_task(self._beat()),
+            asyncio.create_task(self._standing.offer(offer)),
+            asyncio.create_task(self._standing.beat()),
+            asyncio.create_task(self._standing.ask_for_leave()),
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
@@ -176,8 +174,12 @@ class Worker:
                 sender.close()
             self._peers.close()
 
+    def leave(self) -> None:
+        """End in order, as soon as nothing needs this worker; at once when called again."""
+        self._standing.leave()
+
     def stop(self) -> None:
-        """Leave at once."""
+        """End at once; what runs here goes on elsewhere."""
         if not self._done.done():
             self._done.set_result(None)
 
@@ -189,17 +191,18 @@ class Worker:
         elif isinstance(message, Cancel):
             self._cancel(Key(message.request, message.attempt))
         elif isinstance(message, Registered):
-            self._heartbeat_s = message.heartbeat_s
-            self._registered.set()
+            self._standing.taken(message)
             self._tell_all()
         elif isinstance(message, Reregister):
-            self._registered.clear()
+            self._standing.forgotten()
             self._arrivals.received = 0
             self._reporter.pause()
         elif isinstance(message, Resync):
             self._tell_all()
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
+        elif isinstance(message, Draining):
+            self._standing.heard(message)
         elif isinstance(message, Stop):
             self.stop()
 
@@ -323,37 +326,6 @@ class Worker:
                 retryable=retryable,
             )
         )
-
-    async def _register(self) -> None:
-        """Offer this worker until it is taken, and again when a new router asks for it."""
-        offer = Register(
-            version=VERSION,
-            worker=self._identity.worker,
-            epoch=self._identity.epoch,
-            role=self._identity.role,
-            card=self._parts.runner.card,
-            device=self._identity.device,
-            pid=os.getpid(),
-            peer=self._peers.address,
-            max_sequences=self._parts.max_sequences,
-            kv_blocks=self._parts.books.num_blocks,
-            machine=machine_id(),
-            cost=self._parts.cost,
-            stores=self._store.places() if self._store is not None else {},
-            lends=self._parts.engine.publishes,
-            chunk_tokens=self._parts.chunk_tokens,
-        )
-        while True:
-            if not self._registered.is_set():
-                self._link.send(offer)
-            await asyncio.sleep(_REGISTER_AGAIN_S)
-
-    async def _beat(self) -> None:
-        while True:
-            await self._registered.wait()
-            identity = self._identity
-            self._link.send(Heartbeat(identity.worker, identity.epoch, self._load(), self._reporter.sequence))
-            await asyncio.sleep(self._heartbeat_s)
 
     def _step_load(self) -> StepLoad:
         load = self._parts.engine.load()

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _RESTARTS = 5
 """A worker that dies this often in a row, without a stretch of `_STEADY_S` between, is not started again."""
 _STEADY_S = 60.0
+_PAUSE_S = 0.2
 _GRACE_S = 5.0
 
 
@@ -84,17 +85,26 @@ class ProcessActuator:
             self._on_death(plan.worker, how)
             if code == 2:
                 raise ConfigError(f"worker {plan.worker} could not start; its message is above")
+            if code == 0:  # it was told to end, and did so in order
+                deaths = 0
+                log.info("worker %s (pid %d) has ended as it was asked to; starting it anew", plan.worker, child.pid)
+                await asyncio.sleep(_PAUSE_S)
+                continue
             deaths = 1 if time.monotonic() - started > _STEADY_S else deaths + 1
             log.error("worker %s (pid %d) %s; starting it again", plan.worker, child.pid, how)
-            await asyncio.sleep(min(5.0, 0.1 * 2**deaths))
+            await asyncio.sleep(min(5.0, _PAUSE_S * 2 ** (deaths - 1)))
         raise ConfigError(f"worker {plan.worker} died {deaths} times in a row; its messages are above")
 
     async def stop(self) -> None:
-        """End all workers: asked first, killed if they do not answer."""
+        """End all workers at once, whatever they run: told first, killed if that does not end them.
+
+        A worker drains at its first signal. Two of one kind may reach it as one, so it gets one of each.
+        """
         self._stopping = True
         for child in self._children.values():
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
+                child.send_signal(signal.SIGINT)
         waits = [asyncio.create_task(child.wait()) for child in self._children.values()]
         if waits:
             _, late = await asyncio.wait(waits, timeout=_GRACE_S)

@@ -1,0 +1,64 @@
+"""`/admin/workers`: single workers drained, resumed and used in another role."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from bascule.api.app import json_response
+from bascule.api.body import read_object
+from bascule.api.fields import check_number, wrong_value
+from bascule.router.backend import Operations
+from bascule.types import Role, WorkerId, WorkerStatus
+
+_MOST_BODY = 4096
+"""Bytes."""
+_MOST_TIMEOUT_S = 1e6
+
+
+def operation_routes(operations: Operations) -> list[BaseRoute]:
+    """The routes for the admin application. Each answers with the worker as in `/admin/state`."""
+
+    async def drain(request: Request) -> Response:
+        given = await _fields(request, "timeout")
+        timeout = given.get("timeout")
+        seconds = None if timeout is None else check_number("timeout", timeout, 0, _MOST_TIMEOUT_S)
+        return json_response(worker_fields(operations.drain(_worker(request), seconds)))
+
+    async def resume(request: Request) -> Response:
+        await _fields(request)
+        return json_response(worker_fields(operations.resume(_worker(request))))
+
+    async def role(request: Request) -> Response:
+        given = await _fields(request, "role")
+        chosen = next((role for role in Role if role == given.get("role")), None)
+        if chosen is None:
+            raise wrong_value("role", f"must be one of {', '.join(Role)}.")
+        return json_response(worker_fields(operations.set_role(_worker(request), chosen)))
+
+    return [
+        Route(f"/admin/workers/{{id:path}}/{name}", call, methods=["POST"])
+        for name, call in (("drain", drain), ("resume", resume), ("role", role))
+    ]
+
+
+def worker_fields(worker: WorkerStatus) -> dict[str, object]:
+    """A worker's fields and those of its load, side by side."""
+    load = {name: getattr(worker.load, name) for name in worker.load.__struct_fields__}
+    status = {name: getattr(worker, name) for name in worker.__struct_fields__ if name != "load"}
+    return {**status, **load}
+
+
+def _worker(request: Request) -> WorkerId:
+    return WorkerId(request.path_params["id"])
+
+
+async def _fields(request: Request, *names: str) -> dict[str, object]:
+    """The body's fields, none where there is no body; raises InvalidRequest for one that is not among `names`."""
+    given = await read_object(request, _MOST_BODY, empty=True)
+    for name in given:
+        if name not in names:
+            known = f"there is only {', '.join(names)}" if names else "leave the body out"
+            raise wrong_value(name[:64], f"is not known here; {known}.")
+    return given

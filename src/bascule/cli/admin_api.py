@@ -1,0 +1,75 @@
+"""How commands find the admin API of a running server, and what they say when it does not answer."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+from bascule.cli import servers
+from bascule.errors import BasculeError, ConfigError
+
+_TIMEOUT_S = 10.0
+
+Admin = Annotated[str | None, Parameter(env_var="BASCULE_ADMIN")]
+"""A command's `--admin`."""
+
+
+class NotAnswered(BasculeError):
+    """The server does not answer, or not with what was asked for."""
+
+
+def admin_url(given: str | None) -> str:
+    """The address given, or that of the only server of this user here; raises ConfigError or NotAnswered."""
+    if given is not None:
+        if not given.startswith(("http://", "https://")):
+            raise ConfigError(f"--admin {given!r} is no address; write for example http://127.0.0.1:8001")
+        return given.rstrip("/")
+    found = servers.running()
+    if not found:
+        raise NotAnswered(
+            "no server of yours runs on this machine; give the address of one with --admin (serve prints it as admin "
+            "API) or BASCULE_ADMIN"
+        )
+    if len(found) > 1:
+        listed = "".join(f"\n  --admin {server.admin_url}  ({server.model} at {server.url})" for server in found)
+        raise ConfigError(f"{len(found)} servers run on this machine; say which one:{listed}")
+    return found[0].admin_url
+
+
+def ask(
+    url: str, is_right: Callable[[dict[str, Any]], bool], fields: dict[str, object] | None = None
+) -> dict[str, Any]:
+    """What the admin API says to a GET, or with `fields` to a POST of them; raises NotAnswered.
+
+    `is_right` tells an answer of ours from one of something else, and may raise LookupError or TypeError for that.
+    Proxies are left out, as the address is near.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        request = urllib.request.Request(url, None if fields is None else msgspec.json.encode(fields))
+        with opener.open(request, timeout=_TIMEOUT_S) as answer:
+            found: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict)
+            if not is_right(found):
+                raise LookupError
+    except urllib.error.HTTPError as error:
+        raise NotAnswered(_message(error)) from error
+    except (msgspec.DecodeError, LookupError, TypeError, UnicodeDecodeError) as error:
+        raise NotAnswered(f"what answers at {url} is no admin API of Bascule; check --admin") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise NotAnswered(f"cannot reach {url}: {reason}; is the server running, and is --admin right?") from error
+    return found
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """The admin API's own words, or the bare status of something else."""
+    try:
+        return str(msgspec.json.decode(error.read())["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"{error.url} answered {error.code} {error.reason}; check --admin"
