@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,13 +16,13 @@ from bascule.router.backend import Backend
 from bascule.types import ClusterState, WorkerStatus
 
 
-def create_admin_app(backend: Backend, records: DecisionRecords) -> ASGIApp:
-    """The application that operators and scripts talk to."""
+def create_admin_app(backend: Backend, records: DecisionRecords, keys: Sequence[str] = ()) -> ASGIApp:
+    """The application that operators and scripts talk to; with `keys`, those that bring one."""
 
     async def state(_request: Request) -> Response:
         return json_response(_state_fields(backend.state()))
 
-    return application([Route("/admin/state", state), *decision_routes(records), Route("/health", health)])
+    return application([Route("/admin/state", state), *decision_routes(records), Route("/health", health)], keys)
 
 
 def _state_fields(state: ClusterState) -> dict[str, object]:

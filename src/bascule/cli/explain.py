@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bascule.cli import servers
+from bascule.cli.keys import ADMIN_KEY
 from bascule.cli.report import write_json
 from bascule.errors import BasculeError, ConfigError
 
@@ -32,6 +34,7 @@ def explain(
     /,
     *,
     admin: Annotated[str | None, Parameter(env_var="BASCULE_ADMIN")] = None,
+    admin_key: Annotated[str | None, Parameter(env_var=ADMIN_KEY)] = None,
     json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
 ) -> None:
     """Say why a request went where it did: every candidate, the choice, and the prediction against what happened.
@@ -44,11 +47,13 @@ def explain(
         The `X-Request-Id` of the response.
     admin
         Address of the server's admin API (default: the server that runs here, if it is the only one).
+    admin_key
+        Key of the admin API, where it asks for one (default: what a server of yours on this machine has left).
     json
         File to write the decision record to, `-` for standard output.
     """
-    url = _admin_url(admin)
-    found = _get(f"{url}/admin/decisions/{quote(request_id, safe='')}")
+    url, left = _admin_url(admin)
+    found = _get(f"{url}/admin/decisions/{quote(request_id, safe='')}", admin_key or left)
     if json != "-":
         console = Console()
         for output in found["outputs"]:
@@ -56,11 +61,13 @@ def explain(
     write_json(found, json)
 
 
-def _admin_url(given: str | None) -> str:
+def _admin_url(given: str | None) -> tuple[str, str | None]:
+    """Where to ask, and the key that a server there has left for us."""
     if given is not None:
         if not given.startswith(("http://", "https://")):
             raise ConfigError(f"--admin {given!r} is no address; write for example http://127.0.0.1:8001")
-        return given.rstrip("/")
+        url = given.rstrip("/")
+        return url, next((server.admin_key for server in servers.running() if server.admin_url == url), None)
     found = servers.running()
     if not found:
         raise NotExplained(
@@ -70,17 +77,22 @@ def _admin_url(given: str | None) -> str:
     if len(found) > 1:
         listed = "".join(f"\n  --admin {server.admin_url}  ({server.model} at {server.url})" for server in found)
         raise ConfigError(f"{len(found)} servers run on this machine; say which one:{listed}")
-    return found[0].admin_url
+    return found[0].admin_url, found[0].admin_key
 
 
-def _get(url: str) -> dict[str, Any]:
+def _get(url: str, key: str | None) -> dict[str, Any]:
     """What the admin API says; raises NotExplained. Proxies are left out, as the address is near."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as answer:
+        asked = urllib.request.Request(url)
+        if key is not None:
+            asked.add_unredirected_header("Authorization", f"Bearer {key}")
+        with opener.open(asked, timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict)
             found["outputs"][0]["candidates"]
     except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            raise NotExplained(f"the admin API asks for its key; give it as {ADMIN_KEY} in the environment") from error
         raise NotExplained(_message(error)) from error
     except (msgspec.DecodeError, LookupError, TypeError, UnicodeDecodeError) as error:
         raise NotExplained(f"what answers at {url} is no admin API of Bascule; check --admin") from error

@@ -71,7 +71,7 @@ class Worker:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
-        self._peers = Peers(link.context, host, identity.worker, identity.epoch)
+        self._peers = Peers(link.context, host, identity.worker, identity.epoch, link.key)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
         self._costs = StepCosts(parts.engine, parts.cost)
@@ -146,6 +146,7 @@ class Worker:
         self._steps.start()
         tasks = [
             asyncio.create_task(self._link.serve(self._apply)),
+            asyncio.create_task(self._link.turned_away()),
             asyncio.create_task(self._peers.serve(self._peer_message)),
             asyncio.create_task(self._register()),
             asyncio.create_task(self._beat()),
