@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -211,3 +213,20 @@ def test_files_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         tls_context(files / certificate if certificate else None, files / key if key else None)
+
+
+def test_endless_headers_are_cut_off_and_long_ones_are_not() -> None:
+    with ApiRig() as rig:
+        assert rig.http.get("/health", headers={"X-Long": "a" * 50_000}).status_code == 200
+        with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    connection.sendall(b"a" * 4096)
+            with contextlib.suppress(ConnectionError):
+                answer = connection.recv(1 << 16)
+                assert answer.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in answer
+        big = {"model": "tiny", "prompt": "a" * 300_000}
+        assert rig.http.post("/v1/completions", json=big).status_code == 400
+        assert rig.http.get("/health").status_code == 200
+        rig.wait_for(lambda: len(rig.server._server.server_state.connections) == 1)
