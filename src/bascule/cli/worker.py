@@ -74,6 +74,8 @@ def worker(
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
         if doubt := check_open(key, security_config.insecure, what, stays):
             log.warning("%s", doubt)
+    if key is not None and not is_loopback(host) and handoff_config.transfer != "shm":
+        log.info("KV goes to workers on other hosts as it is: the cluster key encrypts messages, not KV over TCP")
     place = parse_device(device)
     run(
         WorkerSettings(
