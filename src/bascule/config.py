@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -230,6 +230,17 @@ def _server_url(url: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityConfig:
+    """Who may take part in the cluster."""
+
+    cluster_key_file: Path | None = None
+    """File that `bascule cluster-key` made: router and workers encrypt what they say to each other, and let only those
+    in that have it too (default: the environment's BASCULE_CLUSTER_KEY_FILE)."""
+    insecure: bool = False
+    """Without a cluster key, listen to other machines and join them all the same: for networks that you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HttpConfig:
     """The listening side of the router."""
 
@@ -241,6 +252,19 @@ class HttpConfig:
     """Port of the admin API, on loopback (0: a free one)."""
     max_body: str = "16MiB"
     """Largest request body."""
+    ssl_certfile: Path | None = None
+    """Certificate (PEM, with those between it and the root) with which the API speaks HTTPS."""
+    ssl_keyfile: Path | None = None
+    """The certificate's key (PEM), where that is in a file of its own."""
+    api_key: str | None = field(default=None, repr=False)
+    """Keys that the API asks for, with commas between; all can be seen in the list of processes, so rather use the
+    environment's BASCULE_API_KEY or api-key-file."""
+    api_key_file: Path | None = None
+    """File of keys that the API asks for, one a line."""
+    admin_key: str | None = field(default=None, repr=False)
+    """Likewise for the admin API, or BASCULE_ADMIN_KEY."""
+    admin_key_file: Path | None = None
+    """File of keys that the admin API asks for, one a line."""
     ready_file: Path | None = None
     """Written (as JSON) once requests can be answered."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

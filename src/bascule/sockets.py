@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from bascule.keys import ClusterKey
 from bascule.wire import MAX_MESSAGE, WireError
 
 log = logging.getLogger(__name__)
 
 Apply = Callable[[list[bytes]], None]
+
+ZAP_DOMAIN = b"bascule"
 
 _BURST = 64
 """Messages applied before the event loop has its turn again."""
@@ -25,8 +28,19 @@ class MessageSocket:
     watches the socket's descriptor, and all messages that have come are taken at once.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int, identity: str | None = None):
-        """A socket of `kind`; under `identity`, if given, a ROUTER at the other end knows it."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        linger_ms: int,
+        identity: str | None = None,
+        key: ClusterKey | None = None,
+    ) -> None:
+        """A socket of `kind`; under `identity`, if given, a ROUTER at the other end knows it.
+
+        With a `key` all is encrypted, and both ends must have it; a ROUTER needs a `door.Doorkeeper` in its context,
+        and lets nobody in without.
+        """
         socket = self._socket = context.socket(kind)
         socket.setsockopt(zmq.LINGER, linger_ms)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
@@ -37,6 +51,8 @@ class MessageSocket:
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if identity is not None:
             socket.setsockopt(zmq.ROUTING_ID, identity.encode())
+        if key is not None:
+            _lock(socket, key, listens=kind == zmq.ROUTER)
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._loop = asyncio.get_running_loop()
         self._apply: Apply | None = None
@@ -50,6 +66,12 @@ class MessageSocket:
 
     def connect(self, address: str) -> None:
         self._socket.connect(address)
+
+    def monitored(self, events: int) -> str:
+        """Where news of this socket's connections can be had from now on."""
+        address = f"inproc://news-of-{id(self)}"
+        self._socket.monitor(address, events)
+        return address
 
     def post(self, frames: Sequence[bytes], on_failure: Callable[[], None] | None = None) -> None:
         """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there."""
@@ -77,6 +99,8 @@ class MessageSocket:
 
     def close(self) -> None:
         self._stop()
+        if not self._socket.closed:
+            self._socket.disable_monitor()
         self._socket.close()
 
     def _stop(self) -> None:
@@ -104,6 +128,18 @@ class MessageSocket:
                 return
             _apply_one(self._apply, frames)
         self._look_later()
+
+
+def _lock(socket: zmq.Socket[bytes], key: ClusterKey, listens: bool) -> None:
+    if listens:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, key.server_secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    else:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, key.server_public)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, key.client_public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, key.client_secret)
 
 
 def _apply_one(apply: Apply, frames: list[bytes]) -> None:

@@ -255,7 +255,10 @@ class FakeBackend:
 class ApiRig(AbstractContextManager["ApiRig"]):
     """Both servers in a thread with an event loop of its own."""
 
-    def __init__(self, *, max_body: int = 1 << 20) -> None:
+    def __init__(
+        self, *, max_body: int = 1 << 20, api_keys: Sequence[str] = (), admin_keys: Sequence[str] = ()
+    ) -> None:
+        self._keys = (api_keys, admin_keys)
         self.backend = FakeBackend()
         self.records = DecisionRecords()
         self.metrics = Metrics(self.backend.state, WallClock())
@@ -273,7 +276,8 @@ class ApiRig(AbstractContextManager["ApiRig"]):
 
     def __enter__(self) -> ApiRig:
         self._thread.start()
-        app, admin = create_app(self.context), create_admin_app(self.backend, self.records, self.backend)
+        app = create_app(self.context, self._keys[0])
+        admin = create_admin_app(self.backend, self.records, self.backend, self._keys[1])
         self.server = self.call(HttpServer.start(app, self.context.calls, "127.0.0.1", 0))
         self.admin = self.call(HttpServer.start(admin, Calls(), "127.0.0.1", 0))
         self.http = httpx.Client(base_url=self.server.url, timeout=WAIT)

@@ -11,6 +11,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bascule.errors import InvalidRequest, ModelError
+from bascule.models import sandbox
 from bascule.models.chat import ChatTemplate, require_template
 from bascule.models.gguf_tokenizer import chat_template_from_gguf
 from bascule.models.hf_directory import ModelDirectory
@@ -124,3 +125,79 @@ def test_a_directorys_template_is_found_in_each_of_its_places(tmp_path: Path) ->
     assert rendered(directory(tmp_path, tokenizer_config__json=config)) == "default"
     assert rendered(directory(tmp_path, chat_template__json={"chat_template": "json"})) == "json"
     assert rendered(directory(tmp_path, chat_template__jinja="jinja {{ bos_token }}")) == "jinja <s>"
+
+
+DOUBLE = "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s | length }}"
+GREEDY = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "lists in loops": "{% for a in range(99999) %}{% set x = range(99999) | list %}{% endfor %}",
+    "a macro that calls itself": "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+    "a macro without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "doubling by +": DOUBLE.replace("STEP", "ns.s + ns.s"),
+    "doubling by ~": DOUBLE.replace("STEP", "ns.s ~ ns.s"),
+    "doubling by *": DOUBLE.replace("STEP", "ns.s * 2"),
+    "doubling by a format": DOUBLE.replace("STEP", "'%s%s' % (ns.s, ns.s)"),
+    "doubling by the filter format": DOUBLE.replace("STEP", "'%s%s' | format(ns.s, ns.s)"),
+    "doubling by the method format": DOUBLE.replace("STEP", "'{0}{0}'.format(ns.s)"),
+    "doubling by replacing": DOUBLE.replace("STEP", "ns.s | replace('a', ns.s)"),
+    "doubling by the method replace": DOUBLE.replace("STEP", "ns.s.replace('a', ns.s)"),
+    "doubling by joining": DOUBLE.replace("STEP", "ns.s.join(['', '', ''])"),
+    "doubling by the filter join": DOUBLE.replace("STEP", "['', '', ''] | join(ns.s)"),
+    "doubling lists": DOUBLE.replace("'ab'", "[1]").replace("STEP", "ns.s + ns.s"),
+    "doubling blocks": DOUBLE.replace(
+        "{% set ns.s = STEP %}", "{% set t %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = t %}"
+    ),
+    "a long text": "{{ 'a' * 10 ** 10 }}",
+    "a long list": "{{ [0] * 10 ** 10 }}",
+    "a tower of powers": "{{ 9 ** (9 ** 9) }}",
+    "a wide column": "{{ 'a' | center(10 ** 10) }}{{ 'a'.ljust(10 ** 10) }}",
+    "a wide format": "{{ '%9999999999d' % 1 }}",
+    "a wide new format": "{{ '{:>9999999999}'.format(1) }}",
+    "much output": "{% set s = 'a' * 10 ** 7 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
+    "wide JSON": "{{ messages | tojson(indent=10 ** 9) }}",
+    "a range": "{{ range(10 ** 12) | list }}",
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_template_that_would_never_end_or_fill_the_memory_is_stopped(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.3)
+    template = ChatTemplate(GREEDY[name], {})
+    with pytest.raises(InvalidRequest, match="the model's chat template"):
+        template.render(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% include '/etc/passwd' %}",
+        "{% import '/etc/passwd' as x %}",
+        "{% extends '/etc/passwd' %}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ ('{0.__class__}' | attr('format'))(messages) }}",
+        "{{ messages | map(attribute='__class__') | list | first + 1 }}",
+        "{{ open('/etc/passwd').read() }}",
+    ],
+)
+def test_a_template_reads_no_file_and_runs_no_program(template: str) -> None:
+    try:
+        said = ChatTemplate(template, {}).render(CHAT)
+    except (InvalidRequest, ModelError):
+        return
+    assert "root:" not in said and "uid=" not in said and "<class" not in said
+
+
+def test_a_long_conversation_is_well_within_the_bounds() -> None:
+    template = ChatTemplate(TEMPLATES["blocks"] + TEMPLATES["json"] + TEMPLATES["namespace"], TOKENS)
+    messages = [{"role": "user", "content": "word " * 2000} for _ in range(1000)]
+    assert len(template.render(messages)) > 10_000_000
+    assert "{}" in ChatTemplate("{{ '%s {}' % 'a' }}{{ 'b' ~ 1 ~ none }}{{ 'c' | center(9) }}", {}).render(CHAT)
+    text = (
+        "{{ '{}-{:>4}'.format(1, 2) }}{{ 'a b'.replace(' ', '') }}{{ ', '.join(['x', 'y']) }}{{ 3 ** 4 }}{{ 'c' * 3 }}"
+    )
+    assert ChatTemplate(text, {}).render(CHAT) == "1-   2abx, y81ccc"

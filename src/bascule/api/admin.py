@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,14 +17,16 @@ from bascule.router.backend import Backend, Operations
 from bascule.types import ClusterState
 
 
-def create_admin_app(backend: Backend, records: DecisionRecords, operations: Operations) -> ASGIApp:
-    """The application that operators and scripts talk to."""
+def create_admin_app(
+    backend: Backend, records: DecisionRecords, operations: Operations, keys: Sequence[str] = ()
+) -> ASGIApp:
+    """The application that operators and scripts talk to; with `keys`, those that bring one."""
 
     async def state(_request: Request) -> Response:
         return json_response(_state_fields(backend.state()))
 
     routes = [Route("/admin/state", state), *operation_routes(operations), *decision_routes(records)]
-    return application([*routes, Route("/health", health)])
+    return application([*routes, Route("/health", health)], keys)
 
 
 def _state_fields(state: ClusterState) -> dict[str, object]:

@@ -16,14 +16,15 @@ from bascule.api.completions import read_completion
 from bascule.api.context import Context
 from bascule.api.endpoint import TokenEndpoint
 from bascule.api.errors import unknown_path
+from bascule.api.guard import KeyGuard
 from bascule.api.identity import IdentityMiddleware
 from bascule.api.parameters import unknown_model
 from bascule.observe.metrics import CONTENT_TYPE
 from bascule.types import ModelCard
 
 
-def create_app(context: Context) -> ASGIApp:
-    """The application that clients talk to."""
+def create_app(context: Context, keys: Sequence[str] = ()) -> ASGIApp:
+    """The application that clients talk to; with `keys`, those that bring one."""
     probes = Probes(context)
     models = Models(context)
     routes = [
@@ -35,10 +36,10 @@ def create_app(context: Context) -> ASGIApp:
         Route("/ready", probes.ready),
         Route("/metrics", probes.metrics),
     ]
-    return application(routes)
+    return application(routes, keys)
 
 
-def application(routes: Sequence[BaseRoute]) -> ASGIApp:
+def application(routes: Sequence[BaseRoute], keys: Sequence[str] = ()) -> ASGIApp:
     """An application whose every response has a request id, and whose every error has OpenAI's shape.
 
     A router and one layer around it: Starlette's application would wrap every chunk's `send` in two more.
@@ -47,7 +48,8 @@ def application(routes: Sequence[BaseRoute]) -> ASGIApp:
     async def refuse_path(scope: Scope, receive: Receive, send: Send) -> None:
         await unknown_path(Request(scope).url.path)(scope, receive, send)
 
-    return IdentityMiddleware(Router(routes, redirect_slashes=False, default=refuse_path))
+    router = Router(routes, redirect_slashes=False, default=refuse_path)
+    return IdentityMiddleware(KeyGuard(router, keys) if keys else router)
 
 
 def json_response(value: object) -> Response:

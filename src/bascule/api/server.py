@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -30,17 +31,19 @@ class HttpServer:
     await server.stop(grace=30.0)
     """
 
-    def __init__(self, server: _Server, listener: socket.socket, host: str, calls: Calls) -> None:
+    def __init__(self, server: _Server, listener: socket.socket, scheme: str, host: str, calls: Calls) -> None:
         """Use `start`."""
         self._server = server
         self._calls = calls
         self._serving = asyncio.create_task(server.serve(sockets=[listener]))
         self.port: int = listener.getsockname()[1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @classmethod
-    async def start(cls, app: ASGIApp, calls: Calls, host: str, port: int) -> HttpServer:
-        """Listen on `host` and `port` (0: a free one); returns once connections are answered.
+    async def start(
+        cls, app: ASGIApp, calls: Calls, host: str, port: int, tls: ssl.SSLContext | None = None
+    ) -> HttpServer:
+        """Listen on `host` and `port` (0: a free one), with TLS if given; returns once connections are answered.
 
         `calls` are those of `app`. Raises ConfigError where it cannot listen there.
         """
@@ -57,7 +60,9 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE,
         )
-        server = cls(_Server(config), listener, host, calls)
+        config.load()
+        config.ssl = tls
+        server = cls(_Server(config), listener, "http" if tls is None else "https", host, calls)
         await server._server.listening.wait()
         return server
 

@@ -118,10 +118,17 @@ def running_apart(
             process = stack.enter_context(_process(host, folder / f"{port}-{name}.log", command))
             processes.append(process)
 
-        flags = (f"--bind={join}", "--port=0", f"--ready-file={ready_file}", "--log-level=warning", *front)
+        flags = (
+            f"--bind={join}",
+            "--insecure",
+            "--port=0",
+            f"--ready-file={ready_file}",
+            "--log-level=warning",
+            *front,
+        )
         start(cable.near, "router", "router", model, *flags)
         for piece in pieces:
-            where = (f"--join={join}", f"--host={piece.host.address}", f"--device={piece.device}")
+            where = (f"--join={join}", "--insecure", f"--host={piece.host.address}", f"--device={piece.device}")
             what = (f"--id={piece.id}", f"--role={piece.role}", "--transfer=tcp", f"--parent={os.getpid()}")
             start(piece.host, piece.id, "worker", model, *where, *what, *piece.flags)
         names = ["router", *(piece.id for piece in pieces)]

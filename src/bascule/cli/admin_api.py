@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
 
 from bascule.cli import servers
+from bascule.cli.keys import ADMIN_KEY
 from bascule.errors import BasculeError, ConfigError
 
 _TIMEOUT_S = 10.0
@@ -53,11 +56,15 @@ def ask(
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         request = urllib.request.Request(url, None if fields is None else msgspec.json.encode(fields))
+        if (key := _key_for(url)) is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         with opener.open(request, timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict)
             if not is_right(found):
                 raise LookupError
     except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            raise NotAnswered(f"the admin API asks for its key; give it as {ADMIN_KEY} in the environment") from error
         raise NotAnswered(_message(error)) from error
     except (msgspec.DecodeError, LookupError, TypeError, UnicodeDecodeError) as error:
         raise NotAnswered(f"what answers at {url} is no admin API of Bascule; check --admin") from error
@@ -65,6 +72,12 @@ def ask(
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise NotAnswered(f"cannot reach {url}: {reason}; is the server running, and is --admin right?") from error
     return found
+
+
+def _key_for(url: str) -> str | None:
+    """The key in the environment, or the one that the server of this user at that address has left for us."""
+    given = os.environ.get(ADMIN_KEY)
+    return given or next((each.admin_key for each in servers.running() if url.startswith(f"{each.admin_url}/")), None)
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -16,11 +17,14 @@ from bascule.api.app import create_app
 from bascule.api.calls import Calls
 from bascule.api.context import Context
 from bascule.api.server import HttpServer
+from bascule.api.tls import tls_context
 from bascule.api.tokens import ModelTokenizer
 from bascule.cli import servers
+from bascule.cli.keys import API_KEY, admin_keys, api_keys, doubts
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, HttpConfig, RoutingConfig, SloConfig
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.models import LoadedModel
 from bascule.observe.decision_log import DecisionLog
 from bascule.observe.metrics import Metrics
@@ -31,6 +35,8 @@ from bascule.router.link import RouterLink
 from bascule.router.membership import Membership
 from bascule.router.service import Service
 from bascule.router.view import ClusterView
+
+log = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0
 
@@ -51,15 +57,20 @@ class Frontend:
         slo: SloConfig,
         bind: str,
         attach: AttachConfig = AttachConfig(),
+        key: ClusterKey | None = None,
     ) -> None:
-        """Listens for workers at `bind`; HTTP starts with `serve_http`."""
+        """Listens at `bind` for workers with `key`; HTTP starts with `serve_http`."""
         self._http = http
         self._check_ready_file()
+        self._tls = tls_context(http.ssl_certfile, http.ssl_keyfile)
+        self._api_keys, self._admin_keys = api_keys(http), admin_keys(http)
+        for doubt in doubts(http, self._api_keys):
+            log.warning("%s", doubt)
         clock = WallClock()
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
         self.journal = Journal(routing.policy, decision_log)
         self.service = Service(ClusterView(), routing, clock, slo.slo, self.journal)
-        self.link = RouterLink(bind)
+        self.link = RouterLink(bind, key)
         self.membership = Membership(self.link, self.service, routing, clock)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()
@@ -95,14 +106,21 @@ class Frontend:
 
     async def serve_http(self) -> tuple[str, str]:
         """Start listening; returns the URLs of the API and of the admin API. Raises ConfigError for a taken port."""
-        admin = create_admin_app(self.service, self.journal.records, self.membership.operations)
-        api = await HttpServer.start(create_app(self._context), self._context.calls, self._http.host, self._http.port)
+        admin = create_admin_app(self.service, self.journal.records, self.membership.operations, self._admin_keys)
+        app = create_app(self._context, self._api_keys)
+        api = await HttpServer.start(app, self._context.calls, self._http.host, self._http.port, self._tls)
         self._servers.append(api)
         operators = await HttpServer.start(admin, Calls(), "127.0.0.1", self._http.admin_port)
         self._servers.append(operators)
-        self._announced = servers.announce(api.url, operators.url, self._name)
+        self._announced = servers.announce(api.url, operators.url, self._name, *self._admin_keys[:1])
         _spare_the_collector()
         return api.url, operators.url
+
+    def asking(self, url: str) -> str:
+        """The words of a curl command line that asks the API: with its certificate and a key, where it has them."""
+        certificate = f" --cacert {self._http.ssl_certfile}" if self._tls is not None else ""
+        key = f' -H "Authorization: Bearer ${API_KEY}"' if self._api_keys else ""
+        return f"curl{certificate} {url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
 
     async def drain(self, say: Callable[[str], None]) -> None:
         """Take no new requests and let those under way end, for a while or until told to stop at once."""

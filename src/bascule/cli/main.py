@@ -17,6 +17,7 @@ from bascule.config import (
     ModelConfig,
     PoolConfig,
     RoutingConfig,
+    SecurityConfig,
     SloConfig,
     StoreConfig,
     read_config_file,
@@ -39,6 +40,7 @@ app.command("bascule.cli.kv:app", name="kv", help="Count, check or clear what th
 app.command(
     "bascule.cli.bench:app", name="bench", help="Measure the engine, the handoff, the front or the router here."
 )
+app.command("bascule.cli.keys:cluster_key", name="cluster-key", help="Make the key that a cluster's machines share.")
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
 _STRUCTS = {
@@ -52,9 +54,10 @@ _STRUCTS = {
         SloConfig,
         AttachConfig,
         StoreConfig,
+        SecurityConfig,
     ),
-    "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig),
-    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig),
+    "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig, SecurityConfig),
+    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig, SecurityConfig),
 }
 
 

@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from bascule.cli.frontend import Frontend, first_of
+from bascule.cli.keys import cluster_key_of
 from bascule.cli.worker import Flat
-from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SloConfig
+from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SecurityConfig, SloConfig
+from bascule.keys import ClusterKey, check_open, stays_here
 from bascule.models import load
 
 console = Console(stderr=True)
+log = logging.getLogger(__name__)
 
 
 def router(
@@ -29,6 +32,7 @@ def router(
     model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
+    security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
     config: Path | None = None,
 ) -> None:
     """Run a router without workers; needs no torch.
@@ -48,7 +52,10 @@ def router(
     logging.basicConfig(
         level=http.log_level.upper(), format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    uvloop.run(_run(model, bind, routing, http, model_config, slo_config, attach_config))
+    key = cluster_key_of(security_config)
+    if doubt := check_open(key, security_config.insecure, f"--bind {bind}", stays_here(bind)):
+        log.warning("%s", doubt)
+    uvloop.run(_run(model, bind, routing, http, model_config, slo_config, attach_config, key))
 
 
 async def _run(
@@ -59,15 +66,18 @@ async def _run(
     model_config: ModelConfig,
     slo: SloConfig,
     attach: AttachConfig,
+    key: ClusterKey | None,
 ) -> None:
-    front = Frontend(load(model), model_config.model_name or model, routing, http, slo, bind, attach)
+    front = Frontend(load(model), model_config.model_name or model, routing, http, slo, bind, attach, key)
     front.catch_signals()
     running = front.run_in_background()
     try:
         url, admin_url = await front.serve_http()
         console.print(f"API at {url}, admin API at {admin_url}", highlight=False)
+        with_key = " --cluster-key-file FILE" if key is not None else ""
         console.print(
-            f"start workers with: bascule worker {model} --join {front.link.address} --id NAME", highlight=False
+            f"start workers with: bascule worker {model} --join {front.link.address}{with_key} --id NAME",
+            highlight=False,
         )
         while not front.service.ready and not front.stop_asked.is_set():
             await first_of(running, front.stop_asked, timeout=0.1)

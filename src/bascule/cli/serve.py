@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from bascule.cli.frontend import Frontend, first_of
+from bascule.cli.keys import cluster_key_of
 from bascule.cli.models import pull_with_progress
 from bascule.cli.worker import Flat, flags_of
 from bascule.config import (
@@ -28,12 +29,14 @@ from bascule.config import (
     ModelConfig,
     PoolConfig,
     RoutingConfig,
+    SecurityConfig,
     SloConfig,
     StoreConfig,
 )
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.kv.store.places import check_stores, parse_host
 from bascule.models import LoadedModel, catalog, load
 from bascule.router.policy import lacking
@@ -41,6 +44,7 @@ from bascule.types import Role, WorkerId
 
 console = Console(stderr=True)
 
+_JOIN = "tcp://127.0.0.1:*"
 _SPLIT, _WHOLE = (1, 1, 0), (0, 0, 2)
 _DEFAULT_POOLS = {"single": (0, 0, 1), "disaggregated": _SPLIT, "thresholds": _SPLIT}
 """Prefill, decode and mixed workers; two mixed ones for all other policies."""
@@ -59,6 +63,7 @@ def serve(
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
     store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
+    security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -81,7 +86,8 @@ def serve(
     _check_memory(engine_config, store_config, plan_workers(pools, routing, (), attached=len(attach_config.urls)))
     if routing.handoff != "push" and not store_config.tiers:
         raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
-    told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config)
+    key = cluster_key_of(security_config)
+    told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config, security_config)
     with _private_flags(kv_remote=store_config.kv_remote) as private:
         public = (flag for flag in told if not flag.startswith("--kv-remote="))
         flags = (f"--log-level={http.log_level}", *public, *private)
@@ -89,7 +95,7 @@ def serve(
         if model in catalog.CATALOG:
             pull_with_progress(model)
         deployment = Deployment(
-            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config
+            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config, key
         )
         uvloop.run(deployment.run())
 
@@ -160,7 +166,9 @@ class Deployment:
         model_config: ModelConfig,
         slo: SloConfig,
         attach_config: AttachConfig,
+        key: ClusterKey | None,
     ) -> None:
+        self._key = key
         self._slo = slo
         self._model = model
         self._name = model_config.model_name or model
@@ -172,9 +180,7 @@ class Deployment:
         self._attach = attach_config
 
     async def run(self) -> None:
-        front = Frontend(
-            self._loaded, self._name, self._routing, self._http, self._slo, "tcp://127.0.0.1:*", self._attach
-        )
+        front = Frontend(self._loaded, self._name, self._routing, self._http, self._slo, _JOIN, self._attach, self._key)
         front.catch_signals()
         actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
         running = front.run_in_background()
@@ -183,7 +189,7 @@ class Deployment:
         try:
             url, admin_url = await front.serve_http()
             if await self._until_ready(front, running):
-                self._announce(url, admin_url)
+                self._announce(url, admin_url, front.asking(url))
                 front.write_ready_file(url, admin_url, self._name)
             await first_of(running, front.stop_asked)
             await front.drain(console.print)
@@ -213,7 +219,7 @@ class Deployment:
                     return False
         return True
 
-    def _announce(self, url: str, admin_url: str) -> None:
+    def _announce(self, url: str, admin_url: str, asking: str) -> None:
         console.print(f"[bold]{self._name}[/bold] at [bold]{url}[/bold], policy {self._routing.policy}")
         console.print(f"  admin API at {admin_url}", highlight=False)
         for plan in self._plans:
@@ -224,7 +230,7 @@ class Deployment:
         body = json.dumps({"model": self._name, "temperature": 0, "messages": [question]})
         console.print("try:", highlight=False)
         console.print(
-            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+            f"  {asking} -d '{body}'",
             soft_wrap=True,
             highlight=False,
             markup=False,

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 from msgspec import Struct
 
+from bascule.keys import write_private
 from bascule.models.catalog import cache_home
 
 log = logging.getLogger(__name__)
@@ -28,20 +29,26 @@ class Server(Struct, frozen=True, kw_only=True):
     """Unix time (s) of its process, as another process may have its id later."""
     machine: str
     """A home directory may be shared by several."""
+    admin_key: str | None = None
+    """What its admin API asks for: the file is its owner's alone."""
 
 
-def announce(url: str, admin_url: str, model: str) -> Path | None:
+def announce(url: str, admin_url: str, model: str, admin_key: str | None = None) -> Path | None:
     """Leave a file that says where this process listens; returns it, or None where it cannot be written."""
     started = psutil.Process().create_time()
     server = Server(
-        url=url, admin_url=admin_url, model=model, pid=os.getpid(), started=started, machine=platform.node()
+        url=url,
+        admin_url=admin_url,
+        model=model,
+        pid=os.getpid(),
+        started=started,
+        machine=platform.node(),
+        admin_key=admin_key,
     )
     path = _folder() / f"{server.machine or 'here'}-{server.pid}.json"
-    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part.write_bytes(msgspec.json.encode(server))
-        part.replace(path)
+        write_private(path, msgspec.json.encode(server))
     except OSError as error:
         log.info("bascule explain and admin will need --admin: cannot write %s: %s", path, error.strerror)
         return None

@@ -10,11 +10,15 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig, StoreConfig
+from bascule.cli.keys import cluster_key_of
+from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SecurityConfig, SloConfig, StoreConfig
 from bascule.control.devices import parse_device
 from bascule.errors import ConfigError
+from bascule.keys import check_open, is_loopback, stays_here
 from bascule.types import Role, WorkerId
 from bascule.worker.process import WorkerSettings, run
+
+log = logging.getLogger(__name__)
 
 Flat = Parameter(name="*")
 
@@ -35,6 +39,7 @@ def worker(
     handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
+    security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
     config: Path | None = None,
 ) -> None:
     """Run one worker and join a router.
@@ -65,6 +70,12 @@ def worker(
         raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
     if not re.fullmatch(r"(tcp|ipc)://\S+", join):
         raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
+    key = cluster_key_of(security_config)
+    for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
+        if doubt := check_open(key, security_config.insecure, what, stays):
+            log.warning("%s", doubt)
+    if key is not None and not is_loopback(host) and handoff_config.transfer != "shm":
+        log.info("KV goes to workers on other hosts as it is: the cluster key encrypts messages, not KV over TCP")
     place = parse_device(device)
     run(
         WorkerSettings(
@@ -82,6 +93,7 @@ def worker(
             handoff_config=handoff_config,
             slo_config=slo_config,
             store_config=store_config,
+            key=key,
             parent=parent,
         )
     )

@@ -11,9 +11,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bascule.errors import InvalidRequest, ModelError
+from bascule.models.sandbox import Sandbox, clock
+
+_MOST_INDENT = 64
 
 
 class ChatTemplate:
@@ -26,9 +28,7 @@ class ChatTemplate:
 
         `now` answers the templates that write today's date. Raises ModelError for a template that does not compile.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
@@ -61,10 +61,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(given)
+            with clock():
+                return self._template.render(given)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses: {error.message}", param="messages") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise InvalidRequest(
                 f"the model's chat template cannot take these messages: {error}", param="messages"
             ) from error
@@ -99,4 +100,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON; jinja2's own filter of this name escapes HTML, which no model was trained on."""
+    if isinstance(indent, int) and indent > _MOST_INDENT:
+        raise jinja2.TemplateError(f"tojson with an indent of {indent}; at most {_MOST_INDENT} are taken")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

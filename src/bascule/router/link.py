@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import zmq
 
+from bascule.door import Doorkeeper
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch
 from bascule.wire import RouterMessage, WorkerMessage, encode, from_worker
@@ -17,13 +19,19 @@ Handler = Callable[[Epoch, WorkerMessage], None]
 class RouterLink:
     """Receives worker messages and hands them to a handler, in order; sends without waiting."""
 
-    def __init__(self, bind: str) -> None:
-        """Listen at `bind` (`tcp://host:port`, port * for a free one); raises ConfigError when that is not possible."""
+    def __init__(self, bind: str, key: ClusterKey | None = None) -> None:
+        """Listen at `bind` (`tcp://host:port`, port * for a free one) for those with `key`.
+
+        Raises ConfigError when that is not possible.
+        """
         self._context = zmq.Context()
-        self._socket = MessageSocket(self._context, zmq.ROUTER, linger_ms=200)
+        self._door = Doorkeeper(self._context, key)
+        self._socket = MessageSocket(self._context, zmq.ROUTER, linger_ms=200, key=key)
+        self._door.watch(self._socket, "the socket for workers")
         try:
             self.address = self._socket.bind(bind)
         except zmq.ZMQError as error:
+            self._door.close()
             self._context.destroy(linger=0)
             raise ConfigError(
                 f"cannot listen for workers at {bind}: {error.strerror}; choose another address"
@@ -39,4 +47,5 @@ class RouterLink:
 
     def close(self) -> None:
         self._socket.close()
+        self._door.close()
         self._context.destroy(linger=200)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import zmq
 
+from bascule.door import Doorkeeper
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.peer_wire import PeerMessage, from_peer
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch, WorkerId
@@ -19,14 +21,24 @@ Handler = Callable[[Epoch, PeerMessage], None]
 class Peers:
     """Sends to peers by address and answers them by epoch; delivery is not promised, so senders repeat themselves."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, worker: WorkerId, epoch: Epoch) -> None:
-        """Listen on a free port of `host`; raises ConfigError when that is not possible."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        worker: WorkerId,
+        epoch: Epoch,
+        key: ClusterKey | None = None,
+    ) -> None:
+        """Listen on a free port of `host` for those with `key`; raises ConfigError when that is not possible."""
         self._context = context
+        self._key = key
         self._epoch = epoch
         self._connections: dict[str, MessageSocket] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._peers: dict[WorkerId, PeerAddress] = {}
-        self._listener = MessageSocket(context, zmq.ROUTER, linger_ms=0)
+        self._door = Doorkeeper(context, key)
+        self._listener = MessageSocket(context, zmq.ROUTER, linger_ms=0, key=key)
+        self._door.watch(self._listener, "the socket for peers")
         try:
             address = self._listener.bind(f"tcp://{host}:*")
         except zmq.ZMQError as error:
@@ -44,7 +56,7 @@ class Peers:
         connection = self._connections.get(peer.address)
         if connection is None:
             self._forget_earlier(peer)
-            connection = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch)
+            connection = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch, key=self._key)
             connection.connect(peer.address)
             self._connections[peer.address] = connection
             self._peers[peer.worker] = peer
@@ -74,6 +86,7 @@ class Peers:
         for connection in self._connections.values():
             connection.close()
         self._listener.close()
+        self._door.close()
 
 
 def _drop(sender: Epoch, message: PeerMessage) -> None:

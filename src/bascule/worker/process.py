@@ -22,6 +22,7 @@ from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Runner
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.codecs.choice import fingerprint_with
@@ -62,6 +63,7 @@ class WorkerSettings:
     handoff_config: HandoffConfig
     slo_config: SloConfig
     store_config: StoreConfig
+    key: ClusterKey | None = None
     parent: int | None = None
     """Process id of the launcher: this worker ends with it."""
 
@@ -78,7 +80,7 @@ def run(settings: WorkerSettings) -> None:
 
 async def _run(settings: WorkerSettings) -> None:
     epoch = Epoch(f"{settings.worker}-{uuid.uuid4().hex[:12]}")
-    link = RouterSocket(settings.join, epoch)
+    link = RouterSocket(settings.join, epoch, settings.key)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     started = time.monotonic()

@@ -65,7 +65,7 @@ class Worker:
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._peers = Peers(link.context, host, identity.worker, identity.epoch)
+        self._peers = Peers(link.context, host, identity.worker, identity.epoch, link.key)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
         self._standing = Standing(identity, link.send, self._load, lambda: self._reporter.sequence, self.stop, clock)
@@ -143,6 +143,7 @@ class Worker:
         offer = offer_of(self._identity, self._parts, self._peers.address, stores)
         tasks = [
             asyncio.create_task(self._link.serve(self._apply)),
+            asyncio.create_task(self._link.turned_away()),
             asyncio.create_task(self._peers.serve(self._peer_message)),
             asyncio.create_task(self._standing.offer(offer)),
             asyncio.create_task(self._standing.beat()),
