@@ -51,6 +51,7 @@ def test_a_role_is_changed(rig: ApiRig) -> None:
         ("mixed-0/drain", {"json": [1]}, None),
         ("mixed-0/drain", {"content": "{"}, None),
         ("mixed-0/resume", {"json": {"timeout": 1}}, "timeout"),
+        ("mixed-0/drain", {"headers": {"Origin": "https://example.org"}}, "Origin"),
         ("mixed-0/role", {}, "role"),
         ("mixed-0/role", {"json": {"role": "both"}}, "role"),
         ("mixed-0/role", {"json": {"role": ["decode"]}}, "role"),

@@ -55,7 +55,14 @@ def _worker(request: Request) -> WorkerId:
 
 
 async def _fields(request: Request, *names: str) -> dict[str, object]:
-    """The body's fields, none where there is no body; raises InvalidRequest for one that is not among `names`."""
+    """The body's fields, none where there is no body; raises InvalidRequest for one that is not among `names`.
+
+    A browser says which page a request is from, and no page has any business here.
+    """
+    if (page := request.headers.get("origin")) is not None:
+        raise wrong_value(
+            "Origin", f"is {page[:64]!r}: workers are not drained or changed from web pages; use bascule admin."
+        )
     given = await read_object(request, _MOST_BODY, empty=True)
     for name in given:
         if name not in names:
