@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+from chaos.clients import Ended
 from chaos.run import Chaos, Verdict, table
 
 
@@ -19,10 +21,12 @@ def one_run(seed: int, requests: int, faults: int, limit_s: float, mean_gap_s: f
     folder = Path(tempfile.mkdtemp(prefix=f"bascule-chaos-{seed}-"))
     say = print
     verdict = asyncio.run(_run(seed, folder, requests, faults, limit_s, mean_gap_s))
-    found = Counter(one.verdict for one in verdict.ended)
-    say(f"seed {seed} ({verdict.layout}): {verdict.befallen} faults and {verdict.client_faults} clients that misbehave")
-    say(f"  over {len(verdict.ended)} requests in {verdict.seconds:.0f} s: {dict(found)}; workers that ended unasked:")
-    say(f"  {dict(verdict.unasked)}; {verdict.never_met} faults never had an occasion")
+    say(f"seed {seed} ({verdict.layout}): {verdict.befallen} faults, and {verdict.client_faults} clients that")
+    say(f"  misbehave, over {len(verdict.ended)} requests in {verdict.seconds:.0f} s")
+    say(f"  requests: {dict(Counter(one.verdict for one in verdict.ended))}")
+    for (manner, status, error), count in Counter(_error(one) for one in verdict.ended if one.error).items():
+        say(f"  {count} x {manner}, {status}: {error}")
+    say(f"  workers that ended unasked: {dict(verdict.unasked)}; faults without an occasion: {verdict.never_met}")
     if verdict.violations:
         for violation in verdict.violations:
             say(f"  VIOLATION {violation}")
@@ -33,6 +37,11 @@ def one_run(seed: int, requests: int, faults: int, limit_s: float, mean_gap_s: f
         shutil.rmtree(folder)
     sys.stdout.flush()
     return verdict
+
+
+def _error(ended: Ended) -> tuple[str, int, str]:
+    """What clients of one manner were told, without what differs from one to the next."""
+    return ended.asked.manner, ended.status, re.sub(r"\d[\d.]*", "#", ended.error)[:160]
 
 
 async def _run(seed: int, folder: Path, requests: int, faults: int, limit_s: float, mean_gap_s: float) -> Verdict:
