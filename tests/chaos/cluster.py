@@ -77,6 +77,7 @@ class Cluster:
     last_without_worker: float = 0.0
     """When no worker could take a request, last."""
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _losing_redis: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # ------------------------------------------------------------ starting and stopping
 
@@ -265,15 +266,16 @@ class Cluster:
 
     async def lose_redis(self, seconds: float, *, kill: bool) -> None:
         assert self.redis is not None
-        if kill:
-            await asyncio.to_thread(self.redis.stop)
-        else:
-            self.redis.pause()
-        await asyncio.sleep(seconds)
-        if kill:
-            await asyncio.to_thread(self.redis.start)
-        else:
-            self.redis.resume()
+        async with self._losing_redis:
+            if kill:
+                await asyncio.to_thread(self.redis.stop)
+            else:
+                self.redis.pause()
+            await asyncio.sleep(seconds)
+            if kill:
+                await asyncio.to_thread(self.redis.start)
+            else:
+                self.redis.resume()
 
     def damage_disk(self, draw: Random) -> int:
         """Flip a bit of, or cut short, a third of the stored blocks; how many."""

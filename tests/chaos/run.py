@@ -219,7 +219,7 @@ class Chaos:
         lasts = f" for {fault.seconds:.1f} s" if fault.seconds else ""
         self._say(f"{now - self._begun:8.1f}  #{fault.number} {fault.name}: {fault.victim}{lasts} {detail}")
         for ended in self._clients.under_way:
-            if ended.asked.stream and ended.tokens and self._touches(fault, ended, request.split("~")[0]):
+            if ended.asked.stream and (ended.tokens or request) and self._touches(fault, ended, request.split("~")[0]):
                 ended.marks.append(Mark(now, befallen.recoveries.append))
 
     def _touches(self, fault: Fault, ended: Ended, request: str) -> bool:
