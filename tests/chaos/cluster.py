@@ -74,8 +74,8 @@ class Cluster:
     ghosts: list[Ghost] = field(default_factory=list)
     ended: list[tuple[str, int, str]] = field(default_factory=list)
     """Worker, exit code, and whether it was told to."""
-    last_without_worker: float = 0.0
-    """When no worker could take a request, last."""
+    without_worker: list[float] = field(default_factory=list)
+    """Moments at which no worker could take a request."""
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _losing_redis: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -192,7 +192,7 @@ class Cluster:
         while True:
             self.state = await asyncio.to_thread(self.ask_state)
             if not self.ready_workers:
-                self.last_without_worker = time.monotonic()
+                self.without_worker.append(time.monotonic())
             await asyncio.sleep(2 * _TICK_S)
 
     def ask_state(self) -> dict[str, Any]:

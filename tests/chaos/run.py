@@ -29,6 +29,8 @@ _AFTER = 24
 _READY_S = 20.0
 """How long a fault waits for its victim, and for two other workers, to be there."""
 _IDLE_S = 40.0
+_HEARD_S = 1.5
+"""After this the state is of heartbeats that came meanwhile."""
 _MORE_FILES = 16
 """Open files that a process may have in the end beyond those it had at first: connections to peers come and go."""
 _FAILING_SHARE = 0.001
@@ -267,6 +269,7 @@ class Chaos:
     async def _idle(self) -> list[str]:
         """Wait until nothing runs, waits or is leased; what of it does not come to pass."""
         keys = ("running", "waiting", "kv_blocks_leased", "kv_blocks_quarantined", "promised", "integrity_violations")
+        await asyncio.sleep(_HEARD_S)
         deadline = time.monotonic() + _IDLE_S
         while True:
             state = await asyncio.to_thread(self._cluster.ask_state)
@@ -292,12 +295,13 @@ class Chaos:
         ended = self._clients.ended
         found = [f"{one.verdict}: {one.explain()}" for one in ended if one.verdict in ("wrong", "cut", "hung")]
         asked_fairly = [one for one in ended if one.asked.manner in ("plain", "reads slowly")]
-        failed = [
-            one for one in asked_fairly if one.verdict == "error" and one.started > self._cluster.last_without_worker
-        ]
+        failed = [one for one in asked_fairly if one.verdict == "error" and not self._had_no_worker(one)]
         if len(failed) > _FAILING_SHARE * len(asked_fairly):
             found += [f"error while workers were there: {one.explain()}" for one in failed]
         return found
+
+    def _had_no_worker(self, ended: Ended) -> bool:
+        return any(ended.started <= at <= ended.started + ended.seconds for at in self._cluster.without_worker)
 
 
 def table(verdicts: list[Verdict]) -> str:
@@ -310,10 +314,7 @@ def table(verdicts: list[Verdict]) -> str:
     lines = ["| fault | count | streams touched | longest wait for a token, median | most |", "|---|---|---|---|---|"]
     for name in sorted(faults):
         one = faults[name]
-        waits = (
-            [f"{statistics.median(one.recoveries):.2f} s", f"{max(one.recoveries):.2f} s"]
-            if one.recoveries
-            else ["", ""]
-        )
-        lines.append(f"| {name} | {one.count} | {len(one.recoveries)} | {waits[0]} | {waits[1]} |")
+        waits = [statistics.median(one.recoveries), max(one.recoveries)] if one.recoveries else []
+        cells = [name, str(one.count), str(len(one.recoveries)), *(f"{wait:.2f} s" for wait in waits)]
+        lines.append(f"| {' | '.join(cells)} |{' |' * (2 - len(waits))}")
     return "\n".join(lines)
