@@ -7,7 +7,7 @@ import math
 
 import pytest
 from engine_rig import BLOCK, reference
-from handoff_rig import OWN_SLO, PROMPT, SAMPLING, SOURCE, TARGET, Pair, pair, verdicts
+from handoff_rig import KEY, OWN_SLO, PROMPT, SAMPLING, SOURCE, TARGET, Pair, pair, verdicts
 
 from bascule.engine.core import Work
 from bascule.kv.books import Lease
@@ -115,3 +115,20 @@ def test_what_still_comes_to_a_worker_that_leaves_starts_no_handoff() -> None:
     with pair("loopback") as both:
         both.loop.run_until_complete(leave_and_be_asked(both))
         assert both.to_decode == []
+
+
+def test_a_cancel_in_the_same_turn_as_the_commit_ends_the_handoff_quietly() -> None:
+    checks: list[asyncio.Task[None]] = []
+
+    def cancel_at_once(both: Pair, message: PeerMessage) -> PeerMessage | None:
+        if not isinstance(message, Commit):
+            return message
+        both.decode.apply(SOURCE.epoch, message)
+        checks.extend(both.decode._checks)
+        both.decode.cancel(KEY)
+        return None
+
+    with pair("loopback", cancel_at_once) as both:
+        assert both.loop.run_until_complete(both.run()) == reference(PROMPT, SAMPLING), "it decodes where it is"
+        assert verdicts(both) == ["cancelled"]
+        assert checks and all(check.exception() is None for check in checks)
