@@ -7,13 +7,12 @@ import math
 
 import pytest
 from engine_rig import BLOCK, reference
-from handoff_rig import KEY, OWN_SLO, PROMPT, SAMPLING, SOURCE, TARGET, Pair, pair, verdicts
+from handoff_rig import KEY, OWN_SLO, PROMPT, SAMPLING, SOURCE, Pair, pair, verdicts
 
 from bascule.engine.core import Work
 from bascule.kv.books import Lease
 from bascule.peer_wire import Commit, PeerMessage, Written
-from bascule.types import RequestId, Slo, TicketId
-from bascule.wire import Submit
+from bascule.types import Slo, TicketId
 
 EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 
@@ -102,19 +101,6 @@ def test_announcements_of_unknown_and_ended_tickets_are_ignored() -> None:
         assert isinstance(commit, Commit)
         both.decode.apply(SOURCE.epoch, Written(commit.ticket, 3))
         assert verdicts(both) == ["accepted"]
-
-
-def test_what_still_comes_to_a_worker_that_leaves_starts_no_handoff() -> None:
-    late = Submit(request=RequestId("late"), attempt=1, prompt=PROMPT, generated=(), sampling=SAMPLING)
-
-    async def leave_and_be_asked(both: Pair) -> None:
-        await both.prefill.close()
-        both.prefill.begin(late, TARGET)
-        await asyncio.sleep(0.1)
-
-    with pair("loopback") as both:
-        both.loop.run_until_complete(leave_and_be_asked(both))
-        assert both.to_decode == []
 
 
 def test_a_cancel_in_the_same_turn_as_the_commit_ends_the_handoff_quietly() -> None:

@@ -97,14 +97,11 @@ class PrefillSide:
         self._by_key: dict[Key, Outgoing] = {}
         self._by_ticket: dict[TicketId, Outgoing] = {}
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="push")
-        self._closed = False
 
     # ------------------------------------------------------------ what the worker tells
 
     def begin(self, submission: Submit, decode: PeerAddress) -> None:
-        """Start the handoff of a request that has just been submitted to the engine; none once this is closed."""
-        if self._closed:
-            return
+        """Start the handoff of a request that has just been submitted to the engine."""
         handoff = Outgoing(submission, decode, self._card.layout.block_size)
         self._by_key[handoff.key] = handoff
         handoff.task = asyncio.create_task(self._run(handoff))
@@ -165,8 +162,6 @@ class PrefillSide:
             handoff.changed.set()
 
     async def close(self) -> None:
-        """Give up what is under way. What the router still sends meanwhile is its own to place again."""
-        self._closed = True
         tasks = [handoff.task for handoff in self._by_key.values() if handoff.task is not None]
         for task in tasks:
             task.cancel()
