@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := torch==2.13.0
 
-.PHONY: setup dev serve test test-all check format bench clean
+.PHONY: setup dev serve test test-all chaos check format bench clean
 
 setup: $(VENV)/.engine
 
@@ -35,6 +35,11 @@ test: dev
 
 test-all: dev
 	$(BIN)/python -m pytest -q
+
+CHAOS := --seed 1
+
+chaos: dev
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 check: dev
 	$(BIN)/ruff check src tests benchmarks

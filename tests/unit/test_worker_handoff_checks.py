@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
 from engine_rig import BLOCK, reference
-from handoff_rig import OWN_SLO, PROMPT, SAMPLING, SOURCE, Pair, pair, verdicts
+from handoff_rig import KEY, OWN_SLO, PROMPT, SAMPLING, SOURCE, Pair, pair, verdicts
 
 from bascule.engine.core import Work
 from bascule.kv.books import Lease
@@ -100,3 +101,20 @@ def test_announcements_of_unknown_and_ended_tickets_are_ignored() -> None:
         assert isinstance(commit, Commit)
         both.decode.apply(SOURCE.epoch, Written(commit.ticket, 3))
         assert verdicts(both) == ["accepted"]
+
+
+def test_a_cancel_in_the_same_turn_as_the_commit_ends_the_handoff_quietly() -> None:
+    checks: list[asyncio.Task[None]] = []
+
+    def cancel_at_once(both: Pair, message: PeerMessage) -> PeerMessage | None:
+        if not isinstance(message, Commit):
+            return message
+        both.decode.apply(SOURCE.epoch, message)
+        checks.extend(both.decode._checks)
+        both.decode.cancel(KEY)
+        return None
+
+    with pair("loopback", cancel_at_once) as both:
+        assert both.loop.run_until_complete(both.run()) == reference(PROMPT, SAMPLING), "it decodes where it is"
+        assert verdicts(both) == ["cancelled"]
+        assert checks and all(check.exception() is None for check in checks)

@@ -31,6 +31,7 @@ from bascule.wire import (
     Starting,
     StepTokens,
     Stop,
+    Submit,
     WorkerMessage,
 )
 
@@ -40,6 +41,9 @@ HEARTBEAT_S = 0.5
 TICK_S = 0.1
 STOOD_STILL_S = 0.5
 """A tick later than this means that this process was paused, and heartbeats wait unread."""
+_UNCONNECTED_S = 1.0
+"""How long a worker that could not be sent to is left alone. One that has died is not missed before its heartbeats are,
+and until then each request would use up its tries on it."""
 _SWEPT_BLOCKS = 8000
 """Blocks of the prefix index to clear of departed workers in each tick: a millisecond or two."""
 
@@ -131,7 +135,12 @@ class Membership:
         if (earlier := self._view.members.get(offer.worker)) is not None:
             self._lose(earlier, "was replaced by a new incarnation")
         self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
-        self._take_in(offer, NativeClient(self._link, offer.worker, offer.epoch, self._service.unsent))
+        self._take_in(offer, NativeClient(self._link, offer.worker, offer.epoch, self._unsent))
+
+    def _unsent(self, worker: WorkerId, submission: Submit) -> None:
+        if (member := self._view.members.get(worker)) is not None:
+            self.rest(member, self._clock.now() + _UNCONNECTED_S)
+        self._service.unsent(worker, submission)
 
     def _take_in(self, offer: Register, client: WorkerClient, *, attached: bool = False) -> Member:
         member = self._view.add(offer, self._clock.now(), attached=attached)

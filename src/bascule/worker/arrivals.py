@@ -47,6 +47,7 @@ class Arrivals:
         self._failed = failed
         self._task_ended = task_ended
         self._wake = wake
+        self._closed = False
         self._fetching: dict[Key, asyncio.Task[None]] = {}
         """Requests that wait for what is fetched for them."""
         self._fetched: dict[Key, Brought] = {}
@@ -63,7 +64,9 @@ class Arrivals:
         return self._fetches.waiting_tokens + (self._store.waiting_tokens if self._store is not None else 0)
 
     def submit(self, submission: Submit) -> None:
-        """A request from the router."""
+        """A request from the router; after `close`, one that it will place again."""
+        if self._closed:
+            return
         self.received += 1
         if submission.fetch is None:
             self._load(submission)
@@ -83,6 +86,12 @@ class Arrivals:
             fetching.cancel()
         if self._store is not None:
             self._store.cancel(key)
+
+    def close(self) -> None:
+        """Nothing goes to the engine any more, nor to what a handoff or a load needs: all of it is about to end."""
+        self._closed = True
+        for task in self._fetching.values():
+            task.cancel()
 
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose tokens are not sent yet."""
@@ -115,6 +124,8 @@ class Arrivals:
             self._store.start(submission, self._begin).add_done_callback(self._task_ended)
 
     def _begin(self, submission: Submit) -> None:
+        if self._closed:
+            return
         key = Key(submission.request, submission.attempt)
         if submission.decode is not None:
             # Before the engine has it: a step of another thread may be done with it at once.

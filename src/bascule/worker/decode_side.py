@@ -274,7 +274,8 @@ class DecodeSide:
     async def _take_over(self, incoming: Incoming, commit: Commit) -> None:
         """Check everything that was written, then decode from it."""
         lease = incoming.lease
-        assert lease is not None
+        if lease is None:  # cancelled or expired since the commit, before this task had its first turn
+            return
         fault = self._manifest_fault(incoming, lease, commit.manifest)
         if fault is None:
             incoming.written = self._blocks_held(incoming)

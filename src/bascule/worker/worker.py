@@ -162,6 +162,7 @@ class Worker:
         finally:
             self._reporter.pause()
             self._link.send(Goodbye(self._identity.worker, self._identity.epoch))
+            self._arrivals.close()
             await self._prefill.close()
             await self._lender.close()
             for task in tasks:

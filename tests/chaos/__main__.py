@@ -1,0 +1,76 @@
+"""`python -m chaos`: random faults against real processes, told by a seed; exit code 1 if anything went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from chaos.clients import Ended
+from chaos.run import Chaos, Verdict, table
+
+
+def one_run(seed: int, requests: int, faults: int, limit_s: float, mean_gap_s: float) -> Verdict:
+    """One cluster from its start to its end; its folder, with all logs, stays where something was wrong."""
+    folder = Path(tempfile.mkdtemp(prefix=f"bascule-chaos-{seed}-"))
+    say = print
+    verdict = asyncio.run(_run(seed, folder, requests, faults, limit_s, mean_gap_s))
+    say(f"seed {seed} ({verdict.layout}): {verdict.befallen} faults, and {verdict.client_faults} clients that")
+    say(f"  misbehave, over {len(verdict.ended)} requests in {verdict.seconds:.0f} s")
+    say(f"  requests: {dict(Counter(one.verdict for one in verdict.ended))}")
+    for (manner, status, error), count in Counter(_error(one) for one in verdict.ended if one.error).items():
+        say(f"  {count} x {manner}, {status}: {error}")
+    say(f"  workers that ended unasked: {dict(verdict.unasked)}; faults without an occasion: {verdict.never_met}")
+    if verdict.violations:
+        for violation in verdict.violations:
+            say(f"  VIOLATION {violation}")
+        with (folder / "requests.json").open("w") as file:
+            json.dump([one.explain() for one in verdict.ended if one.verdict not in ("exact", "left")], file, indent=1)
+        say(f"  logs and requests.json: {folder}; again: python -m chaos --rounds 1 --seed {seed}")
+    else:
+        shutil.rmtree(folder)
+    sys.stdout.flush()
+    return verdict
+
+
+def _error(ended: Ended) -> tuple[str, int, str]:
+    """What clients of one manner were told, without what differs from one to the next."""
+    return ended.asked.manner, ended.status, re.sub(r"\d[\d.]*", "#", ended.error)[:160]
+
+
+async def _run(seed: int, folder: Path, requests: int, faults: int, limit_s: float, mean_gap_s: float) -> Verdict:
+    chaos = Chaos(seed, folder, mean_gap_s, lambda line: print(line, flush=True))
+    return await chaos.run(requests, faults, limit_s)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next ones have the next numbers")
+    parser.add_argument("--rounds", type=int, default=5, help="runs, each with a cluster of its own (5: every layout)")
+    parser.add_argument("--requests", type=int, default=2000, help="at least, over all runs")
+    parser.add_argument("--faults", type=int, default=300, help="at least, over all runs; those of clients not counted")
+    parser.add_argument("--minutes", type=float, default=20.0, help="after which it is given up, over all runs")
+    parser.add_argument("--gap", type=float, default=0.9, help="mean seconds between two faults")
+    given = parser.parse_args()
+    share = (-(-given.requests // given.rounds), -(-given.faults // given.rounds), 60 * given.minutes / given.rounds)
+    verdicts = []
+    for seed in range(given.seed, given.seed + given.rounds):
+        print(f"seed {seed}", flush=True)
+        verdicts.append(one_run(seed, *share, given.gap))
+    ended = [one for verdict in verdicts for one in verdict.ended]
+    found = Counter(one.verdict for one in ended)
+    wrong = sum(len(verdict.violations) for verdict in verdicts)
+    print(f"\n{table(verdicts)}\n")
+    print(f"{sum(verdict.befallen for verdict in verdicts)} faults over {len(ended)} requests, {dict(found)}")
+    print(f"seeds {given.seed} to {given.seed + given.rounds - 1}: {wrong} violations")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

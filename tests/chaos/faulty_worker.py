@@ -1,0 +1,291 @@
+"""A real worker that commits faults to order: what it sends and receives is bent here, and nowhere in the package.
+
+`python -m chaos.faulty_worker FOLDER ID worker MODEL ...`: a folder for sockets, the worker's id, then the command line
+of `bascule`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+from random import Random
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bascule.cli.main import main
+from bascule.engine.mock import mock_card
+from bascule.kv.transfer.channel import Channel, Message
+from bascule.kv.transfer.frames import Buffers, Header, Kind
+from bascule.kv.transfer.shm import ShmSession
+from bascule.kv.transfer.stream import Stream
+from bascule.kv.transfer.tcp import TcpReceiver, TcpSession
+from bascule.peer_wire import Prepare
+from bascule.wire import PeerAddress
+from bascule.worker import process
+from bascule.worker.decode_side import DecodeSide
+from bascule.worker.outgoing import Outgoing
+from bascule.worker.peers import Peers
+from bascule.worker.worker import Worker
+from chaos.orders import Order, Orders
+from chaos.truth import LAYERS
+
+_KIND_AT = 4
+"""Where a frame's header says its kind."""
+_TICKETS = 256
+
+
+class Known:
+    """Which request a ticket is of, as far as this worker has seen it."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, str] = {}
+        self._order: deque[str] = deque()
+        self._lock = Lock()
+
+    def add(self, ticket: str, request: str) -> None:
+        with self._lock:
+            self._requests[ticket] = request
+            self._order.append(ticket)
+            if len(self._order) > _TICKETS:
+                self._requests.pop(self._order.popleft(), None)
+
+    def of(self, ticket: str) -> str:
+        return self._requests.get(ticket, "")
+
+
+def _pause_here(orders: Orders, order: Order, request: str, detail: str) -> None:
+    """Stop this process between two halves of a write; whoever reads the report wakes it."""
+    orders.report(order, request, detail)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0)  # the signal is taken here at the latest
+
+
+def learn_tickets(known: Known) -> None:
+    renew, apply = Outgoing.renew_ticket, DecodeSide.apply
+
+    def renew_ticket(self: Outgoing) -> None:
+        renew(self)
+        known.add(self.ticket, self.key.request)
+
+    def applied(self: DecodeSide, sender: Any, message: Any) -> None:
+        if isinstance(message, Prepare):
+            known.add(message.ticket, message.request)
+        apply(self, sender, message)
+
+    Outgoing.renew_ticket = renew_ticket  # type: ignore[method-assign]
+    DecodeSide.apply = applied  # type: ignore[method-assign]
+
+
+def bend_tcp(orders: Orders, known: Known) -> None:
+    """Frames that leave over TCP: cut off, flipped, doubled, late, shortened, or stopped in the middle."""
+    send = TcpSession._send
+    held: WeakKeyDictionary[TcpSession, bytes] = WeakKeyDictionary()
+
+    def late(session: TcpSession) -> None:
+        if (frame := held.pop(session, None)) is not None:
+            send(session, _whole(frame))
+
+    def bent(self: TcpSession, memory: Buffers) -> None:
+        kind = memory._views[0][_KIND_AT]
+        order = orders.take(
+            "cut", *(("flip", "duplicate", "reorder", "truncate", "stop") if kind == Kind.WRITE else ())
+        )
+        if order is None:
+            send(self, memory)
+            late(self)
+            return
+        random, frame, request = Random(order.seed), b"".join(memory._views), known.of(self._ticket)
+        at = random.randrange(1, len(frame))
+        if order.fault != "stop":
+            orders.report(order, request, f"tcp {Kind(kind).name.lower()} byte {at} of {len(frame)}")
+        if order.fault == "flip":
+            send(self, _whole(_flipped(frame, at, random)))
+        elif order.fault == "duplicate":
+            send(self, _whole(frame))
+            send(self, _whole(frame))
+        elif order.fault == "reorder":
+            late(self)
+            held[self] = frame
+        elif order.fault == "truncate":
+            send(self, _whole(frame[:at]))
+        else:
+            send(self, _whole(frame[:at]))
+            if order.fault == "stop":
+                _pause_here(orders, order, request, f"tcp after byte {at} of {len(frame)}")
+            else:
+                self._stream.shut_down()
+            send(self, _whole(frame[at:]))
+
+    TcpSession._send = bent  # type: ignore[method-assign]
+
+
+def bend_copies(orders: Orders, known: Known) -> None:
+    """Blocks that are copied into a peer's memory: flipped, doubled, left out in part, or stopped in the middle."""
+    copy = ShmSession._copy
+
+    def bent(self: ShmSession, target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
+        order = orders.take("flip", "duplicate", "truncate", "stop")
+        if order is None:
+            copy(self, target, source)
+            return
+        random, request = Random(order.seed), known.of(self._ticket)
+        part = random.randrange(len(target))
+        if order.fault == "stop":
+            with self._copying:
+                self._require_open()
+                np.copyto(target[:part], source[:part])
+                _pause_here(orders, order, request, f"shm after plane {part} of {len(target)}")
+                np.copyto(target[part:], source[part:])
+            return
+        orders.report(order, request, f"shm plane {part} of {len(target)}")
+        whole = len(target) if order.fault != "truncate" else part
+        copy(self, target[:whole], source[:whole])
+        if order.fault == "duplicate":
+            copy(self, target, source)
+        elif order.fault == "flip":
+            with self._copying:
+                place = tuple(random.randrange(size) for size in target.shape)
+                target[place] ^= 1 << random.randrange(8)
+
+    ShmSession._copy = bent  # type: ignore[method-assign]
+
+
+def bend_words(orders: Orders) -> None:
+    """Small messages of a transfer (answers over TCP, all that is said over a local socket), at either end."""
+    write, receive, take = Stream.write, Channel.receive, TcpReceiver._take
+
+    def written(self: Stream, memory: Buffers, seconds: float) -> None:
+        order = orders.take("garble", "cut word") if memory.left else None
+        if order is None:
+            write(self, memory, seconds)
+            return
+        random, data = Random(order.seed), b"".join(memory._views)
+        at = random.randrange(len(data))
+        orders.report(order, "", f"byte {at} of {len(data)}")
+        if order.fault == "garble":
+            write(self, _whole(_flipped(data, at, random)), seconds)
+        else:
+            write(self, _whole(data[:at]), seconds)
+            self.shut_down()
+            write(self, _whole(data[at:]), seconds)
+
+    def received(self: Channel, seconds: float) -> Message | None:
+        message = receive(self, seconds)
+        _stall(orders)
+        return message
+
+    def taken(self: TcpReceiver, stream: Stream, header: Header) -> None:
+        _stall(orders)
+        take(self, stream, header)
+
+    Stream.write = written  # type: ignore[method-assign]
+    Channel.receive = received  # type: ignore[method-assign]
+    TcpReceiver._take = taken  # type: ignore[method-assign]
+
+
+def _stall(orders: Orders) -> None:
+    if (order := orders.take("stall")) is not None:
+        orders.report(order, "", f"{order.seconds:.1f} s")
+        time.sleep(order.seconds)
+
+
+def bend_messages(orders: Orders, known: Known) -> None:
+    """Messages to peers: lost once or for good, said twice, or late, so that others overtake them."""
+    send, answer = Peers.send, Peers.answer
+    lost: set[tuple[str, str]] = set()
+
+    def bent(post: Any, message: Any) -> None:
+        kind, ticket = type(message).__name__, str(getattr(message, "ticket", ""))
+        if (kind, ticket) in lost:
+            return
+        if (order := orders.take("lose", "repeat", "delay", what=kind)) is None:
+            post()
+            return
+        orders.report(order, known.of(ticket), kind)
+        if order.fault == "repeat":
+            post()
+            post()
+        elif order.fault == "delay":
+            asyncio.get_running_loop().call_later(order.seconds, post)
+        elif order.for_good:
+            lost.add((kind, ticket))
+
+    def sent(self: Peers, peer: PeerAddress, message: Any) -> None:
+        bent(partial(send, self, peer, message), message)
+
+    def answered(self: Peers, epoch: Any, message: Any) -> None:
+        bent(partial(answer, self, epoch, message), message)
+
+    Peers.send = sent  # type: ignore[method-assign]
+    Peers.answer = answered  # type: ignore[method-assign]
+
+
+class Filler:
+    """Takes all KV memory that is not in use, for a while."""
+
+    def __init__(self) -> None:
+        self.orders: Orders | None = None
+        self._worker: Worker | None = None
+        init = Worker.__init__
+
+        def made(worker: Worker, *args: Any, **kwargs: Any) -> None:
+            init(worker, *args, **kwargs)
+            self._worker = worker
+
+        Worker.__init__ = made  # type: ignore[method-assign]
+
+    def fill(self, order: Order) -> None:
+        if self._worker is not None:
+            self._worker._loop.call_soon_threadsafe(self._fill, self._worker, order)
+
+    def _fill(self, worker: Worker, order: Order) -> None:
+        counts, lease = worker._parts.books.counts, None
+        wanted = counts.free + counts.cached
+        while wanted > 0 and (lease := worker._parts.engine.borrow([], [], wanted)) is None:
+            wanted -= 1
+        if lease is None or self.orders is None:
+            return
+        self.orders.report(order, "", f"{wanted} blocks for {order.seconds:.1f} s")
+
+        def give_back() -> None:
+            lease.release()
+            worker._decode.grant_promises()
+            worker._steps.wake()
+
+        worker._loop.call_later(order.seconds, give_back)
+
+
+def _whole(data: bytes) -> Buffers:
+    return Buffers([memoryview(data)])
+
+
+def _flipped(data: bytes, at: int, random: Random) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+
+
+def run() -> None:
+    folder, worker = Path(sys.argv[1]), sys.argv[2]
+    filler, known = Filler(), Known()
+    orders = filler.orders = Orders(folder, worker, {"fill": filler.fill})
+    learn_tickets(known)
+    bend_tcp(orders, known)
+    bend_copies(orders, known)
+    bend_words(orders)
+    bend_messages(orders, known)
+    process.mock_card = partial(mock_card, layers=LAYERS)
+    sys.argv = ["bascule", *sys.argv[3:]]
+    main()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,100 @@
+"""A short run of random faults, and that the harness would see it if something were wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from chaos.__main__ import one_run
+from chaos.clients import CONTEXT, GRACE_S, VOCAB, Clients, Ended, asked
+from chaos.schedule import LAYOUTS, kinds_of, schedule
+from chaos.truth import true_tokens
+from support.redis_server import redis_binary
+
+SEED = 8
+"""Its layout pushes over shared memory or TCP, or goes by way of Redis."""
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_lost_or_wrong_while_workers_connections_and_stores_fail(smollm2: Path) -> None:
+    redis_binary()
+    verdict = one_run(SEED, requests=250, faults=30, limit_s=150, mean_gap_s=0.6)
+    assert verdict.violations == []
+    assert verdict.befallen >= 30 and len(verdict.ended) >= 250
+
+
+def test_a_seed_gives_the_same_faults_and_requests_again() -> None:
+    assert list(islice(schedule(SEED, 1.0), 200)) == list(islice(schedule(SEED, 1.0), 200))
+    assert list(islice(schedule(SEED, 1.0), 200)) != list(islice(schedule(SEED + 1, 1.0), 200))
+    assert asked(SEED, 17) == asked(SEED, 17) != asked(SEED, 18)
+
+
+@pytest.mark.parametrize("seed", range(len(LAYOUTS)))
+def test_every_fault_of_a_layout_comes_up(seed: int) -> None:
+    drawn = {fault.name for fault in islice(schedule(seed, 1.0), 1000)}
+    assert drawn == set(kinds_of(LAYOUTS[seed]))
+
+
+def events(tokens: list[int], end: str) -> bytes:
+    parts = [json.dumps({"choices": [{"token_ids": [token]}]}) for token in tokens]
+    return "".join(f"data: {part}\n\n" for part in [*parts, *filter(None, [end])]).encode()
+
+
+def response(body: bytes, length: int | None = None) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) if length is None else length) + body
+
+
+def judged(make: Callable[[list[int]], bytes], *, silent: bool = False, limit_s: float = 20.0) -> Ended:
+    """What the harness says of a server that answers a streamed request with what `make` makes of its true tokens."""
+    one = next(one for one in (asked(SEED, number) for number in range(1000)) if one.stream and one.manner == "plain")
+    one.limit_s = limit_s
+    content = make(true_tokens(CONTEXT, VOCAB, one.prompt, one.sampling))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(content)
+        if silent:
+            await reader.read()
+        writer.close()
+
+    async def run() -> Ended:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            return await Clients(SEED, "127.0.0.1", server.sockets[0].getsockname()[1], "model").ask(one)
+
+    return asyncio.run(run())
+
+
+def test_the_true_tokens_are_exact() -> None:
+    assert judged(lambda true: response(events(true, "[DONE]"))).verdict == "exact"
+
+
+def test_one_token_that_differs_is_wrong_however_the_answer_ends() -> None:
+    def one_off(true: list[int]) -> list[int]:
+        return [*true[:-1], true[-1] ^ 1]
+
+    assert judged(lambda true: response(events(one_off(true), "[DONE]"))).verdict == "wrong"
+    assert judged(lambda true: response(events(one_off(true), '{"error": {"message": "m"}}'))).verdict == "wrong"
+    cut = judged(lambda true: response(events(one_off(true), ""), length=1 << 20))
+    assert cut.verdict == "wrong" and cut.explain()["differs_at"] == len(cut.tokens) - 1
+
+
+def test_an_answer_that_lacks_its_last_token_is_wrong() -> None:
+    assert judged(lambda true: response(events(true[:-1], "[DONE]"))).verdict == "wrong"
+
+
+def test_an_error_event_is_an_error_and_an_answer_without_end_is_cut() -> None:
+    failed = judged(lambda true: response(events(true[:2], '{"error": {"message": "no worker"}}')))
+    assert (failed.verdict, failed.error) == ("error", "no worker")
+    assert judged(lambda true: response(events(true, ""))).verdict == "cut"
+    assert judged(lambda true: response(events(true[:2], ""), length=1 << 20)).verdict == "cut"
+
+
+def test_a_server_that_says_nothing_more_behind_the_limit_hangs() -> None:
+    ended = judged(lambda true: response(events(true[:2], ""), length=1 << 20), silent=True, limit_s=0.1 - GRACE_S)
+    assert ended.verdict == "hung"
