@@ -289,5 +289,5 @@ def decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
     """Decode against the decoder's type; raises WireError."""
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"not a message of this protocol: {error}") from error

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="after which it is given up, over all runs")
     parser.add_argument("--gap", type=float, default=0.9, help="mean seconds between two faults")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes
     share = (-(-given.requests // given.rounds), -(-given.faults // given.rounds), 60 * given.minutes / given.rounds)
     verdicts = []
     for seed in range(given.seed, given.seed + given.rounds):

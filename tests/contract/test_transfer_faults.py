@@ -63,6 +63,23 @@ print(heir.pid, flush=True)
 heir.wait()
 """
 
+GARBLED_WRITER = """
+import socket, sys, msgspec
+from bascule.kv.transfer.base import Endpoint
+from bascule.kv.transfer.channel import Announce, Channel, Closing
+from bascule.types import KVLayout
+
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(msgspec.json.decode(sys.argv[1], type=Endpoint).address)
+channel = Channel(connection)
+channel.send(Announce("ticket", b"s" * 16, msgspec.json.decode(sys.argv[2], type=KVLayout)), 10)
+channel.receive(10)
+message = msgspec.msgpack.encode(Closing())[:-1] + bytes([0xE6])
+connection.sendall(len(message).to_bytes(4, "little") + message)
+print("sent", flush=True)
+sys.stdin.read()
+"""
+
 
 @pytest.fixture
 def shm() -> Iterator[Link]:
@@ -172,6 +189,21 @@ def test_a_dead_writer_whose_connection_another_process_keeps_open_is_gone(shm: 
         writer.kill()
         writer.wait(WAIT)
         wait_until(lambda: shm.safe, "on_safe")
+
+
+def test_a_writer_whose_word_was_garbled_is_under_suspicion_until_its_process_is_gone(shm: Link) -> None:
+    """The word may have been its last. One bit of it makes a text that is none."""
+    shm.grant()
+    arguments = [msgspec.json.encode(shm.receiver.endpoint).decode(), msgspec.json.encode(LAYOUT).decode()]
+    command = [sys.executable, "-c", GARBLED_WRITER, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        shm.stack.callback(writer.kill)
+        assert writer.stdout is not None and writer.stdout.readline() == "sent\n"
+        sleep(0.1)
+        assert not shm.receiver.revoke(TICKET)
+        assert shm.safe == []
+        writer.kill()
+    wait_until(lambda: shm.safe == [TICKET], "on_safe")
 
 
 def test_a_stopped_writer_keeps_its_blocks_unsafe_until_it_is_killed(shm: Link) -> None:

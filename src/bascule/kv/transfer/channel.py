@@ -84,7 +84,7 @@ class Channel:
         data = self._stream.read(size, seconds)
         try:
             message: Message = _decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Malformed(str(error)) from error
         return message
 
