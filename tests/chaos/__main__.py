@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from chaos.clients import Ended
-from chaos.run import Chaos, Verdict, table
+from chaos.run import Chaos, Verdict, table, too_many_failed
 
 
 def one_run(seed: int, requests: int, faults: int, limit_s: float, mean_gap_s: float) -> Verdict:
@@ -28,7 +28,9 @@ def one_run(seed: int, requests: int, faults: int, limit_s: float, mean_gap_s: f
     for (manner, status, error), count in Counter(_error(one) for one in verdict.ended if one.error).items():
         say(f"  {count} x {manner}, {status}: {error}")
     say(f"  workers that ended unasked: {dict(verdict.unasked)}; faults without an occasion: {verdict.never_met}")
-    if verdict.violations:
+    for one in verdict.failed:
+        say(f"  FAILED {one.explain()}")
+    if verdict.violations or verdict.failed:
         for violation in verdict.violations:
             say(f"  VIOLATION {violation}")
         with (folder / "requests.json").open("w") as file:
@@ -70,8 +72,10 @@ def main() -> int:
     wrong = sum(len(verdict.violations) for verdict in verdicts)
     print(f"\n{table(verdicts)}\n")
     print(f"{sum(verdict.befallen for verdict in verdicts)} faults over {len(ended)} requests, {dict(found)}")
+    failed, fair = sum(len(one.failed) for one in verdicts), sum(one.asked_fairly for one in verdicts)
+    print(f"{failed} of {fair} requests of clients that behave failed though a worker was there")
     print(f"seeds {given.seed} to {given.seed + given.rounds - 1}: {wrong} violations")
-    return 1 if wrong else 0
+    return 1 if wrong or too_many_failed(verdicts) else 0
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ _HEARD_S = 1.5
 _MORE_FILES = 16
 """Open files that a process may have in the end beyond those it had at first: connections to peers come and go."""
 _FAILING_SHARE = 0.001
+"""Of the requests of clients that behave: one that loses a worker three times in a row fails, as documented."""
+_NEVER = ("wrong", "cut", "hung")
 
 
 @dataclass
@@ -59,6 +61,10 @@ class Verdict:
     client_faults: int
     unasked: Counter[str]
     """Ends of workers that nobody asked for, by exit code: 1 for one that learned that it counts as dead."""
+    asked_fairly: int
+    """Requests of clients that behave."""
+    failed: list[Ended]
+    """Those of them that ended with an error, though some worker was there all the time."""
     violations: list[str]
 
     @property
@@ -119,7 +125,8 @@ class Chaos:
         violations = await self._aftermath(files)
         violations += await cluster.stop()
         violations += self._left_behind()
-        violations += self._judge_requests()
+        violations += [f"{one.verdict}: {one.explain()}" for one in clients.ended if one.verdict in _NEVER]
+        fair = [one for one in clients.ended if one.asked.manner in ("plain", "reads slowly")]
         return Verdict(
             seed=self._seed,
             layout=cluster.layout.name,
@@ -131,6 +138,8 @@ class Chaos:
             unasked=Counter(
                 f"{worker.split('-')[0]} {code}" for worker, code, how in cluster.ended if how == "unasked"
             ),
+            asked_fairly=len(fair),
+            failed=[one for one in fair if one.verdict == "error" and not self._had_no_worker(one)],
             violations=violations + self._failures,
         )
 
@@ -291,17 +300,14 @@ class Chaos:
                 )
         return found
 
-    def _judge_requests(self) -> list[str]:
-        ended = self._clients.ended
-        found = [f"{one.verdict}: {one.explain()}" for one in ended if one.verdict in ("wrong", "cut", "hung")]
-        asked_fairly = [one for one in ended if one.asked.manner in ("plain", "reads slowly")]
-        failed = [one for one in asked_fairly if one.verdict == "error" and not self._had_no_worker(one)]
-        if len(failed) > _FAILING_SHARE * len(asked_fairly):
-            found += [f"error while workers were there: {one.explain()}" for one in failed]
-        return found
-
     def _had_no_worker(self, ended: Ended) -> bool:
         return any(ended.started <= at <= ended.started + ended.seconds for at in self._cluster.without_worker)
+
+
+def too_many_failed(verdicts: list[Verdict]) -> bool:
+    """Whether more than one in a thousand ended with an error (of few requests, more than one)."""
+    failed = sum(len(verdict.failed) for verdict in verdicts)
+    return failed > max(1.0, _FAILING_SHARE * sum(verdict.asked_fairly for verdict in verdicts))
 
 
 def table(verdicts: list[Verdict]) -> str:
