@@ -149,7 +149,7 @@ class HandoffConfig:
     """Form of full blocks pushed over TCP: as they are, or smaller and no longer exact; auto: for each link the
     quickest of none, int8 and int4. Over shared memory all go as they are."""
     peer_fetch: bool = True
-    """Workers take computed KV from each other where that is predicted to be quicker than computing it."""
+    """Let other workers fetch what this one has computed, where that is predicted to be quicker than computing it."""
     reserve_timeout: float = 5.0
     """Seconds that a handoff waits for blocks on the decode worker; then the request decodes where it prefilled."""
     handoff_timeout: float = 30.0

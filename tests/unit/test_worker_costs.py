@@ -14,8 +14,8 @@ from bascule.engine.protocol import Sampled, Slice
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.policies.cost import decode_seconds
-from bascule.policies.cost_fit import fit
+from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
+from bascule.policies.cost_fit import fit, step_sample
 from bascule.types import CostModel, RequestId, SamplingParams, WorkerId
 from bascule.worker.learning import Links, StepCosts
 from bascule.worker.profile import BUDGET_S, NEEDED, OTHERS, measure, profiled
@@ -87,6 +87,23 @@ def test_a_slow_device_is_measured_as_far_as_nothing_can_be_done_without() -> No
     machine = Machine()
     machine.factor = lambda step: 50.0
     assert len(timed(machine)) == len(NEEDED)
+
+
+def test_a_slow_device_s_first_guess_of_long_prompts_is_of_the_right_size() -> None:
+    machine = Machine()
+    machine.factor = lambda step: 50.0
+    samples = measure(machine.runner, BLOCKS, 32, BUDGET_S, now=lambda: machine.seconds)
+    for prompt in (500, 1500):
+        parts = [PrefillPart(prompt, 0)]
+        ratio = step_seconds(fit(samples, CostModel()), parts, 0, 0) / (50 * step_seconds(TRUE, parts, 0, 0))
+        assert 0.5 < ratio < 1.5, prompt
+
+
+def test_what_pairs_cost_is_not_guessed_from_short_prompts() -> None:
+    """It would take a part of what each token costs, and a prompt of a thousand tokens would seem ten times as dear."""
+    found = fit([step_sample([(0, 64)], 0.35), step_sample([(15, 1)], 0.2)], CostModel())
+    assert found.pair_s == 0.0
+    assert step_seconds(found, [PrefillPart(1024, 0)], 0, 0) <= 16 * 0.35 * 1.1
 
 
 def test_steps_that_do_not_fit_the_memory_the_context_or_the_batch_are_left_out() -> None:

@@ -225,9 +225,10 @@ def test_a_fetch_ends_when_its_prompt_is_computed() -> None:
         )
         while not two.asked():
             await asyncio.sleep(0)
-        two.fetches.give_up(key)
+        two.fetches.give_up(key, late=True)
         await task
         assert not two.fetches._tasks
+        assert two.fetches.figures().failed == {"late": 1}
 
     play(scenario, tamper=lose)
 

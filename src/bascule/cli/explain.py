@@ -61,6 +61,11 @@ def _show(console: Console, output: dict[str, Any]) -> None:
     for earlier in output["attempts"][:-1]:
         _say(console, "failed", str(earlier["chosen"]))
     _say(console, "chosen", output["chosen"] or "no placement")
+    chosen = next((each for each in output["candidates"] if each["placement"] == output["chosen"]), None)
+    if chosen is not None and chosen["handed_by"]:
+        _say(console, "handoff", f"by way of the {chosen['handed_by']} tier of the store")
+    if chosen is not None and chosen["fetch_from"]:
+        _say(console, "fetch", f"{chosen['loaded_tokens']} tokens from {chosen['fetch_from']}")
     if output["reason"]:
         _say(console, "why", output["reason"])
     if output["actual"]["error"] not in ("", output["reason"]):
@@ -123,6 +128,7 @@ def _summary(actual: dict[str, Any]) -> str:
         f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
         f"{actual['cached_tokens']} prompt tokens cached"
         + (f", of which loaded {loaded}, waited for {_ms(actual['load_s'])} ms" if loaded else "")
+        + (f"; waited {_ms(actual['load_s'])} ms for KV that did not come" if actual["load_s"] and not loaded else "")
     )
 
 

@@ -124,7 +124,10 @@ def clear(
         if model is None:
             found = [(shelf, forget(shelf)) for shelf in shelves]
         else:
-            meant = _model(shelves, model)
+            if (meant := _model(shelves, model)) is None:
+                Console(stderr=True).print(
+                    f"there are no blocks of a model {model}; `bascule kv stats` lists the models"
+                )
             found = [(shelf, 0 if meant is None else forget(shelf, meant)) for shelf in shelves]
     if json != "-":
         table = _table("tier", "place", "dropped")

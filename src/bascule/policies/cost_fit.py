@@ -25,6 +25,9 @@ _TRUST = 0.1
 _LITTLE_TRUST = 0.01
 """Of one that is a first guess."""
 _SCALARS = ("step_s", "token_s", "pair_s", "context_s", "draw_s")
+_DEEP = 256
+"""Tokens that a prompt's tokens have to attend to, on average, for what pairs cost to show. By steps that have fewer, a
+first guess would take a part of what each token costs for it, and long prompts to be many times as dear as they are."""
 _SMALL = 0.02
 """Relative errors below this count in squares: no clock and no machine is better than that."""
 _ROUNDS = 10
@@ -72,6 +75,10 @@ def fit(samples: Sequence[StepSample], start: CostModel) -> CostModel:
     if start == CostModel():
         # A line through everything first, so that a table entry without a sample has something to stay at.
         trust = _LITTLE_TRUST
+        new, pairs = table[:, 0], table[:, 1]
+        if not (pairs > _DEEP * new).any():
+            table = table.copy()
+            table[:, 1] = 0.0
         start = _model(_solved(_terms(table, as_table=False), table[:, -1], np.zeros(len(_SCALARS)), trust))
     return _model(_solved(_terms(table, as_table=True), table[:, -1], _coefficients(start), trust))
 

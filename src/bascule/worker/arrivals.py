@@ -98,18 +98,21 @@ class Arrivals:
         for found in result.found:
             self._fetches.found(found)
         for output in result.outputs:
-            self._computed(Key(output.request, output.attempt))
+            self._computed(Key(output.request, output.attempt), late=True)
         if self._store is not None:
             self._store.stepped(result)
 
-    def _computed(self, key: Key) -> None:
-        """What is still on its way for this request is of no use any more."""
+    def _computed(self, key: Key, *, late: bool = False) -> None:
+        """What is still on its way for this request is of no use any more; `late`: because it has a token."""
         self._fetched.pop(key, None)
-        self._fetches.give_up(key)
+        self._fetches.give_up(key, late=late)
 
     async def _fetch(self, key: Key, submission: Submit, source: FetchFrom) -> None:
         tokens = (*submission.prompt, *submission.generated)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         await self._fetches.bring(key, tokens, source, partial(self._came, key))
+        self._came(key, Brought(seconds=loop.time() - begun))
         del self._fetching[key]
         self._load(submission)
 

@@ -153,11 +153,12 @@ class Fetches:
         self._spared_s -= prompt_seconds(model, prompt, places.stop * size)
         here.wish.came(Brought({PEER: here.used}, here.seconds))
 
-    def give_up(self, key: Key) -> None:
-        """Nothing more is to be fetched for a request, or found of it; does nothing for others."""
+    def give_up(self, key: Key, *, late: bool = False) -> None:
+        """Nothing more is to be fetched for a request, or found of it; does nothing for others. `late`: because it is
+        computed."""
         self._here.pop(key, None)
-        if (task := self._tasks.get(key)) is not None:
-            task.cancel()
+        if (task := self._tasks.get(key)) is not None and task.cancel() and late:
+            self._failed["late"] += 1
 
     async def _within(self, limit_s: float, wish: _Wish) -> None:
         try:

@@ -48,15 +48,14 @@ class Cell(Struct, frozen=True):
         return sum(-(-tokens // block_size) * block_size for tokens in sequences)
 
 
-NEEDED = (Cell(streams=1), Cell(new=64), Cell(streams=8))
-"""Without these a model would know nothing of streams, of prompts, or of how streams add up."""
+NEEDED = (Cell(streams=1), Cell(new=64), Cell(streams=8), Cell(new=64, behind=1024))
+"""Without these a model would know nothing of streams, of prompts, of how streams add up, or of long prompts."""
 OTHERS = (
     Cell(streams=2),
     Cell(streams=4),
     Cell(streams=16),
     Cell(streams=2, context=1024),
     Cell(new=16, behind=16),
-    Cell(new=64, behind=1024),
     Cell(new=32, streams=8),
     Cell(streams=32),
     Cell(new=16, streams=16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def parse_disk(text: str) -> DiskPlace:
     directory, colon, size = text.rpartition(":")
     if not colon or not directory:
         raise ConfigError(f"{DISK_KEY}: {text!r} is not a directory and a size; write for example /var/cache/kv:50GiB")
+    if re.search(r":[0-9.]+[A-Za-z]*,", directory):
+        raise ConfigError(f"{DISK_KEY}: {text!r} names more than one directory; give one, and its size")
     return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
 
 
