@@ -126,7 +126,7 @@ def running_apart(
             "--log-level=warning",
             *front,
         )
-        start(cable.near, "router", "router", model, *flags, "--log-level=warning")
+        start(cable.near, "router", "router", model, *flags)
         for piece in pieces:
             where = (f"--join={join}", "--insecure", f"--host={piece.host.address}", f"--device={piece.device}")
             what = (f"--id={piece.id}", f"--role={piece.role}", "--transfer=tcp", f"--parent={os.getpid()}")
