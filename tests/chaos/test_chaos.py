@@ -24,7 +24,7 @@ SEED = 8
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_or_wrong_while_workers_connections_and_stores_fail(smollm2: Path) -> None:
     redis_binary()
-    verdict = one_run(SEED, requests=250, faults=30, limit_s=150, mean_gap_s=0.6)
+    verdict = one_run(SEED, requests=250, faults=30, limit_s=150, mean_gap_s=0.3)
     assert verdict.violations == [] and not too_many_failed([verdict])
     assert verdict.befallen >= 30 and len(verdict.ended) >= 250
 
