@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := torch==2.13.0
 
-.PHONY: setup dev serve test test-all chaos check format bench clean
+.PHONY: setup dev serve test test-all chaos recovery soak fuzz check format bench clean
 
 setup: $(VENV)/.engine
 
@@ -30,16 +30,34 @@ $(VENV)/.dev: $(VENV)/.engine
 serve: setup
 	$(BIN)/bascule serve smollm2 --host 127.0.0.1 --port 8000
 
+# Two processes: one has the tests that start servers, one after the other, the other one all the rest.
+PYTEST := $(BIN)/python -m pytest -q -n 2
+
 test: dev
-	$(BIN)/python -m pytest -q -m "not full"
+	$(PYTEST) -m "not full"
 
 test-all: dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 CHAOS := --seed 1
 
 chaos: dev
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
+
+RECOVERY := --rounds 5
+
+recovery: dev
+	PYTHONPATH=tests $(BIN)/python -m chaos.recovery $(RECOVERY)
+
+SOAK := --seed 2 --minutes 30 --gap 2
+
+soak: dev
+	PYTHONPATH=tests $(BIN)/python -m chaos --soak $(SOAK)
+
+FUZZ_INPUTS := 100000
+
+fuzz: dev
+	BASCULE_FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest -q tests/fuzz
 
 check: dev
 	$(BIN)/ruff check src tests benchmarks

@@ -29,7 +29,7 @@ from pathlib import Path
 from layouts import System, running
 
 from bascule.bench.load import Run, offer
-from bascule.bench.workloads import talks
+from bascule.traffic.workloads import talks
 from bascule.types import Slo
 
 SLOS = {"interactive": Slo(1.0, 0.05, 0.15), "standard": Slo(2.0, 0.06, 0.2), "relaxed": Slo(5.0, 0.12, 0.5)}

@@ -36,10 +36,10 @@ from bascule.bench.apart import Apart, Piece, running_apart
 from bascule.bench.load import Record, offer
 from bascule.bench.namespaces import Cable, NoNamespaces, two_hosts
 from bascule.bench.transports import BenchFailed
-from bascule.bench.workloads import VOCABULARY, Ask, Talk, talks
 from bascule.cli.models import pull_with_progress
 from bascule.kv.codecs.choice import AUTOMATIC
 from bascule.models import catalog
+from bascule.traffic.workloads import VOCABULARY, Ask, Talk, talks
 
 WARM_UP = 3
 NEAR_ENOUGH = 1.05

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-from support.oracle import OUTPUT_TOKENS, Reference, generate, kept, prompts, reference_model
+from support.oracle import LONG_OUTPUT_TOKENS, OUTPUT_TOKENS, Reference, generate, kept, prompts, reference_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_WITH_SERVERS = ("tests/chaos/", "tests/e2e/", "tests/parity/")
+
+
+class ServersApart(LoadScopeScheduling):
+    """Spreads tests over processes, but for those that start servers: one process has these, one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "servers" if nodeid.startswith(_WITH_SERVERS) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ServersApart:
+    return ServersApart(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +39,23 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def references(smollm2: Path, request: pytest.FixtureRequest) -> list[Reference]:
     """Greedy float32 references of prompts of 5 to 1,500 tokens; kept in pytest's cache between runs."""
+    return _references(smollm2, request.config, OUTPUT_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def long_references(smollm2: Path, request: pytest.FixtureRequest) -> list[Reference]:
+    """The same prompts with longer outputs."""
+    return _references(smollm2, request.config, LONG_OUTPUT_TOKENS)
+
+
+def _references(smollm2: Path, config: pytest.Config, tokens: int) -> list[Reference]:
     from bascule.models import load
 
     wanted = prompts(load("smollm2").tokenizer.encode)
 
     def make() -> list[tuple[object, ...]]:
         model = reference_model(smollm2, "float32")
-        made = [generate(model, prompt) for prompt in wanted]
+        made = [generate(model, prompt, tokens) for prompt in wanted]
         return [(one.prompt, one.output, one.gaps, one.tops) for one in made]
 
-    return [Reference(*one) for one in kept(request.config, f"references-3-{OUTPUT_TOKENS}", wanted, make)]
+    return [Reference(*one) for one in kept(config, f"references-3-{tokens}", wanted, make)]

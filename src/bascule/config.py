@@ -90,6 +90,25 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What is known of the hardware before anything runs."""
+
+    hardware: Path | None = None
+    """Hardware file of `bascule profile` and `probe`: what steps cost, so that workers need not measure it at their
+    first start, and under `serve` what links take, until handoffs tell."""
+    worker_class: str | None = None
+    """Class of that file that workers are of (default: the one that was measured on such a device)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hardware is not None or self.worker_class is None,
+            "worker_class",
+            self.worker_class,
+            "left out without --hardware",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """The KV store: where computed blocks are kept beside the workers' own KV memory, and found again."""
 
@@ -189,6 +208,9 @@ class RoutingConfig:
     """Seconds without a heartbeat after which a worker gets no new requests."""
     dead_after: float = 10.0
     """Seconds without a heartbeat after which a worker's requests go elsewhere, for good."""
+    check_reach: bool = True
+    """Refuse workers that the router cannot connect to at the addresses that they offer. Without it they are warned of:
+    for networks in which workers reach each other and the router need not."""
 
     def __post_init__(self) -> None:
         _require(self.queue_limit >= 0, "queue_limit", self.queue_limit, "0 or more")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoders of JSON and MessagePack raise for bytes that are not what was expected."""
+
 
 class BasculeError(Exception):
     """Base of all errors with a message for a person."""

@@ -28,9 +28,10 @@ INSECURE = "--insecure"
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """What router and workers of one cluster know and nobody else: CURVE keys of those who listen and who connect.
+    """What router and workers of one cluster know and nobody else: CURVE keys of those who listen and who connect, and
+    what goes into the keys of every transfer.
 
-    All processes derive the same two key pairs from one secret. A client proves by its own that it has the secret; the
+    All processes derive the same from one secret. A client proves by its own key pair that it has the secret; the
     server by its.
     """
 
@@ -38,15 +39,18 @@ class ClusterKey:
     server_secret: bytes = field(repr=False)
     client_public: bytes
     client_secret: bytes = field(repr=False)
+    transfers: bytes = field(repr=False)
+    """32 bytes."""
 
     @classmethod
     def of(cls, secret: bytes) -> ClusterKey:
         """From the 32 bytes of a key file."""
-        server, client = (
-            z85.encode(blake3(secret, derive_key_context=f"bascule 2026-11 cluster key 1, curve {side}").digest(32))
-            for side in ("server", "client")
+        server, client, transfers = (
+            blake3(secret, derive_key_context=f"bascule 2026-11 cluster key 1, {purpose}").digest(32)
+            for purpose in ("curve server", "curve client", "transfers")
         )
-        return cls(zmq.curve_public(server), server, zmq.curve_public(client), client)
+        pairs = [(zmq.curve_public(z85.encode(each)), z85.encode(each)) for each in (server, client)]
+        return cls(*pairs[0], *pairs[1], transfers)
 
 
 def write_cluster_key(path: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
-from msgspec import Struct
+import math
+from typing import Annotated
 
-from bascule.types import BlockHash, Epoch, KVLayout, RequestId, SamplingParams, Slo, TicketId, WorkerId
-from bascule.wire import PeerAddress, decode
+import msgspec
+from msgspec import Meta, Struct
+
+from bascule.types import BlockHash, Count, Epoch, KVLayout, RequestId, SamplingParams, Slo, TicketId, Token, WorkerId
+from bascule.wire import Attempt, PeerAddress, decode
+
+BlockNumber = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+"""A block's place in an arena, as transfers write it."""
 
 # ---------------------------------------------------------------- prefill worker <-> decode worker
 
@@ -26,14 +32,16 @@ class Prepare(Struct, frozen=True, tag=True, kw_only=True):
     secret: bytes
     source: PeerAddress
     request: RequestId
-    attempt: int
-    prompt: tuple[int, ...]
-    generated: tuple[int, ...]
+    attempt: Attempt
+    prompt: tuple[Token, ...]
+    generated: tuple[Token, ...]
     """Output tokens known before this attempt (the first token of this one comes with `Commit`)."""
     sampling: SamplingParams
     fingerprint: str
     layout: KVLayout
     slo: Slo | None = None
+    timeout_s: float = math.inf
+    """Seconds that the request has left."""
 
 
 class Reserved(Struct, frozen=True, tag=True, kw_only=True):
@@ -41,8 +49,8 @@ class Reserved(Struct, frozen=True, tag=True, kw_only=True):
 
     ticket: TicketId
     epoch: Epoch
-    blocks: tuple[int, ...]
-    have_blocks: int
+    blocks: tuple[BlockNumber, ...]
+    have_blocks: Count
     endpoints: tuple[TransferEndpoint, ...]
 
 
@@ -53,10 +61,10 @@ class Manifest(Struct, frozen=True, kw_only=True):
     layout: KVLayout
     source_epoch: Epoch
     target_epoch: Epoch
-    attempt: int
-    tokens: int
+    attempt: Attempt
+    tokens: Count
     """Positions whose KV the blocks hold."""
-    have_blocks: int
+    have_blocks: Count
     hashes: tuple[BlockHash, ...]
     """Chained hashes of all full blocks, from position 0 on."""
     checksums: tuple[bytes, ...]
@@ -70,14 +78,14 @@ class Written(Struct, frozen=True, tag=True):
     """
 
     ticket: TicketId
-    blocks: int
+    blocks: Count
 
 
 class Commit(Struct, frozen=True, tag=True):
     """All blocks are sent. Idempotent: repeated until a verdict comes."""
 
     ticket: TicketId
-    first_token: int
+    first_token: Token
     manifest: Manifest
 
 
@@ -125,11 +133,11 @@ class Fetch(Struct, frozen=True, tag=True, kw_only=True):
     """Who asks."""
     fingerprint: str
     layout: KVLayout
-    tokens: tuple[int, ...]
+    tokens: tuple[Token, ...]
     """Of full blocks, from the beginning of the prompt on."""
-    have_blocks: int
+    have_blocks: Count
     """The first of them that are not wanted."""
-    blocks: tuple[int, ...]
+    blocks: tuple[BlockNumber, ...]
     """Where the others are to be written, in order."""
     endpoints: tuple[TransferEndpoint, ...]
 

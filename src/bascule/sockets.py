@@ -1,4 +1,4 @@
-"""Message sockets as every process of ours sets them up: bounded messages, unbounded queues, sends that never wait."""
+"""Message sockets as every process of ours sets them up: bounded messages and queues, sends that never wait."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Apply = Callable[[list[bytes]], None]
 
 ZAP_DOMAIN = b"bascule"
 
+MOST_WAITING = 1 << 14
+"""Messages that wait at one end of a connection for an end that does not read; further ones are not sent."""
 _BURST = 64
 """Messages applied before the event loop has its turn again."""
 
@@ -44,8 +46,8 @@ class MessageSocket:
         socket = self._socket = context.socket(kind)
         socket.setsockopt(zmq.LINGER, linger_ms)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.SNDHWM, MOST_WAITING)
+        socket.setsockopt(zmq.RCVHWM, MOST_WAITING)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -58,6 +60,8 @@ class MessageSocket:
         self._apply: Apply | None = None
         self._looking = False
         """A look at the socket is due in the loop's next turn."""
+        self._overfull = True
+        """The latest message was one too many, or none was ever taken: whoever connects tells why."""
 
     def bind(self, address: str) -> str:
         """Listen; returns the address, with the port that was chosen. Raises zmq.ZMQError."""
@@ -74,14 +78,19 @@ class MessageSocket:
         return address
 
     def post(self, frames: Sequence[bytes], on_failure: Callable[[], None] | None = None) -> None:
-        """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there."""
+        """Queue a message without waiting; `on_failure` is called later if the other end is known not to be there, or
+        to have stopped reading long ago."""
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             log.debug("a message was not sent: %s", error)
+            if isinstance(error, zmq.Again) and not self._overfull:
+                self._overfull = True
+                log.warning("%d messages wait for a process that does not read; further ones are lost", MOST_WAITING)
             if on_failure is not None:
                 self._loop.call_soon(on_failure)
         else:
+            self._overfull = False
             self._look_later()
 
     async def deliver(self, apply: Apply) -> None:

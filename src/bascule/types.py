@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import NewType
+from typing import Annotated, NewType
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -15,6 +15,15 @@ Epoch = NewType("Epoch", str)
 """A worker's incarnation: unique for each start of a worker, never used again after it is declared dead."""
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: a keyed hash chained over the prefix, so equal hashes mean equal tokens from position 0 on."""
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+"""How many; a message with any other number is refused when it is decoded, as with all that follow."""
+Size = Annotated[int, Meta(ge=1, le=2**31)]
+"""Of a model, or of a worker's memory: products of two have room in 64 bits."""
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Figure = Annotated[float, Meta(ge=-1e15, le=1e15)]
+"""A sum of measurements: finite."""
 
 
 class Role(StrEnum):
@@ -36,12 +45,15 @@ PEER = "peer"
 """Beside the tiers, where KV may come from: another worker."""
 
 
+Bound = Annotated[float, Meta(gt=0)]
+
+
 class Slo(Struct, frozen=True):
     """Bounds on a request's latencies, in seconds; infinity where there is none."""
 
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
-    gap_s: float = math.inf
+    ttft_s: Bound = math.inf
+    tpot_s: Bound = math.inf
+    gap_s: Bound = math.inf
     """Longest gap between two tokens."""
 
 
@@ -61,20 +73,20 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     No end token is drawn before `min_tokens` tokens are out.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: Count
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
+    seed: Annotated[int, Meta(ge=0)] = 0
+    min_tokens: Count = 0
+    stop_token_ids: tuple[Token, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: Annotated[int, Meta(ge=0, le=1000)] | None = None
+    logit_bias: tuple[tuple[Token, Annotated[float, Meta(ge=-1e6, le=1e6)]], ...] = ()
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -84,7 +96,7 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     """
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[Token, float], ...] = ()
 
 
 class KVLayout(Struct, frozen=True):
@@ -95,12 +107,12 @@ class KVLayout(Struct, frozen=True):
     """
 
     dtype: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    block_size: int
-    planes: int
-    token_bytes: int
+    layers: Size
+    kv_heads: Size
+    head_dim: Size
+    block_size: Size
+    planes: Size
+    token_bytes: Size
 
     @property
     def plane_block_bytes(self) -> int:
@@ -119,10 +131,12 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     name: str
     fingerprint: str
     """Hex digest over the architecture, weights, dtype and rope settings."""
-    context: int
+    context: Size
     """Longest prompt plus output, in tokens."""
-    vocab: int
+    vocab: Size
     layout: KVLayout
+    tokenizer: str = ""
+    """Digest of the vocabulary; empty if it is not known."""
 
 
 class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,22 +166,22 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class LinkCost(Struct, frozen=True):
     """What it takes to hand KV over from one worker to another, as measured."""
 
-    latency_s: float
-    bytes_per_s: float
+    latency_s: Seconds
+    bytes_per_s: Annotated[float, Meta(gt=0)]
 
 
 class StepLoad(Struct, frozen=True, array_like=True):
     """What a worker has before it after a step. `received` counts the submissions it has had since it registered, so
     that a router knows which of its own the other figures do not include yet."""
 
-    received: int
-    prefilling: int
+    received: Count
+    prefilling: Count
     """Sequences whose prompt is not computed."""
-    backlog_tokens: int
+    backlog_tokens: Count
     """Their tokens still to be computed."""
-    streams: int
+    streams: Count
     """Sequences that decode."""
-    context_tokens: int
+    context_tokens: Count
     """Tokens of context of these."""
 
 
@@ -175,22 +189,22 @@ class StoreLoad(Struct, frozen=True, kw_only=True):
     """One tier of the KV store as a worker sees it. What it holds is all that is there; the rest is this worker's own,
     since its start."""
 
-    blocks: int = 0
-    bytes: int = 0
-    capacity_bytes: int | None = None
+    blocks: Count = 0
+    bytes: Count = 0
+    capacity_bytes: Count | None = None
     """None where no bound is known."""
-    evictions: int = 0
-    errors: dict[str, int] = {}
+    evictions: Count = 0
+    errors: dict[str, Count] = {}
     """Blocks not read, taken or dropped, by reason."""
-    invalid: dict[str, int] = {}
+    invalid: dict[str, Count] = {}
     """Blocks that were read and were not what they should have been, by reason: misses."""
-    hit_tokens: int = 0
+    hit_tokens: Count = 0
     """Prompt tokens loaded and not computed."""
-    loaded_bytes: int = 0
-    saved_bytes: int = 0
-    load_s: float = 0.0
+    loaded_bytes: Count = 0
+    saved_bytes: Count = 0
+    load_s: Figure = 0.0
     """Seconds spent loading."""
-    spared_s: float = 0.0
+    spared_s: Figure = 0.0
     """Seconds of computing that this has spared, by the cost model."""
     cost: LinkCost | None = None
     """What loading from it takes."""
@@ -199,35 +213,35 @@ class StoreLoad(Struct, frozen=True, kw_only=True):
 class FetchLoad(Struct, frozen=True, kw_only=True):
     """What a worker has fetched from its peers since its start."""
 
-    hit_tokens: int = 0
+    hit_tokens: Count = 0
     """Prompt tokens fetched and not computed."""
-    bytes: int = 0
+    bytes: Count = 0
     """Of KV that came, used or not."""
-    fetch_s: float = 0.0
+    fetch_s: Figure = 0.0
     """Seconds spent on it."""
-    spared_s: float = 0.0
+    spared_s: Figure = 0.0
     """Seconds of computing that this has spared, by the cost model."""
-    failed: dict[str, int] = {}
+    failed: dict[str, Count] = {}
     """Fetches that brought nothing, by reason."""
 
 
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_leased: int = 0
-    kv_blocks_cached: int = 0
-    kv_blocks_quarantined: int = 0
-    promised: int = 0
+    running: Count = 0
+    waiting: Count = 0
+    kv_blocks_total: Count = 0
+    kv_blocks_leased: Count = 0
+    kv_blocks_cached: Count = 0
+    kv_blocks_quarantined: Count = 0
+    promised: Count = 0
     """Handoff tickets that wait for blocks."""
-    integrity_violations: int = 0
-    handoff_bytes: dict[str, int] = {}
+    integrity_violations: Count = 0
+    handoff_bytes: dict[str, Count] = {}
     """Bytes pushed to peers since the start, by transport."""
-    handoff_refused: dict[str, int] = {}
+    handoff_refused: dict[str, Count] = {}
     """Handoffs that this worker refused since the start, by reason."""
-    hit_tokens: int = 0
+    hit_tokens: Count = 0
     """Prompt tokens found in the device prefix cache since the start, those from a store or a peer included."""
     stores: dict[Tier, StoreLoad] = {}
     """The tiers below the device that this worker has."""
@@ -239,6 +253,8 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     """Median of |predicted - measured| / measured over its latest steps."""
     links: dict[WorkerId, LinkCost] = {}
     """To the workers that it has given KV to."""
+    unreachable: dict[WorkerId, str] = {}
+    """Workers that it cannot connect to: the address, and why."""
 
 
 class CodecCost(Struct, frozen=True, kw_only=True):
@@ -314,13 +330,15 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     id: WorkerId
     role: Role
     state: str
-    """`ready`; `suspect` while heartbeats are missing; `draining` while it takes nothing new and still has requests,
-    `drained` once it has none. A dead worker is no longer listed."""
+    """`ready`; `suspect` while heartbeats are missing or it is left alone; `draining` while it takes nothing new and
+    still has requests, `drained` once it has none. A dead worker is no longer listed."""
     epoch: Epoch
     pid: int
     device: str
     requests: int = 0
     """Requests that cannot go on without it, as the router knows at once."""
+    clock_skew_s: float | None = None
+    """How far its time of day is behind the router's (ahead where negative); None while unknown."""
     load: WorkerLoad
 
 
@@ -348,5 +366,17 @@ class ClusterState(Struct, frozen=True, kw_only=True):
     routing: RoutingFigures = RoutingFigures()
     store_handoffs: int = 0
     """Requests that went from one worker to another by way of the KV store."""
+    retries: dict[str, int] = {}
+    """Requests placed again, by cause (`failed`, `lost`, `unheard`, `moved`); `refused` for want of a budget."""
+    rests: dict[str, int] = {}
+    """How often workers got no requests for a while because they failed many, by worker."""
     kv_faults: dict[str, int] = {}
-    """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), by kind."""
+    """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), and those that
+    an audit of the index has asked for (`strayed`), by kind."""
+    index_violations: int = 0
+    """What the last audit of the router's prefix index found; must be 0."""
+
+    @property
+    def integrity_violations(self) -> int:
+        """Of the index and of all workers' books."""
+        return self.index_violations + sum(worker.load.integrity_violations for worker in self.workers)

@@ -5,45 +5,57 @@ Those between workers are in `peer_wire`.
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import math
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from bascule.errors import BasculeError
+from bascule.errors import UNREADABLE, BasculeError
+from bascule.link_wire import LinkMeasured, MeasureLink
+from bascule.link_wire import Neighbour as Neighbour
+from bascule.link_wire import Neighbours as Neighbours
+from bascule.link_wire import PeerAddress as PeerAddress
 from bascule.types import (
     CostModel,
+    Count,
     Epoch,
+    Figure,
     FinishReason,
     ModelCard,
     RequestId,
     Role,
     SamplingParams,
+    Size,
     Slo,
     StepLoad,
     Tier,
+    Token,
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
 )
 
-VERSION = 5
+VERSION = 7
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
 """Bytes; a longer message is dropped by the socket and its connection closed."""
 
 
+Name = Annotated[WorkerId, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
+"""What a worker may call itself: its id stands in headers, metrics and command lines."""
+Stage = Annotated[str, Meta(max_length=1000)]
+Attempt = Annotated[int, Meta(ge=0, le=2**31)]
+
+
 class WireError(BasculeError):
     """Bytes that are no message of this protocol."""
 
 
-class PeerAddress(Struct, frozen=True):
-    """Where a worker listens for its peers' handoff messages, and which incarnation of it is meant."""
-
-    worker: WorkerId
-    epoch: Epoch
-    address: str
+class OtherVersion(WireError):
+    """A worker of another version of this protocol, whatever else it says."""
 
 
 # ---------------------------------------------------------------- worker -> router
@@ -52,15 +64,15 @@ class PeerAddress(Struct, frozen=True):
 class Starting(Struct, frozen=True, tag=True):
     """A worker that is not ready yet says what it is doing."""
 
-    worker: WorkerId
-    stage: str
+    worker: Name
+    stage: Stage
 
 
 class StorePlace(Struct, frozen=True):
     """A tier's place: equal ids mean that what one worker saves there, the other finds."""
 
     id: str
-    blocks: int
+    blocks: Count
     """Most blocks of this worker's layout that it holds; 0 where no bound is known."""
 
 
@@ -68,24 +80,28 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     """A worker offers itself; answered by `Registered` or `Refused`."""
 
     version: int
-    worker: WorkerId
+    worker: Name
     epoch: Epoch
     role: Role
     card: ModelCard
     device: str
-    pid: int
+    pid: Count
     peer: PeerAddress
-    max_sequences: int
-    kv_blocks: int
+    max_sequences: Size
+    kv_blocks: Size
     machine: str
     """Equal where workers share memory."""
     stores: dict[Tier, StorePlace] = {}
     """The tiers of the KV store that this worker has."""
     lends: bool = False
     """Peers may fetch what it has computed."""
-    chunk_tokens: int = 512
+    chunk_tokens: Size = 512
     """Most prompt tokens that it computes in a step."""
     cost: CostModel
+    release: str = ""
+    """Of the package."""
+    kv_addresses: tuple[str, ...] = ()
+    """Where it takes KV over TCP, `host:port`."""
 
 
 class Heartbeat(Struct, frozen=True, tag=True):
@@ -95,16 +111,23 @@ class Heartbeat(Struct, frozen=True, tag=True):
     kv_sequence: int = 0
     """Of the last `KvEvents` sent before this, so that a lost one is noticed though none follows; 0 before the first.
     """
+    runs: tuple[tuple[RequestId, int], ...] | None = None
+    """Requests and attempts that the worker has, so that what was lost on the way to it, or of what it said last of
+    them, is noticed too; None where that is not known."""
+    clock: float = 0.0
+    """The time of day there when it was sent, in seconds since 1970; 0 if it is not told."""
+    kv_digest: bytes = b""
+    """Of the device's blocks that these have told of, as `BlockDigest` has it; empty where none have."""
 
 
 class TokenItem(Struct, frozen=True, array_like=True):
     """One token of one request. `position` counts output tokens from 0 over all attempts."""
 
     request: RequestId
-    attempt: int
-    position: int
-    token: int
-    cached_tokens: int
+    attempt: Attempt
+    position: Count
+    token: Token
+    cached_tokens: Count
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
 
@@ -126,10 +149,10 @@ class Loaded(Struct, frozen=True, tag=True, kw_only=True):
     worker: WorkerId
     epoch: Epoch
     request: RequestId
-    attempt: int
-    tokens: dict[str, int]
+    attempt: Attempt
+    tokens: dict[str, Count]
     """By the `Tier` that they came from, or `PEER`."""
-    seconds: float
+    seconds: Figure
     """That the request waited for it before the engine had it."""
 
 
@@ -139,7 +162,7 @@ class Saved(Struct, frozen=True, tag=True):
     worker: WorkerId
     epoch: Epoch
     request: RequestId
-    attempt: int
+    attempt: Attempt
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
@@ -148,9 +171,11 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     worker: WorkerId
     epoch: Epoch
     request: RequestId
-    attempt: int
+    attempt: Attempt
     message: str
     retryable: bool
+    failing: WorkerId | None = None
+    """Another worker, where it was that one which failed."""
 
 
 class TierChanges(Struct, frozen=True, array_like=True):
@@ -188,7 +213,28 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | Failed | KvEvents | Leaving | Goodbye
+class Probe(Struct, frozen=True, tag=True):
+    """Asks how a worker would fare here, without being one; answered by `Probed`."""
+
+    version: int
+    addresses: tuple[str, ...] = ()
+    """`host:port`, where the router is to try whether it can connect."""
+
+
+WorkerMessage = (
+    Starting
+    | Register
+    | Heartbeat
+    | StepTokens
+    | Loaded
+    | Saved
+    | Failed
+    | KvEvents
+    | LinkMeasured
+    | Leaving
+    | Goodbye
+    | Probe
+)
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -196,7 +242,20 @@ WorkerMessage = Starting | Register | Heartbeat | StepTokens | Loaded | Saved | 
 
 class Registered(Struct, frozen=True, tag=True):
     epoch: Epoch
-    heartbeat_s: float
+    heartbeat_s: Annotated[float, Meta(gt=0, le=1e6)]
+
+
+class Probed(Struct, frozen=True, tag=True):
+    """What a router finds of whoever sent a `Probe`."""
+
+    version: int
+    release: str
+    clock: float
+    """The time of day here, in seconds since 1970."""
+    tokenizer: str
+    """Digest of the vocabulary that this router uses; empty if it is not known."""
+    unreachable: str = ""
+    """The first address that did not answer, and why."""
 
 
 class Reregister(Struct, frozen=True, tag=True):
@@ -216,26 +275,28 @@ class FetchFrom(Struct, frozen=True):
     """A peer that has the KV of a prompt's first `tokens` tokens."""
 
     peer: PeerAddress
-    tokens: int
+    tokens: Count
 
 
 class Submit(Struct, frozen=True, tag=True, kw_only=True):
     """Run this request; with `decode`, prefill it and hand it to that worker."""
 
     request: RequestId
-    attempt: int
-    prompt: tuple[int, ...]
-    generated: tuple[int, ...]
+    attempt: Attempt
+    prompt: tuple[Token, ...]
+    generated: tuple[Token, ...]
     """Output tokens that the client has already: teacher-forced, never drawn again."""
     sampling: SamplingParams
     decode: PeerAddress | None = None
     slo: Slo | None = None
     """What this request asks for itself; None for what the worker was started with."""
-    stored_tokens: int = 0
+    stored_tokens: Count = 0
     """Leading tokens that the worker is expected to have once it has loaded what the store holds; 0 if none of them
     are to be loaded."""
     fetch: FetchFrom | None = None
     """Where to fetch the prompt's KV from before computing the rest."""
+    timeout_s: float = math.inf
+    """Seconds that the request has left."""
     save_to: Tier | None = None
     """Answer `Saved` once the prompt's KV is in that tier of the store."""
 
@@ -244,7 +305,7 @@ class Cancel(Struct, frozen=True, tag=True):
     """Stop this attempt wherever it is; unknown ones are ignored."""
 
     request: RequestId
-    attempt: int
+    attempt: Attempt
 
 
 class Resync(Struct, frozen=True, tag=True):
@@ -254,19 +315,39 @@ class Resync(Struct, frozen=True, tag=True):
 class Draining(Struct, frozen=True, tag=True):
     """Answers `Leaving`: nothing new comes, and so many requests still need the worker."""
 
-    requests: int
+    requests: Count
 
 
 class Stop(Struct, frozen=True, tag=True):
     """Leave at once: say goodbye and end the process."""
 
 
-RouterMessage = Registered | Reregister | RegistrationRefusal | Submit | Cancel | Resync | Draining | Stop
+RouterMessage = (
+    Registered
+    | Neighbours
+    | Probed
+    | Reregister
+    | RegistrationRefusal
+    | Submit
+    | Cancel
+    | Resync
+    | MeasureLink
+    | Draining
+    | Stop
+)
+
+
+class _AnyRegister(Struct, frozen=True, tag="Register"):
+    """What registrations of all versions of this protocol have."""
+
+    version: int
+    worker: WorkerId
 
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(WorkerMessage)
 _from_router = msgspec.msgpack.Decoder(RouterMessage)
+_from_any = msgspec.msgpack.Decoder(_AnyRegister)
 
 
 def encode(message: Struct) -> bytes:
@@ -274,9 +355,23 @@ def encode(message: Struct) -> bytes:
 
 
 def from_worker(data: bytes) -> WorkerMessage:
-    """Decode what a router receives; raises WireError."""
-    message: WorkerMessage = decode(_from_worker, data)
+    """Decode what a router receives; raises WireError, OtherVersion for the registration of another release."""
+    try:
+        message: WorkerMessage = decode(_from_worker, data)
+    except WireError:
+        with contextlib.suppress(*UNREADABLE):
+            if (other := _from_any.decode(data)).version != VERSION:
+                raise OtherVersion(version_mismatch(other.worker, other.version)) from None
+        raise
     return message
+
+
+def version_mismatch(worker: str, version: int) -> str:
+    """What is said of a worker that speaks another version of this protocol."""
+    return (
+        f"worker {worker} speaks protocol version {version}, this router {VERSION}; run the same release of bascule on "
+        "both"
+    )
 
 
 def from_router(data: bytes) -> RouterMessage:
@@ -289,5 +384,5 @@ def decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
     """Decode against the decoder's type; raises WireError."""
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise WireError(f"not a message of this protocol: {error}") from error

@@ -180,10 +180,34 @@ class Clients:
     async def run(self, count: int) -> None:
         await asyncio.gather(*(self._client() for _ in range(count)))
 
+    async def arrive(self, rate: float) -> None:
+        """An open loop: each client sends one request and comes when it likes, `rate` a second (Poisson)."""
+        draw, due = Random(f"arrivals {self._seed}"), time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            while not self.stopping:
+                due += draw.expovariate(rate)
+                await asyncio.sleep(due - time.monotonic())
+                group.create_task(self._next_one())
+
+    async def capacity(self, count: int, seconds: float) -> float:
+        """Answers per second to so many clients in a closed loop, without the first and last moments."""
+        loop = asyncio.create_task(self.run(count))
+        await asyncio.sleep(seconds / 4)
+        before = len(self.ended)
+        await asyncio.sleep(seconds)
+        answered = len(self.ended) - before
+        self.stopping = True
+        await loop
+        self.stopping = False
+        return answered / seconds
+
     async def _client(self) -> None:
         while not self.stopping:
-            self._next += 1
-            await self.ask(asked(self._seed, self._next))
+            await self._next_one()
+
+    async def _next_one(self) -> None:
+        self._next += 1
+        await self.ask(asked(self._seed, self._next))
 
     async def ask(self, asked: Asked) -> Ended:
         ended = Ended(asked, time.monotonic())
@@ -201,6 +225,8 @@ class Clients:
             for mark in ended.marks:
                 mark.tell(mark.longest)
         _judge(ended)
+        if ended.verdict in ("exact", "left"):  # nobody looks into it any more, and there are many
+            ended.asked.prompt, ended.tokens = [], []
         self.under_way.discard(ended)
         self.ended.append(ended)
         return ended

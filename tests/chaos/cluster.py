@@ -19,17 +19,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
 import psutil
 
-from chaos.orders import EXPIRES_S, Order, orders_address
+from bascule.bench.footprints import Footprint, footprint_of
+from bascule.keys import write_cluster_key
+from chaos.orders import EXPIRES_S, Order, give
 from chaos.schedule import DEAD_S, LEASE_S, ROLES, SUSPECT_S, Fault, Layout
+from support.cluster import environment
 from support.redis_server import RedisProcess
 
 KV_BLOCKS = 260
 BLOCK_BYTES = 4096
-_COST = {"step_s": 0.012, "token_s": 0.00015}
-"""Of the mock: a step of one stream takes 12 ms, a prompt of 300 tokens 60 ms."""
 _START_S = 90.0
 _TICK_S = 0.1
 _GO_S = 15.0
@@ -82,7 +82,9 @@ class Cluster:
     # ------------------------------------------------------------ starting and stopping
 
     async def start(self) -> None:
-        (self.folder / "cost.json").write_text(json.dumps(_COST))
+        (self.folder / "cost.json").write_text(
+            json.dumps({"step_s": self.layout.step_s, "token_s": self.layout.token_s})
+        )
         (self.folder / "tmp").mkdir()
         if self.layout.redis:
             self.redis = RedisProcess("--maxmemory", "8mb", "--maxmemory-policy", "allkeys-lru")
@@ -90,6 +92,9 @@ class Cluster:
         ready = self.folder / "ready"
         flags = [f"--bind={self.join}", "--port=0", f"--ready-file={ready}", f"--policy={self.layout.policy}"]
         flags += [f"--handoff={self.layout.handoff}", f"--suspect-after={SUSPECT_S}", f"--dead-after={DEAD_S}"]
+        if self.layout.key:
+            write_cluster_key(self._key_file)
+            flags += self._key_flags
         self.router = self._spawn("router", [sys.executable, "-m", "bascule", "router", "smollm2", *flags])
         for worker in ROLES:
             self.slots[worker] = Slot(worker)
@@ -136,13 +141,22 @@ class Cluster:
         if self.redis is not None:
             self.redis.stop()
 
+    @property
+    def _key_file(self) -> Path:
+        return self.folder / "cluster.key"
+
+    @property
+    def _key_flags(self) -> list[str]:
+        return ["--cluster-key-file", str(self._key_file)] if self.layout.key else []
+
     def _start(self, slot: Slot) -> None:
         slot.starts += 1
         slot.asleep = slot.told_to_end = False
         flags = ["--join", self.join, "--id", slot.id, "--role", ROLES[slot.id], "--device", "cpu", "--engine", "mock"]
         flags += ["--cost-model", str(self.folder / "cost.json"), "--kv-memory", str(KV_BLOCKS * BLOCK_BYTES)]
         flags += ["--transfer", self.layout.transfer, "--handoff-timeout", str(LEASE_S), "--reserve-timeout", "2"]
-        flags += ["--parent", str(os.getpid())]
+        flags += ["--max-sequences", str(self.layout.sequences)]
+        flags += ["--parent", str(os.getpid()), *self._key_flags]
         if self.redis is not None:
             flags += ["--kv-remote", self.redis.url]
         if self.layout.disk:
@@ -152,12 +166,10 @@ class Cluster:
 
     def _spawn(self, name: str, command: Sequence[str]) -> Process:
         """A process with its own log; it is not among those that a Ctrl-C reaches."""
-        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join(paths)}
-        environment |= {"TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        told = {"TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
-                list(command), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                list(command), stdout=log, stderr=subprocess.STDOUT, env=environment() | told, start_new_session=True
             )
 
     # ------------------------------------------------------------ watching
@@ -208,7 +220,7 @@ class Cluster:
             if ghost.process.poll() is None and time.monotonic() > ghost.woken_at + _GO_S
         ]
 
-    def open_files(self) -> dict[str, int]:
+    def footprints(self) -> dict[str, Footprint]:
         """Of the router and of workers; named with the process id, which changes with a worker's start."""
         processes = [
             ("router", self.router),
@@ -217,7 +229,7 @@ class Cluster:
         found = {}
         for name, process in processes:
             with contextlib.suppress(psutil.Error):
-                found[f"{name} {process.pid}"] = psutil.Process(process.pid).num_fds()
+                found[f"{name} {process.pid}"] = footprint_of(psutil.Process(process.pid))
         return found
 
     # ------------------------------------------------------------ faults of processes and tiers
@@ -299,15 +311,7 @@ class Cluster:
         """Tell a worker what to do at its next occasion; False if nobody is there to be told."""
         until = time.monotonic() + EXPIRES_S
         order = Order(fault.number, fault.order, fault.seed, until, fault.seconds, fault.what, fault.for_good)
-        return _told(post, orders_address(self.folder, fault.victim), order)
-
-
-def _told(post: socket.socket, address: str, order: Order) -> bool:
-    try:
-        post.sendto(msgspec.msgpack.encode(order), address)
-    except OSError:
-        return False
-    return True
+        return give(order, self.folder, fault.victim, post)
 
 
 def _signal(process: Process, number: signal.Signals) -> None:

@@ -7,8 +7,6 @@ of `bascule`.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import sys
 import time
 from collections import deque
@@ -25,10 +23,11 @@ from numpy.typing import NDArray
 from bascule.cli.main import main
 from bascule.engine.mock import mock_card
 from bascule.kv.transfer.channel import Channel, Message
-from bascule.kv.transfer.frames import Buffers, Header, Kind
+from bascule.kv.transfer.frames import Buffers, Kind
 from bascule.kv.transfer.shm import ShmSession
 from bascule.kv.transfer.stream import Stream
-from bascule.kv.transfer.tcp import TcpReceiver, TcpSession
+from bascule.kv.transfer.tcp import TcpReceiver
+from bascule.kv.transfer.tcp_sender import TcpSession
 from bascule.peer_wire import Prepare
 from bascule.wire import PeerAddress
 from bascule.worker import process
@@ -37,10 +36,9 @@ from bascule.worker.outgoing import Outgoing
 from bascule.worker.peers import Peers
 from bascule.worker.worker import Worker
 from chaos.orders import Order, Orders
+from chaos.phases import ENDS, end_at_phases, end_here, lose_on_the_way, phase_of
 from chaos.truth import LAYERS
 
-_KIND_AT = 4
-"""Where a frame's header says its kind."""
 _TICKETS = 256
 
 
@@ -48,26 +46,23 @@ class Known:
     """Which request a ticket is of, as far as this worker has seen it."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, str] = {}
+        self._requests: dict[str, tuple[str, int]] = {}
         self._order: deque[str] = deque()
         self._lock = Lock()
 
-    def add(self, ticket: str, request: str) -> None:
+    def add(self, ticket: str, request: str, attempt: int) -> None:
         with self._lock:
-            self._requests[ticket] = request
+            self._requests[ticket] = request, attempt
             self._order.append(ticket)
             if len(self._order) > _TICKETS:
                 self._requests.pop(self._order.popleft(), None)
 
     def of(self, ticket: str) -> str:
-        return self._requests.get(ticket, "")
+        return self._requests.get(ticket, ("", 0))[0]
 
-
-def _pause_here(orders: Orders, order: Order, request: str, detail: str) -> None:
-    """Stop this process between two halves of a write; whoever reads the report wakes it."""
-    orders.report(order, request, detail)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(0)  # the signal is taken here at the latest
+    def at(self, phase: str, ticket: str) -> str:
+        """What an order for that request at that phase is for."""
+        return phase_of(phase, *self._requests.get(ticket, ("", 0)))
 
 
 def learn_tickets(known: Known) -> None:
@@ -75,11 +70,11 @@ def learn_tickets(known: Known) -> None:
 
     def renew_ticket(self: Outgoing) -> None:
         renew(self)
-        known.add(self.ticket, self.key.request)
+        known.add(self.ticket, *self.key)
 
     def applied(self: DecodeSide, sender: Any, message: Any) -> None:
         if isinstance(message, Prepare):
-            known.add(message.ticket, message.request)
+            known.add(message.ticket, message.request, message.attempt)
         apply(self, sender, message)
 
     Outgoing.renew_ticket = renew_ticket  # type: ignore[method-assign]
@@ -87,44 +82,45 @@ def learn_tickets(known: Known) -> None:
 
 
 def bend_tcp(orders: Orders, known: Known) -> None:
-    """Frames that leave over TCP: cut off, flipped, doubled, late, shortened, or stopped in the middle."""
+    """Frames (or parts of sealed ones) that leave over TCP: cut off, flipped, doubled, late, shortened, or stopped."""
     send = TcpSession._send
     held: WeakKeyDictionary[TcpSession, bytes] = WeakKeyDictionary()
 
-    def late(session: TcpSession) -> None:
+    def late(session: TcpSession, kind: Kind) -> None:
         if (frame := held.pop(session, None)) is not None:
-            send(session, _whole(frame))
+            send(session, kind, _whole(frame))
 
-    def bent(self: TcpSession, memory: Buffers) -> None:
-        kind = memory._views[0][_KIND_AT]
+    def bent(self: TcpSession, kind: Kind, memory: Buffers) -> None:
         order = orders.take(
             "cut", *(("flip", "duplicate", "reorder", "truncate", "stop") if kind == Kind.WRITE else ())
         )
+        if order is None and kind == Kind.WRITE:
+            order = orders.take("cut", *ENDS, what=known.at("transferring", self._ticket))
         if order is None:
-            send(self, memory)
-            late(self)
+            send(self, kind, memory)
+            late(self, kind)
             return
         random, frame, request = Random(order.seed), b"".join(memory._views), known.of(self._ticket)
         at = random.randrange(1, len(frame))
-        if order.fault != "stop":
-            orders.report(order, request, f"tcp {Kind(kind).name.lower()} byte {at} of {len(frame)}")
+        if order.fault not in ("stop", *ENDS):
+            orders.report(order, request, f"tcp {kind.name.lower()} byte {at} of {len(frame)}")
         if order.fault == "flip":
-            send(self, _whole(_flipped(frame, at, random)))
+            send(self, kind, _whole(_flipped(frame, at, random)))
         elif order.fault == "duplicate":
-            send(self, _whole(frame))
-            send(self, _whole(frame))
+            send(self, kind, _whole(frame))
+            send(self, kind, _whole(frame))
         elif order.fault == "reorder":
-            late(self)
+            late(self, kind)
             held[self] = frame
         elif order.fault == "truncate":
-            send(self, _whole(frame[:at]))
+            send(self, kind, _whole(frame[:at]))
         else:
-            send(self, _whole(frame[:at]))
-            if order.fault == "stop":
-                _pause_here(orders, order, request, f"tcp after byte {at} of {len(frame)}")
-            else:
+            send(self, kind, _whole(frame[:at]))
+            if order.fault == "cut":
                 self._stream.shut_down()
-            send(self, _whole(frame[at:]))
+            else:
+                end_here(orders, order, request, f"tcp after byte {at} of {len(frame)}")
+            send(self, kind, _whole(frame[at:]))
 
     TcpSession._send = bent  # type: ignore[method-assign]
 
@@ -135,16 +131,17 @@ def bend_copies(orders: Orders, known: Known) -> None:
 
     def bent(self: ShmSession, target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
         order = orders.take("flip", "duplicate", "truncate", "stop")
+        order = order or orders.take(*ENDS, what=known.at("transferring", self._ticket))
         if order is None:
             copy(self, target, source)
             return
         random, request = Random(order.seed), known.of(self._ticket)
         part = random.randrange(len(target))
-        if order.fault == "stop":
+        if order.fault in ("stop", *ENDS):
             with self._copying:
                 self._require_open()
                 np.copyto(target[:part], source[:part])
-                _pause_here(orders, order, request, f"shm after plane {part} of {len(target)}")
+                end_here(orders, order, request, f"shm after plane {part} of {len(target)}")
                 np.copyto(target[part:], source[part:])
             return
         orders.report(order, request, f"shm plane {part} of {len(target)}")
@@ -184,9 +181,9 @@ def bend_words(orders: Orders) -> None:
         _stall(orders)
         return message
 
-    def taken(self: TcpReceiver, stream: Stream, header: Header) -> None:
+    def taken(self: TcpReceiver, *frame: Any) -> None:
         _stall(orders)
-        take(self, stream, header)
+        take(self, *frame)
 
     Stream.write = written  # type: ignore[method-assign]
     Channel.receive = received  # type: ignore[method-assign]
@@ -208,7 +205,8 @@ def bend_messages(orders: Orders, known: Known) -> None:
         kind, ticket = type(message).__name__, str(getattr(message, "ticket", ""))
         if (kind, ticket) in lost:
             return
-        if (order := orders.take("lose", "repeat", "delay", what=kind)) is None:
+        order = orders.take("lose", "repeat", "delay", what=kind) or orders.take("lose", what=known.at(kind, ticket))
+        if order is None:
             post()
             return
         orders.report(order, known.of(ticket), kind)
@@ -282,6 +280,8 @@ def run() -> None:
     bend_copies(orders, known)
     bend_words(orders)
     bend_messages(orders, known)
+    end_at_phases(orders)
+    lose_on_the_way(orders)
     process.mock_card = partial(mock_card, layers=LAYERS)
     sys.argv = ["bascule", *sys.argv[3:]]
     main()

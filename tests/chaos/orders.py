@@ -27,7 +27,7 @@ class Order(Struct, frozen=True):
     """By the machine's monotonic clock."""
     seconds: float = 0.0
     what: str = ""
-    """The kind of message, where the fault is one of messages."""
+    """The kind of message, where the fault is one of messages; or phase and request, where it is done to that alone."""
     for_good: bool = False
     """Lose a message each time that it is repeated."""
 
@@ -48,6 +48,15 @@ def orders_address(folder: Path, worker: str) -> str:
 
 def reports_address(folder: Path) -> str:
     return str(folder / "reports")
+
+
+def give(order: Order, folder: Path, worker: str, post: socket.socket) -> bool:
+    """Tell a worker; False if nobody is there to be told."""
+    try:
+        post.sendto(msgspec.msgpack.encode(order), orders_address(folder, worker))
+    except OSError:
+        return False
+    return True
 
 
 class Orders:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import signal
 import socket
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -17,12 +18,15 @@ from random import Random
 import msgspec
 import psutil
 
+from bascule.bench.footprints import Footprints, Trend
 from chaos.clients import PATIENCE_S, Asked, Clients, Ended, Mark, asked
 from chaos.cluster import Cluster
 from chaos.orders import EXPIRES_S, Report, reports_address
-from chaos.schedule import ROLES, Fault, layout_of, schedule
+from chaos.schedule import ROLES, VETERANS, Fault, layout_of, paced, schedule
 
 _CLIENTS = 16
+_CROWD, _MEASURED_S = 64, 20.0
+"""Clients by whom it is measured what a cluster can do, and for how long."""
 _WARM_UP = 24
 _AFTER = 24
 """Requests once all faults are over: each has to be exact."""
@@ -34,7 +38,7 @@ _HEARD_S = 1.5
 _MORE_FILES = 16
 """Open files that a process may have in the end beyond those it had at first: connections to peers come and go."""
 _FAILING_SHARE = 0.001
-"""Of the requests of clients that behave: one that loses a worker three times in a row fails, as documented."""
+"""Of the requests of clients that behave: one that loses its worker five times fails, as documented."""
 _NEVER = ("wrong", "cut", "hung")
 
 
@@ -75,12 +79,23 @@ class Verdict:
 class Chaos:
     """Runs in one asyncio loop; `say` gets a line for each fault as it happens."""
 
-    def __init__(self, seed: int, folder: Path, mean_gap_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        folder: Path,
+        mean_gap_s: float,
+        say: Callable[[str], None],
+        *,
+        steady: bool = False,
+    ) -> None:
+        """`steady` for a soak: the workers and not the cores are what limits, and faults leave some of them alive."""
+        self.trends: list[Trend] = []
+        """Of a soak, of the processes that lived long enough."""
         self._seed = seed
         self._folder = folder
         self._say = say
-        self._cluster = Cluster(folder, layout_of(seed))
-        self._schedule = schedule(seed, mean_gap_s)
+        self._cluster = Cluster(folder, paced(layout_of(seed)) if steady else layout_of(seed))
+        self._schedule = schedule(seed, mean_gap_s, VETERANS if steady else ())
         self._faults: dict[str, Befallen] = defaultdict(Befallen)
         self._ordered: dict[int, Fault] = {}
         self._never_met = 0
@@ -94,8 +109,37 @@ class Chaos:
 
     async def run(self, requests: int, faults: int, limit_s: float) -> Verdict:
         """Until there were so many of both, or for so long."""
+
+        async def course() -> list[str]:
+            return await self._under_load(
+                self._clients.run(_CLIENTS), lambda: self._enough(requests, faults), self._begun + limit_s
+            )
+
+        return await self._ended_with_all(course)
+
+    async def soak(self, seconds: float, share: float) -> Verdict:
+        """Under `share` of the load that the cluster can take, measured before; memory and open files are watched."""
+        footprints = Footprints(self._cluster.footprints)
+
+        async def course() -> list[str]:
+            capacity = await self._clients.capacity(_CROWD, _MEASURED_S)
+            self._say(f"{capacity:.1f} requests/s can be answered; {share * capacity:.1f} come")
+            self._begun = time.monotonic()
+            end = self._begun + seconds
+            watching = asyncio.create_task(footprints.watch())
+            load = self._clients.arrive(share * capacity)
+            try:
+                found = await self._under_load(load, lambda: time.monotonic() > end, math.inf)
+            finally:
+                watching.cancel()
+            self.trends = footprints.trends(seconds / 6, seconds / 3)
+            return found + _unsteady(self.trends)
+
+        return await self._ended_with_all(course)
+
+    async def _ended_with_all(self, course: Callable[[], Awaitable[list[str]]]) -> Verdict:
         try:
-            return await self._run(requests, faults, limit_s)
+            return await self._run(course)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -104,7 +148,7 @@ class Chaos:
             asyncio.get_running_loop().remove_reader(self._reports)
             self._reports.close()
 
-    async def _run(self, requests: int, faults: int, limit_s: float) -> Verdict:
+    async def _run(self, course: Callable[[], Awaitable[list[str]]]) -> Verdict:
         cluster = self._cluster
         await cluster.start()
         asyncio.get_running_loop().add_reader(self._reports, self._reported)
@@ -112,17 +156,12 @@ class Chaos:
         self._clients = clients = Clients(self._seed, host, int(port), cluster.ready["model"])
         await asyncio.gather(*(clients.ask(self._plain(-number)) for number in range(1, _WARM_UP)))
         await self._idle()
-        files = cluster.open_files()
-        self._begun = begun = time.monotonic()
-        loop = asyncio.create_task(clients.run(_CLIENTS))
-        try:
-            await self._faults_until(lambda: self._enough(requests, faults), begun + limit_s)
-        finally:
-            clients.stopping = True
-        await loop
+        files = {name: held.files for name, held in cluster.footprints().items()}
+        self._begun = time.monotonic()
+        violations = await course()
         await self._settle()
-        seconds = time.monotonic() - begun
-        violations = await self._aftermath(files)
+        seconds = time.monotonic() - self._begun
+        violations += await self._aftermath(files)
         violations += await cluster.stop()
         violations += self._left_behind()
         violations += [f"{one.verdict}: {one.explain()}" for one in clients.ended if one.verdict in _NEVER]
@@ -143,20 +182,32 @@ class Chaos:
             violations=violations + self._failures,
         )
 
+    async def _under_load(
+        self, load: Coroutine[None, None, None], enough: Callable[[], bool], deadline: float
+    ) -> list[str]:
+        """Faults while clients come; what went wrong with that."""
+        clients = asyncio.create_task(load)
+        try:
+            late = await self._faults_until(enough, deadline)
+        finally:
+            self._clients.stopping = True
+        await clients
+        return late
+
     # ------------------------------------------------------------ faults
 
     def _enough(self, requests: int, faults: int) -> bool:
         return len(self._clients.ended) >= requests and sum(one.count for one in self._faults.values()) >= faults
 
-    async def _faults_until(self, enough: Callable[[], bool], deadline: float) -> None:
+    async def _faults_until(self, enough: Callable[[], bool], deadline: float) -> list[str]:
         while not enough():
             fault = next(self._schedule)
             await asyncio.sleep(fault.gap_s)
             if time.monotonic() > deadline:
-                self._failures.append("the time was over before there were enough faults and requests")
-                return
+                return ["the time was over before there were enough faults and requests"]
             await self._wait_for(fault)
             self._commit(fault)
+        return []
 
     async def _wait_for(self, fault: Fault) -> None:
         """Until its victim is there, and two other workers."""
@@ -269,8 +320,8 @@ class Chaos:
         found += await self._idle()
         found += self._cluster.hanging_ghosts()
         at_first = max(count for name, count in files.items() if not name.startswith("router"))
-        for name, count in self._cluster.open_files().items():
-            before = files.get(name, at_first)
+        for name, held in self._cluster.footprints().items():
+            count, before = held.files, files.get(name, at_first)
             if count > before + _MORE_FILES:
                 found.append(f"{name} has {count} open files, {before} at first")
         return found
@@ -302,6 +353,13 @@ class Chaos:
 
     def _had_no_worker(self, ended: Ended) -> bool:
         return any(ended.started <= at <= ended.started + ended.seconds for at in self._cluster.without_worker)
+
+
+def _unsteady(trends: list[Trend]) -> list[str]:
+    """What grows, and who should have been there to be judged."""
+    judged = {re.split("[- ]", trend.process)[0] for trend in trends}
+    found = [f"no {role} process lived long enough to be judged" for role in {"router", "prefill", "decode"} - judged]
+    return found + [fault for trend in trends for fault in trend.faults]
 
 
 def too_many_failed(verdicts: list[Verdict]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from random import Random
 
 SUSPECT_S, DEAD_S, LEASE_S = 1.5, 4.0, 3.0
 """What the router waits for heartbeats, and either side of a handoff for a sign of life."""
+STEP_S, TOKEN_S = 0.012, 0.00015
+"""What the mock engine takes for a step, and for each token of a prompt: 60 ms for 300 tokens."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,25 @@ class Layout:
     redis: bool = False
     disk: bool = False
     handoff: str = "push"
+    key: bool = False
+    """A cluster key: messages and KV over TCP are encrypted."""
+    step_s: float = STEP_S
+    token_s: float = TOKEN_S
+    """Of the mock engine."""
+    sequences: int = 64
+    """That a worker computes at the same time."""
 
     @property
     def name(self) -> str:
-        tiers = [tier for tier, there in (("redis", self.redis), ("disk", self.disk)) if there]
-        return ", ".join([self.policy, f"KV over {self.transfer}", f"handoff {self.handoff}", *tiers])
+        parts = [("redis", self.redis), ("disk", self.disk), ("cluster key", self.key)]
+        there = [part for part, is_there in parts if is_there]
+        return ", ".join([self.policy, f"KV over {self.transfer}", f"handoff {self.handoff}", *there])
 
 
 LAYOUTS = (
     Layout("disaggregated", "tcp", redis=True),
     Layout("disaggregated", "shm"),
-    Layout("adaptive", "tcp", redis=True, disk=True),
+    Layout("adaptive", "tcp", redis=True, disk=True, key=True),
     Layout("disaggregated", "auto", redis=True, handoff="auto"),
     Layout("adaptive", "shm", disk=True),
 )
@@ -69,9 +79,10 @@ class _Kind:
     for_good: bool = False
 
 
+_WHOLE_POOL = "kill -9 of a whole pool"
 _PROCESSES = {
     "kill -9": _Kind(10, _ALL, (0.0, 1.0)),
-    "kill -9 of a whole pool": _Kind(2, ("prefill", "decode"), (0.0, 1.0)),
+    _WHOLE_POOL: _Kind(2, ("prefill", "decode"), (0.0, 1.0)),
     "restart (SIGTERM)": _Kind(6, _ALL, (0.0, 0.5)),
     "paused, not missed": _Kind(6, _ALL, (0.1, 0.9)),
     "paused, suspect": _Kind(4, _ALL, (SUSPECT_S, DEAD_S - 0.7)),
@@ -96,6 +107,13 @@ _MESSAGES = {
     "message doubled": _Kind(4, _ALL, order="repeat", messages=(*_TO_TAKERS, *_TO_SENDERS)),
     "message late": _Kind(4, _ALL, (0.05, 4.0), order="delay", messages=(*_TO_TAKERS, *_TO_SENDERS)),
 }
+_ENDING = (
+    *("kill -9", "restart (SIGTERM)", "paused, declared dead"),
+    *("paused, replaced, woken", "paused in mid-write"),
+)
+"""After these a process is gone, or may be."""
+VETERANS = ("prefill-0", "decode-0")
+"""Workers that live for the whole of a soak."""
 _MEMORY = {"arena full": _Kind(8, _ALL, (0.5, 3.0), order="fill")}
 
 
@@ -112,13 +130,25 @@ def kinds_of(layout: Layout) -> dict[str, _Kind]:
     return kinds
 
 
+def _sparing(veterans: Collection[str], kind: _Kind) -> _Kind:
+    return replace(kind, victims=tuple(victim for victim in kind.victims if victim not in veterans))
+
+
 def layout_of(seed: int) -> Layout:
     return LAYOUTS[seed % len(LAYOUTS)]
 
 
-def schedule(seed: int, mean_gap_s: float) -> Iterator[Fault]:
-    """Without end."""
+def paced(layout: Layout) -> Layout:
+    """The same, but the workers can take so little that they, and not the cores, limit what can be asked."""
+    return replace(layout, step_s=0.03, token_s=0.0003, sequences=8)
+
+
+def schedule(seed: int, mean_gap_s: float, veterans: Collection[str] = ()) -> Iterator[Fault]:
+    """Without end. `veterans` get no fault that may end a process."""
     kinds, draw, number = kinds_of(layout_of(seed)), Random(f"faults {seed}"), 0
+    if veterans:
+        kinds = {name: _sparing(veterans, kind) if name in _ENDING else kind for name, kind in kinds.items()}
+        del kinds[_WHOLE_POOL]
     names = list(kinds)
     while True:
         number += 1

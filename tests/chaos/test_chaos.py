@@ -13,7 +13,7 @@ import pytest
 from chaos.__main__ import one_run
 from chaos.clients import CONTEXT, GRACE_S, VOCAB, Clients, Ended, asked
 from chaos.run import too_many_failed
-from chaos.schedule import LAYOUTS, kinds_of, schedule
+from chaos.schedule import DEAD_S, LAYOUTS, VETERANS, kinds_of, schedule
 from chaos.truth import true_tokens
 from support.redis_server import redis_binary
 
@@ -39,6 +39,14 @@ def test_a_seed_gives_the_same_faults_and_requests_again() -> None:
 def test_every_fault_of_a_layout_comes_up(seed: int) -> None:
     drawn = {fault.name for fault in islice(schedule(seed, 1.0), 1000)}
     assert drawn == set(kinds_of(LAYOUTS[seed]))
+
+
+def test_a_soak_leaves_its_veterans_alive_and_gives_them_all_other_faults() -> None:
+    ending = {fault.name for fault in islice(schedule(SEED, 1.0, VETERANS), 2000) if fault.victim not in VETERANS}
+    drawn = [fault for fault in islice(schedule(SEED, 1.0, VETERANS), 2000) if fault.victim in VETERANS]
+    assert {"kill -9", "restart (SIGTERM)", "paused, declared dead", "paused in mid-write"} <= ending
+    assert not any(fault.name.startswith(("kill", "restart")) for fault in drawn)
+    assert all(fault.seconds < DEAD_S for fault in drawn if fault.name.startswith("paused"))
 
 
 def events(tokens: list[int], end: str) -> bytes:

@@ -240,3 +240,11 @@ def test_calls_after_close_are_misses(place: Place) -> None:
     assert stats.misses == 1
     assert stats.errors[Fault.CLOSED] >= 3
     store.close()
+
+
+def test_a_look_at_a_block_is_what_a_get_gives_and_no_use_of_it(place: Place) -> None:
+    store = place.open()
+    store.put({A: value_of(1), B: value_of(2)})
+    before = store.stats()
+    assert store.peek([A, C, B]) == [value_of(1), None, value_of(2)]
+    assert (store.stats().hits, store.stats().misses) == (before.hits, before.misses)

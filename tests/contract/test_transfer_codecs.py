@@ -6,7 +6,6 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from transfer_link import (
     make_link,
     moves,
     push_all_as,
+    revoke_behind_the_last_byte,
     wait_until,
 )
 
@@ -45,7 +45,6 @@ from bascule.kv.transfer.frames import (
     unpack_reply,
 )
 from bascule.kv.transfer.stream import Stream
-from bascule.kv.transfer.tcp import TcpReceiver
 
 LOSSY = NAMES[1:]
 INT8 = codec_named("int8", LAYOUT)
@@ -61,7 +60,7 @@ GOOD: dict[str, Any] = {
 PAIRS = {3: 9, 4: 10, 5: 11, 20: 2, 40: 41, 7: 63}
 
 
-@pytest.fixture(params=["loopback", "tcp"])
+@pytest.fixture(params=["loopback", "tcp", "sealed"])
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     with ExitStack() as stack:
         yield make_link(request.param, stack, LOSSY)
@@ -238,34 +237,11 @@ def test_records_whose_end_comes_after_the_revocation_are_not_decoded(tcp: Link)
 def test_a_revocation_after_the_last_byte_and_before_it_is_decoded_counts(
     tcp: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(tcp.receiver, TcpReceiver)
     _, source = tcp.sender()
     fill(source)
     tcp.grant(0)
     tcp.arena.bytes[:] = 9
-    grant = tcp.receiver._grants[ticket_key(TICKET)]
-    lock, receive_some, complete = grant.lock, Stream.receive_some, Event()
-
-    class RevokesNext:
-        """The grant's lock; after its holder has received all, the revocation is the next to have it."""
-
-        def __enter__(self) -> None:
-            lock.acquire()
-
-        def __exit__(self, *_: object) -> None:
-            lock.release()
-            if complete.is_set():
-                complete.clear()
-                tcp.receiver.revoke(TICKET)
-
-    def receive(stream: Stream, memory: Buffers) -> bool:
-        received = receive_some(stream, memory)
-        if not memory.left and lock.locked():
-            complete.set()
-        return received
-
-    monkeypatch.setattr(grant, "lock", RevokesNext())
-    monkeypatch.setattr(Stream, "receive_some", receive)
+    revoke_behind_the_last_byte(tcp, monkeypatch)
     with connect(tcp) as raw:
         raw.sendall(header("int8", 0, 1) + INT8.encode(source.bytes[:, :1]).tobytes())
         wait_until(lambda: tcp.receiver.refusals.get("revoked"), "the refusal")

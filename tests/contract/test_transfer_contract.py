@@ -29,7 +29,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.transfer.base import Move, Pushed, TransferError
 
 
-@pytest.fixture(params=["loopback", "shm", "tcp"])
+@pytest.fixture(params=["loopback", "shm", "tcp", "sealed"])
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     with ExitStack() as stack:
         yield make_link(request.param, stack)
@@ -73,7 +73,7 @@ def test_chunks_pushed_one_after_the_other_all_lie_there_after_one_flush(link: L
 def test_a_wrong_secret_and_an_unknown_ticket_are_refused(link: Link) -> None:
     sender, _ = link.sender()
     link.grant()
-    with pytest.raises(TransferError, match="wrong secret"):
+    with pytest.raises(TransferError, match=r"wrong secret|sealed with other keys"):
         sender.open(link.receiver.endpoint, TICKET, WRONG)
     with pytest.raises(TransferError, match="unknown"):
         sender.open(link.receiver.endpoint, OTHER, SECRET)
@@ -188,7 +188,7 @@ def test_a_closed_receiver_is_reported(link: Link) -> None:
 # ---------------------------------------------------------------- where revocation is at once
 
 
-@pytest.mark.parametrize("link", ["loopback", "tcp"], indirect=True)
+@pytest.mark.parametrize("link", ["loopback", "tcp", "sealed"], indirect=True)
 def test_memory_reused_after_a_revocation_in_mid_push_is_untouched(link: Link) -> None:
     sender, _ = link.sender(fill=7)
     link.grant()

@@ -45,7 +45,7 @@ from bascule.kv.transfer.frames import (
     ticket_key,
 )
 from bascule.kv.transfer.shm import ShmSender
-from bascule.kv.transfer.tcp import TcpSender
+from bascule.kv.transfer.tcp_sender import TcpSender
 
 WRITER_WITH_HEIR = """
 import socket, subprocess, sys, msgspec

@@ -8,18 +8,23 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event, Thread
 from time import monotonic, sleep
 
 import msgspec
 import numpy as np
+import pytest
 
 from bascule.kv.arena import Arena
 from bascule.kv.codecs import codec_named
 from bascule.kv.transfer.base import Grant, Move, Receiver, Sender
+from bascule.kv.transfer.frames import Buffers, ticket_key
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.shm import ShmReceiver, ShmSender
-from bascule.kv.transfer.tcp import TcpReceiver, TcpSender
+from bascule.kv.transfer.stream import Stream
+from bascule.kv.transfer.tcp import TcpReceiver
+from bascule.kv.transfer.tcp_sender import TcpSender
 from bascule.types import KVLayout, TicketId
 
 WAIT = 20.0
@@ -27,6 +32,7 @@ LAYOUT = KVLayout("float32", layers=3, kv_heads=2, head_dim=64, block_size=16, p
 BLOCKS = 64
 TICKET, OTHER = TicketId("ticket"), TicketId("other")
 SECRET, WRONG = b"s" * 16, b"w" * 16
+CLUSTER_KEY = b"c" * 32
 
 WRITER = """
 import sys, msgspec
@@ -34,7 +40,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.codecs import codec_named
 from bascule.kv.transfer.base import Endpoint, Move
 from bascule.kv.transfer.shm import ShmSender
-from bascule.kv.transfer.tcp import TcpSender
+from bascule.kv.transfer.tcp_sender import TcpSender
 from bascule.types import KVLayout
 
 endpoint = msgspec.json.decode(sys.argv[1], type=Endpoint)
@@ -69,7 +75,7 @@ class Link:
 
 
 def make_link(transport: str, stack: ExitStack, codecs: Sequence[str] = ()) -> Link:
-    """The receiver allows `codecs`."""
+    """Over `loopback`, `shm`, `tcp`, or `sealed`, which is tcp with a cluster key. The receiver allows `codecs`."""
     allowed = {name: codec_named(name, LAYOUT) for name in codecs}
     arena = stack.enter_context(Arena.create(LAYOUT, BLOCKS))
     safe: list[TicketId] = []
@@ -82,7 +88,9 @@ def make_link(transport: str, stack: ExitStack, codecs: Sequence[str] = ()) -> L
     elif transport == "shm":
         receiver, new_sender = ShmReceiver(arena, safe.append), ShmSender
     else:
-        receiver, new_sender = TcpReceiver(arena, safe.append, "127.0.0.1", codecs=allowed), TcpSender
+        key = CLUSTER_KEY if transport == "sealed" else None
+        receiver = TcpReceiver(arena, safe.append, "127.0.0.1", codecs=allowed, key=key)
+        new_sender = partial(TcpSender, key=key)
     stack.callback(receiver.close)
     return Link(receiver, arena, new_sender, stack, safe)
 
@@ -121,6 +129,34 @@ class PushingThread(Thread):
     def join(self, timeout: float | None = WAIT) -> None:
         super().join(timeout)
         assert not self.is_alive(), f"the push did not end within {timeout} s"
+
+
+def revoke_behind_the_last_byte(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have TICKET revoked once all of a frame's payload has been received, and before anything is done with it."""
+    assert isinstance(link.receiver, TcpReceiver)
+    grant = link.receiver._grants[ticket_key(TICKET)]
+    lock, receive_some, complete = grant.lock, Stream.receive_some, Event()
+
+    class RevokesNext:
+        """The grant's lock; after its holder has received all, the revocation is the next to have it."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            if complete.is_set():
+                complete.clear()
+                link.receiver.revoke(TICKET)
+
+    def receive(stream: Stream, memory: Buffers) -> bool:
+        received = receive_some(stream, memory)
+        if not memory.left and lock.locked():
+            complete.set()
+        return received
+
+    monkeypatch.setattr(grant, "lock", RevokesNext())
+    monkeypatch.setattr(Stream, "receive_some", receive)
 
 
 def start_writer(link: Link) -> subprocess.Popen[bytes]:

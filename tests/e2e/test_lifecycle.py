@@ -37,6 +37,8 @@ REFUSED = [
     (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
     (["--transfer", "shm", "--transfer-codec", "auto"], "transfer-codec is auto, but must be none with"),
     (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
+    (["--policy", "single", "--transfer-codec", "int8"], "--transfer-codec int8 has no effect under policy single"),
+    (["--policy", "random", "--handoff", "auto", "--kv-host", "1GiB"], "--handoff auto has no effect under policy"),
     (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
     (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
     (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
@@ -157,7 +159,9 @@ def test_a_killed_worker_costs_no_request_and_is_started_again(
     exact.wait_idle()
     said = exact.log.read_text()[seen:]
     assert f"worker {victim}" in said and "SIGKILL" in said
-    one.check(exact.complete(one.prompt, max_tokens=64, ignore_eos=True)["choices"][0]["token_ids"], "after")
+    one.check(
+        exact.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)["choices"][0]["token_ids"], "after"
+    )
 
 
 def test_sigterm_lets_requests_end_and_leaves_no_process(tmp_path: Path) -> None:

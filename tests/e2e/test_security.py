@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
-from bascule.bench.namespaces import Cable, Host, two_hosts, why_not
+from bascule.bench.namespaces import Cable, Host
+from bascule.engine.mock import MockRunner, mock_card
+from bascule.engine.protocol import Slice
+from bascule.keys import ClusterKey
+from bascule.kv.arena import Arena
+from bascule.types import CostModel
 from support.cluster import run_cli, run_clis, serve
+from support.hosts import MOCK, START_S, router, until, worker
 
-MOCK = ("--engine", "mock")
 PROMPT = [23456] * 64
 """Stands in messages as this number, big-endian behind its type, again and again."""
+OUTPUT = 8
+SAME_TICKET_SECRET = """
+import os, secrets
+secrets.token_hex = lambda count: os.urandom(count).hex()
+secrets.token_bytes = lambda count: {}[:count]
+"""
 ON_THE_WIRE = struct.pack("!BH", 0xCD, PROMPT[0]) * 8
-START_S = 60.0
-
-Started = AbstractContextManager[subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -60,11 +63,13 @@ def test_planes_that_others_could_reach_do_not_open_without_a_key(tmp_path: Path
 def test_secrets_are_in_no_log_and_on_no_command_line(
     tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api, admin, secret = "an-api-key-of-ours", "an-admin-key-of-ours", key.read_text().split()[1]
+    api, admin, ticket = "an-api-key-of-ours", "an-admin-key-of-ours", "a-ticket's-bytes"
+    (tmp_path / "sitecustomize.py").write_text(SAME_TICKET_SECRET.format(ticket.encode()))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     config = tmp_path / "bascule.toml"
     config.write_text(f'api-key = "{api}"\nadmin-key = "{admin}"\n')
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    flags = ["--config", str(config), "--cluster-key-file", str(key), "--log-level", "debug", *MOCK]
+    flags = ["--config", str(config), "--cluster-key-file", str(key), "--log-level=debug", "--transfer=tcp", *MOCK]
     with serve("smollm2", *flags) as cluster:
         assert cluster.http.post(f"{cluster.url}/v1/completions", json={"prompt": "x"}).status_code == 401
         cluster.http.headers["Authorization"] = f"Bearer {api}"
@@ -78,16 +83,11 @@ def test_secrets_are_in_no_log_and_on_no_command_line(
         assert left.stat().st_mode & 0o777 == 0o600 and admin in left.read_text()
         told = cluster.log.read_text() + commands + json.dumps(cluster.ready)
     assert commands.count(str(key)) == 3 and "DEBUG" in told
-    for each in (api, admin, secret):
-        assert each not in told
-
-
-@pytest.fixture(scope="module")
-def cable() -> Iterator[Cable]:
-    if (reason := why_not()) is not None:
-        pytest.skip(f"two hosts cannot be made within this machine: {reason}")
-    with two_hosts() as made:
-        yield made
+    whole = key.read_text().split()[1]
+    derived = ClusterKey.of(bytes.fromhex(whole))
+    of_cluster = [bytes.fromhex(whole), derived.server_secret, derived.client_secret, derived.transfers]
+    for each in (api.encode(), admin.encode(), ticket.encode(), *of_cluster):
+        assert not any(form in told for form in (repr(each)[2:-1], each.hex())), each
 
 
 class Sniffer(threading.Thread):
@@ -117,52 +117,19 @@ class Sniffer(threading.Thread):
         return b"".join(self._heard)
 
 
-@contextmanager
-def process(host: Host, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of ours on a host, stopped at the end."""
-    with log.open("wb") as output, host.inside():
-        child = subprocess.Popen(
-            [sys.executable, "-m", "bascule", *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"COLUMNS": "200"},
-        )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(20)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+def kv_of_prompt() -> bytes:
+    """What the mock computes for the first block, as it lies in an arena: the keys of one layer."""
+    card = mock_card()
+    blocks = list(range(-(-len(PROMPT) // card.layout.block_size)))
+    with Arena.create(card.layout, len(blocks)) as arena:
+        runner = MockRunner(card, CostModel(), lambda _: None)
+        runner.bind(arena)
+        runner.execute([Slice(PROMPT, 0, blocks, None, PROMPT, len(PROMPT))])
+        return arena.bytes[0, 0].tobytes()
 
 
-@contextmanager
-def router(cable: Cable, folder: Path, *flags: str) -> Iterator[tuple[str, Path, Path]]:
-    """Where workers join, the ready file and the log of a router on the near host."""
-    join, ready, log = f"tcp://{cable.near.address}:8100", folder / "ready", folder / "router.log"
-    command = ("router", "smollm2", "--bind", join, "--port=0", "--ready-file", str(ready), *flags)
-    with process(cable.near, log, *command):
-        yield join, ready, log
-
-
-def worker(cable: Cable, folder: Path, join: str, far: bool, role: str, *flags: str) -> Started:
-    host = cable.far if far else cable.near
-    where = ("--join", join, "--host", host.address, "--transfer=tcp", "--id", role, "--role", role)
-    return process(host, folder / f"{role}.log", "worker", "smollm2", *where, *MOCK, *flags)
-
-
-def until(condition: Callable[[], bool], what: str, logs: Sequence[Path]) -> None:
-    deadline = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < deadline, what + "".join(f"\n{log}: {log.read_text()[-1500:]}" for log in logs)
-        time.sleep(0.05)
-
-
-def heard(cable: Cable, folder: Path, *flags: str) -> bytes:
-    """What crosses the cable while a prompt is prefilled on the far host and decoded on the near one."""
+def heard(cable: Cable, folder: Path, *flags: str) -> tuple[bytes, list[int]]:
+    """All that crosses the cable while a prompt is prefilled on the far host and decoded on the near one; output."""
     with ExitStack() as stack:
         join, ready, log = stack.enter_context(router(cable, folder, "--policy=disaggregated", *flags))
         for far, role in ((True, "prefill"), (False, "decode")):
@@ -176,24 +143,27 @@ def heard(cable: Cable, folder: Path, *flags: str) -> bytes:
                 [log],
             )
             sniffer = Sniffer(cable.near)
-            body = {"model": content["model"], "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True}
+            body = {"model": content["model"], "prompt": PROMPT, "max_tokens": OUTPUT, "temperature": 0}
+            body |= {"ignore_eos": True, "return_token_ids": True}
             answer = client.post(f"{content['url']}/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Bascule-Route"] == "remote;prefill=prefill;decode=decode"
-        return sniffer.stop()
+        return sniffer.stop(), answer.json()["choices"][0]["token_ids"]
 
 
-def test_a_listener_on_the_cable_reads_prompts_without_a_key_and_none_with_it(
+def test_a_listener_on_the_cable_reads_prompts_and_kv_without_a_key_and_none_with_it(
     cable: Cable, tmp_path: Path, key: Path
 ) -> None:
     folders = [tmp_path / name for name in ("open", "closed")]
     for folder in folders:
         folder.mkdir()
-    in_clear = heard(cable, folders[0], "--insecure")
-    assert ON_THE_WIRE in in_clear and b"prefill" in in_clear
+    in_clear, tokens = heard(cable, folders[0], "--insecure")
+    kv = kv_of_prompt()
+    assert len(kv) == 128 and ON_THE_WIRE in in_clear and b"prefill" in in_clear and kv in in_clear
     assert "neither authenticated nor encrypted" in " ".join((folders[0] / "prefill.log").read_text().split())
-    encrypted = heard(cable, folders[1], "--cluster-key-file", str(key))
-    assert len(encrypted) > 2000
+    encrypted, same_tokens = heard(cable, folders[1], "--cluster-key-file", str(key))
+    assert len(encrypted) > 4000 and len(tokens) == OUTPUT and same_tokens == tokens
+    assert not any(kv[place : place + 8] in encrypted for place in range(0, len(kv), 8)), "nor the KV of any token"
     assert ON_THE_WIRE not in encrypted and struct.pack("!BH", 0xCD, PROMPT[0]) * 2 not in encrypted
     assert b"prefill" not in encrypted and key.read_text().split()[1].encode() not in encrypted
 

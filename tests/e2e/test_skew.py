@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from bascule.bench.load import Record, offer
-from bascule.bench.workloads import Ask, Talk
+from bascule.traffic.workloads import Ask, Talk
 from support.cluster import Cluster, serve
 
 WORKERS, REQUESTS, CLIENTS, SHARED, OWN, OUTPUT = 4, 160, 8, 2000, 40, 16

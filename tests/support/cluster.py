@@ -22,6 +22,12 @@ START_S = 120.0
 STOP_S = 40.0
 
 
+def environment() -> dict[str, str]:
+    """Of processes that find the tests' own modules, and do not wrap what they print."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @dataclass
 class Cluster:
     """A running server. `process` is the launcher; workers are its children."""
@@ -97,18 +103,19 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def serve(model: str | Path, *flags: str) -> Iterator[Cluster]:
-    """Run `bascule serve` until the block ends; the log is shown when something fails."""
+def serve(model: str | Path, *flags: str, program: Sequence[str] = ("bascule",)) -> Iterator[Cluster]:
+    """Run `bascule serve` until the block ends; the log is shown when something fails.
+
+    `program` is a module that takes the command line instead, and what it wants before that.
+    """
     with tempfile.TemporaryDirectory(prefix="bascule-test-") as folder:
         log, ready_file = Path(folder, "log"), Path(folder, "ready")
-        command = [sys.executable, "-m", "bascule", "serve", str(model), "--port", "0"]
+        command = [sys.executable, "-m", *program, "serve", str(model), "--port", "0"]
         command += ["--ready-file", str(ready_file), *flags]
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"}
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:
-            cluster = Cluster(process, _ready(process, ready_file, log), log)
+            cluster = Cluster(process, ready_of(process, ready_file, log), log)
             try:
                 yield cluster
             except BaseException:
@@ -122,7 +129,8 @@ def serve(model: str | Path, *flags: str) -> Iterator[Cluster]:
                 process.wait()
 
 
-def _ready(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> dict[str, Any]:
+def ready_of(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> dict[str, Any]:
+    """What a server writes to its ready file, once it does."""
     deadline = time.monotonic() + START_S
     while not ready_file.exists():
         assert process.poll() is None, f"serve ended: {log.read_text(errors='replace')[-4000:]}"

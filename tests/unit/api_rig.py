@@ -25,8 +25,10 @@ from bascule.clock import WallClock
 from bascule.errors import InvalidRequest, NotFound
 from bascule.observe.decisions import DecisionRecords
 from bascule.observe.metrics import Metrics
+from bascule.router.backend import LinkEnds, LinkReport
 from bascule.types import (
     ClusterState,
+    CostModel,
     Delta,
     Epoch,
     FinishReason,
@@ -245,6 +247,29 @@ class FakeBackend:
         self.operations.append(("role", role))
         return self._operated(worker, role=role)
 
+    async def measure_link(self, ends: LinkEnds, size: int, runs: int) -> LinkReport:
+        self.operations.append(("link", (ends.source, ends.target, ends.transport, size, runs)))
+        self._operated(ends.source)
+        return LinkReport(
+            source=ends.source,
+            target=ends.target,
+            transport=ends.transport,
+            same_machine=True,
+            devices=("cpu:0", "cpu:1"),
+            bytes=size,
+            reserve_s=(0.001,),
+            block_s=(0.001,),
+            push_s=(0.01,),
+            latency_s=0.002,
+            bytes_per_s=size / 0.01,
+            model=CARD.name,
+            fingerprint=CARD.fingerprint,
+            context=CARD.context,
+            kv_token_bytes=8,
+            chunk_tokens=512,
+            cost=CostModel(),
+        )
+
     def _operated(self, worker: WorkerId, **changes: Any) -> WorkerStatus:
         if worker != self.worker.id:
             raise NotFound(f"There is no worker {worker!r}; there are: mixed-0.", code="unknown_worker")
@@ -278,6 +303,7 @@ class ApiRig(AbstractContextManager["ApiRig"]):
         self._thread.start()
         app = create_app(self.context, self._keys[0])
         admin = create_admin_app(self.backend, self.records, self.backend, self._keys[1])
+        self.apps = (app, admin)
         self.server = self.call(HttpServer.start(app, self.context.calls, "127.0.0.1", 0))
         self.admin = self.call(HttpServer.start(admin, Calls(), "127.0.0.1", 0))
         self.http = httpx.Client(base_url=self.server.url, timeout=WAIT)

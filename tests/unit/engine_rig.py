@@ -71,6 +71,11 @@ def reference(prompt: Sequence[int], sampling: SamplingParams, *, stop_at: int |
     return tokens[len(prompt) :]
 
 
+def named(transport: str) -> tuple[str, bytes | None]:
+    """A transport of these tests as the package knows it: its name and the cluster's key; `sealed` is tcp with one."""
+    return ("tcp", b"c" * 32) if transport == "sealed" else (transport, None)
+
+
 @cache
 def kv_of(prompt: tuple[int, ...]) -> NDArray[np.uint8]:
     """[planes, full blocks, bytes], computed alone."""

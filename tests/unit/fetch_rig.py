@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from engine_rig import BLOCK, CARD, Rig, greedy, reference, work
+from engine_rig import BLOCK, CARD, Rig, greedy, named, reference, work
 
 from bascule.engine.sequence import Key
 from bascule.kv.hashing import BlockHasher
@@ -68,8 +68,9 @@ class Two:
             receivers = {transport: LoopbackReceiver(arenas[0], safe, network, coding.codecs)}
             senders = {transport: LoopbackSender(arenas[1], network)}
         else:
-            receivers = open_receivers(arenas[0], transport, "127.0.0.1", safe, coding.codecs)
-            senders = open_senders(arenas[1], transport)
+            name, key = named(transport)
+            receivers = open_receivers(arenas[0], name, "127.0.0.1", safe, coding.codecs, key)
+            senders = open_senders(arenas[1], name, key)
         self.grants.receivers = receivers
         for sender in senders.values():
             stack.callback(sender.close)

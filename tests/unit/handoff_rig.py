@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from engine_rig import BLOCK, CARD, greedy, work
+from engine_rig import BLOCK, CARD, greedy, named, work
 
 from bascule.clock import VirtualClock
 from bascule.config import HandoffConfig
@@ -123,7 +123,7 @@ def pair(
     coding: Coding = Coding(),
     allowed: Coding | None = None,
 ) -> Iterator[Pair]:
-    """Both sides over `transport`; the books of both are clean and without leases at the end.
+    """Both sides over `transport` (see `named`); the books of both are clean and without leases at the end.
 
     The prefill side sends with `coding`, and the decode side takes what is `allowed` (else the same).
     """
@@ -154,8 +154,9 @@ def pair(
             receivers = {"loopback": LoopbackReceiver(arenas[1], safe, network, codecs)}
             senders = {"loopback": LoopbackSender(arenas[0], network)}
         else:
-            receivers = open_receivers(arenas[1], transport, "127.0.0.1", safe, codecs)
-            senders = open_senders(arenas[0], transport)
+            name, key = named(transport)
+            receivers = open_receivers(arenas[1], name, "127.0.0.1", safe, codecs, key)
+            senders = open_senders(arenas[0], name, key)
         lost: list[str] = []
         both.prefill = PrefillSide(
             engines[0],
@@ -165,7 +166,7 @@ def pair(
             both,  # type: ignore[arg-type]
             senders,
             config,
-            on_lost=lambda key, why: lost.append(why),
+            on_lost=lambda key, why, failing: lost.append(why),
             wake=lambda: None,
             coding=coding,
         )

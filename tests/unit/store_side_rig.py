@@ -9,6 +9,7 @@ from threading import Semaphore
 
 from engine_rig import BLOCK, Rig, greedy, reference, work
 
+from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.forms import Forms
@@ -65,10 +66,11 @@ class Node:
         task = self.side.start(submission, lambda _: self.rig.engine.submit(asked))
         return Key(asked.request, asked.attempt), task
 
-    def step(self) -> None:
+    def step(self) -> StepResult:
         result = self.rig.step()
         self.side.computed(self.rig.books.changes().stored)
         self.side.stepped(result)
+        return result
 
     def expected(self, prompt: Sequence[int]) -> list[int]:
         return reference(prompt, greedy(OUTPUT))

@@ -6,7 +6,6 @@ import contextlib
 import json
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from bascule.cli.explain import explain
 from bascule.config import HttpConfig
 from bascule.errors import ConfigError
 from bascule.keys import write_private
+from support.certificates import certify
 
 FIRST, SECOND, ADMIN = "first-key-1", "second-key-2", "admin-key-3"
 
@@ -153,6 +153,14 @@ def test_an_open_api_is_remarked_upon() -> None:
     assert list(keys.doubts(HttpConfig(host="0.0.0.0", ssl_certfile=Path("x")), (FIRST,))) == []
 
 
+def test_a_tls_key_that_everybody_can_read_is_remarked_upon(files: Path) -> None:
+    http = HttpConfig(ssl_certfile=files / "one.pem", ssl_keyfile=files / "one.key")
+    for mode, told in ((0o600, 0), (0o640, 0), (0o644, 1)):
+        (files / "one.key").chmod(mode)
+        assert [f"chmod 600 {files / 'one.key'}" in each for each in keys.doubts(http, (FIRST,))] == [True] * told
+    (files / "one.key").chmod(0o600)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two certificates for loopback, with their keys."""
@@ -163,13 +171,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "both.pem").write_text((folder / "one.pem").read_text() + (folder / "one.key").read_text())
     (folder / "junk").write_text("junk")
     return folder
-
-
-def certify(folder: Path, name: str, *how: str) -> None:
-    kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2"]
-    who = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(folder / f"{name}.key"), "-out", str(folder / f"{name}.pem")]
-    subprocess.run(["openssl", *kind, *who, *files, *how], check=True, capture_output=True, timeout=WAIT)
 
 
 def test_the_api_speaks_https_to_those_who_trust_its_certificate_and_to_nobody_in_the_clear(files: Path) -> None:
@@ -234,3 +235,21 @@ def test_endless_headers_are_cut_off_and_long_ones_are_not() -> None:
         assert rig.http.post("/v1/completions", json=big).status_code == 400
         assert rig.http.get("/health").status_code == 200
         rig.wait_for(lambda: len(rig.server._server.server_state.connections) == 1)
+
+
+@pytest.mark.parametrize("endless", [b"X-Endless: " + b"a" * 4000 + b"\r\n", b"a" * 4096], ids=["many", "one"])
+def test_endless_trailers_behind_a_body_are_cut_off(endless: bytes) -> None:
+    """They are no part of the body, whose size is bounded elsewhere."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-First: "
+    with ApiRig() as rig, socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as connection:
+        connection.sendall(head)
+        with pytest.raises(ConnectionError):
+            for _ in range(5000):
+                connection.sendall(endless)
+
+
+def test_a_long_body_in_small_chunks_is_no_endless_one() -> None:
+    body = b'{"model": "tiny", "prompt": "' + b"a" * 30_000 + b'"}'
+    with ApiRig() as rig:
+        answer = rig.http.post("/v1/completions", content=(body[at : at + 1] for at in range(len(body))))
+        assert answer.status_code == 400 and "tokens" in answer.text, answer.text

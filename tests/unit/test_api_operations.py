@@ -91,3 +91,33 @@ def test_the_metrics_count_workers_by_state(rig: ApiRig) -> None:
     found = samples(rig.http.get("/metrics").text)
     states = {name: found[f'bascule_workers{{state="{name}"}}'] for name in ("ready", "suspect", "draining", "drained")}
     assert states == {"ready": 0, "suspect": 0, "draining": 1, "drained": 0}
+
+
+LINK = {"from": "mixed-0", "to": "mixed-1", "transport": "tcp"}
+
+
+def test_a_link_is_measured_with_defaults_or_as_asked_for(rig: ApiRig) -> None:
+    for more, expected in (({}, (8 << 20, 5)), ({"bytes": 1 << 16, "runs": 2}, (1 << 16, 2))):
+        answer = rig.http.post(f"{rig.admin.url}/admin/links", json=LINK | more)
+        assert answer.status_code == 200 and answer.json()["from"] == "mixed-0", answer.text
+        assert rig.backend.operations[-1] == ("link", ("mixed-0", "mixed-1", "tcp", *expected))
+        assert answer.json()["bytes_per_s"] == expected[0] / 0.01
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**LINK, "transport": "rdma"}, "transport"),
+        ({**LINK, "from": 1}, "from"),
+        ({"from": "mixed-0", "transport": "tcp"}, "to"),
+        ({**LINK, "bytes": 0}, "bytes"),
+        ({**LINK, "bytes": 1 << 30}, "bytes"),
+        ({**LINK, "runs": 51}, "runs"),
+        ({**LINK, "run": 1}, "run"),
+    ],
+)
+def test_a_link_that_makes_no_sense_is_not_measured(rig: ApiRig, body: dict[str, object], param: str) -> None:
+    answer = rig.http.post(f"{rig.admin.url}/admin/links", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert rig.backend.operations == []
+    assert rig.http.post(f"{rig.admin.url}/admin/links", json={**LINK, "from": "nobody"}).status_code == 404

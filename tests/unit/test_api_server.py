@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from api_rig import HOLD, WAIT, ApiRig, Pause, says
 
+from bascule.api import connection
 from bascule.api.calls import Calls
 from bascule.api.server import HttpServer
 from bascule.errors import ConfigError
@@ -119,3 +122,77 @@ def test_the_hard_stop_does_not_wait_for_a_request_that_never_ends(rig: ApiRig) 
     with socket.create_connection(("127.0.0.1", rig.server.port)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         rig.call(rig.server.stop())
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"])
+def test_a_client_that_does_not_finish_its_headers_is_cut_off(
+    begun: bytes, rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.3)
+    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
+        client.sendall(begun)
+        assert client.recv(1) == b""
+
+
+def test_what_is_answered_before_its_body_was_there_is_the_last_of_its_connection(
+    rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", 0.3)
+    for head in (b"GET /health", b"POST /nowhere", b"GET /v1/models"):
+        with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
+            client.sendall(head + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            answer = b""
+            while part := client.recv(1 << 16):
+                answer += part
+            assert answer.startswith(b"HTTP/1.1 ") and answer.count(b"HTTP/1.1 ") == 1
+            with contextlib.suppress(ConnectionError):
+                while True:  # cut off in the end, though it goes on sending
+                    client.sendall(b"x")
+                    time.sleep(0.02)
+
+
+def test_a_client_that_sends_all_of_too_large_a_body_still_hears_why(rig: ApiRig) -> None:
+    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 40000000\r\n\r\n")
+        client.sendall(b"x" * 40_000_000)
+        assert client.recv(12) == b"HTTP/1.1 413"
+
+
+def test_clients_beyond_what_open_files_allow_are_told_so(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "most_clients", lambda: 2)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", rig.server.port), WAIT)) for _ in range(3)]
+        answer = held[2].recv(1 << 12)
+        assert answer.startswith(b"HTTP/1.1 503") and b"too_many_connections" in answer
+    rig.wait_for(lambda: b" 200 " in asked(rig.server.port))
+
+
+def asked(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        return client.recv(1 << 12)
+
+
+def test_a_client_that_takes_nothing_is_cut_off_and_its_request_cancelled(
+    rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STALLED_S", 0.3)
+    rig.backend.script = lambda request: says("x" * 12_000_000, finish=FinishReason.LENGTH, size=200_000)
+    body = json.dumps({"model": "tiny", "prompt": "abc", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
+        client.sendall(head + body)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        rig.wait_for(lambda: rig.backend.generations[0].ended.is_set())
+
+
+def test_a_client_that_is_slow_but_reads_gets_everything(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "STALLED_S", 2.0)
+    rig.backend.script = lambda _: says("x" * 40_000)
+    with rig.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "abc", "stream": True}) as answer:
+        lines = 0
+        for line in answer.iter_lines():
+            lines += line.startswith("data: ")
+            if lines % 4000 == 0:
+                time.sleep(0.05)
+    assert lines > 40_000

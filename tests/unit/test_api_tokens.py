@@ -10,6 +10,7 @@ from bascule.api.tokens import Message, ModelTokenizer
 from bascule.errors import InvalidRequest
 from bascule.models.chat import ChatTemplate
 from bascule.models.gguf_tokenizer import tokenizer_from_gguf
+from bascule.models.tokenizer import TextTokenizer
 from bascule.types import Delta, FinishReason, SamplingParams
 
 TEMPLATE = (
@@ -22,7 +23,7 @@ TEXT = "naïve 日本語 \U0001f600 text"
 def tokenizer(template: str | None = TEMPLATE, *, add_bos: bool = False) -> ModelTokenizer:
     metadata = tokenizer_metadata(**{"tokenizer.ggml.add_bos_token": add_bos})
     compiled = None if template is None else ChatTemplate(template, {})
-    return ModelTokenizer(tokenizer_from_gguf(metadata, "tiny"), compiled, "tiny")
+    return ModelTokenizer(tokenizer_from_gguf(metadata, "tiny"), compiled, "tiny", 64)
 
 
 def test_text_survives_the_way_to_tokens_and_back() -> None:
@@ -52,3 +53,12 @@ def test_a_chat_is_rendered_up_to_where_the_assistant_speaks_without_a_second_st
 def test_a_model_without_a_template_refuses_chat() -> None:
     with pytest.raises(InvalidRequest, match="tiny has no chat template"):
         tokenizer(None).encode_chat([Message("user", "hi")])
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tokenizer()
+    monkeypatch.setattr(TextTokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenised"))
+    for encode in (lambda: model.encode(TEXT * 10_000), lambda: model.encode_chat([Message("user", TEXT * 10_000)])):
+        with pytest.raises(InvalidRequest, match=r"context is 64 tokens.*at least") as refusal:
+            encode()
+        assert refusal.value.code == "context_length_exceeded"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import pytest
+from cli_rig import runner
 
-from bascule.cli.main import main
 from bascule.kv.store import shelves
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.record import Payload, model_digest, pack
@@ -37,15 +36,8 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["bascule", "kv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Ended(int(caught.value.code or 0), *capsys.readouterr())
-
-    return run
+    plain = runner(monkeypatch, capsys, "kv")
+    return lambda *arguments: Ended(*plain(*arguments))
 
 
 def fill(directory: Path, models: str = "one one two", junk: int = 0) -> list[Path]:

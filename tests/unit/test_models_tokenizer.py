@@ -127,6 +127,7 @@ def test_half_a_surrogate_pair_is_the_clients_mistake() -> None:
 
 
 BYTE_LEVEL = tokenizer_from_gguf(tokenizer_metadata(), "m.gguf")
+LIMITED = {pre: tokenizer_from_gguf(tokenizer_metadata(pre), "m.gguf") for pre in ("gpt-2", "qwen2")}
 
 
 @settings(max_examples=200, deadline=None)
@@ -246,3 +247,14 @@ def test_missing_damaged_and_foreign_tokenizers_are_refused(tmp_path: Path) -> N
     foreign.decoder = decoders.WordPiece()
     with pytest.raises(ModelError, match=r"\(WordPiece\) is neither byte-level nor byte-fallback"):
         save_directory(tmp_path, foreign, {}).tokenizer()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.sampled_from([1, 30]), st.sampled_from(["gpt-2", "qwen2"]))
+def test_no_text_has_fewer_tokens_than_are_said_to_be_the_fewest(text: str, times: int, pre: str) -> None:
+    tokenizer = LIMITED[pre]
+    assert tokenizer.fewest_tokens(text * times) <= len(tokenizer.encode(text * times))
+
+
+def test_a_long_text_has_some_tokens_at_least() -> None:
+    assert all(tokenizer.fewest_tokens("a" * 10_000) > 0 for tokenizer in LIMITED.values())

@@ -71,6 +71,16 @@ def test_waiting_is_worth_it_while_what_is_ahead_is_done_in_time_by_all_workers(
     assert worth_waiting(cluster.snapshot(), cluster.query(slo=Slo(1.0)), queued_s).admitted == admitted
 
 
+def test_the_pace_that_was_seen_counts_more_than_the_number_of_workers() -> None:
+    cluster = Cluster()
+    for name in "abcd":
+        cluster.add(name)
+    snapshot, query = cluster.snapshot(), cluster.query(slo=Slo(1.0))
+    assert worth_waiting(snapshot, query, 1.0, pace=4.0).admitted
+    verdict = worth_waiting(snapshot, query, 1.0, pace=0.5)
+    assert "TTFT 2" in verdict.reason and verdict.retry_after_s >= 1.0
+
+
 def test_what_a_request_has_waited_already_counts() -> None:
     cluster = Cluster()
     cluster.add("a")

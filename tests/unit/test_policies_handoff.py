@@ -7,10 +7,11 @@ import pytest
 from msgspec.structs import replace
 from routing_rig import Cluster
 
-from bascule.policies.handoff import handoffs
+from bascule.policies.cost import PrefillPart, step_seconds
+from bascule.policies.handoff import handoffs, prefill_and_rest
 from bascule.policies.route import adaptive, priced
 from bascule.policies.snapshot import STORE_TIERS, Snapshot, StoreColumns
-from bascule.types import LinkCost, Placement, Role, Tier, WorkerId
+from bascule.types import CostModel, LinkCost, Placement, Role, Tier, WorkerId
 
 TOKENS = 2000
 BY_TIER = {Tier.HOST: 1e9, Tier.DISK: 2e8, Tier.REMOTE: 5e7}
@@ -96,3 +97,21 @@ def test_what_the_decode_worker_has_need_not_be_loaded() -> None:
     all_of_it, rest = (handoffs(snapshot, replace(query, cached=have), *ends) for have in (query.cached, half))
     spared = TOKENS // 2 * query.kv_token_bytes / BY_TIER[Tier.HOST]
     assert all_of_it.exposed_s[0] - rest.exposed_s[0] == pytest.approx(spared)
+
+
+@pytest.mark.parametrize(("prompt", "chunks"), [(100, [100]), (512, [512]), (1500, [512, 512, 476])])
+def test_over_a_fast_link_only_the_last_chunk_and_the_latency_are_left(prompt: int, chunks: list[int]) -> None:
+    cost, link = CostModel(step_s=0.01, token_s=0.001, pair_s=1e-6), LinkCost(0.003, 1e9)
+    prefill_s, rest_s = prefill_and_rest(cost, link, prompt, 512, 20_000)
+    starts = [512 * index for index in range(len(chunks))]
+    assert prefill_s == pytest.approx(
+        sum(step_seconds(cost, [PrefillPart(new, start)], 0, 0) for new, start in zip(chunks, starts, strict=True))
+    )
+    assert rest_s == pytest.approx(0.003 + chunks[-1] * 20_000 / 1e9)
+
+
+def test_over_a_link_that_does_not_keep_up_chunks_queue() -> None:
+    cost, link = CostModel(token_s=0.001), LinkCost(0.003, 1e7)
+    prefill_s, rest_s = prefill_and_rest(cost, link, 1500, 512, 20_000)
+    # A chunk takes half a second to compute, and a second to push: all pushes but the start of the first are in line.
+    assert (prefill_s, rest_s) == (pytest.approx(1.5), pytest.approx(0.512 + 3.0 - 1.5 + 0.003))

@@ -52,9 +52,10 @@ class Rig:
         return self.service.view.members.get(WorkerId("attached-0"))
 
     async def until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        """Looks in every turn of the event loop: what is waited for may be over after a few."""
         async with asyncio.timeout(seconds):
             while not condition():
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0)
 
     async def complete(self, name: str = "r", **sampling: Any) -> list[int]:
         values = {"max_tokens": 5, "temperature": 0.0} | sampling

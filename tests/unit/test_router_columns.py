@@ -197,3 +197,22 @@ def test_the_step_that_runs_is_as_old_as_the_last_report_or_the_work_that_woke_t
     columns.stepped(0, 0.01, 7.0)
     columns.report(0, StepLoad(2, 0, 0, 0, 0))
     assert age(8.0) == 0.0, "it has nothing to do any more"
+
+
+def test_steps_that_are_told_together_leave_what_steps_told_one_by_one_leave() -> None:
+    alone = [0.01, 0.0101, 0.0102, 0.0103, 0.0104]
+    ends = np.cumsum(alone)
+    load = StepLoad(0, 0, 0, 1, 100)
+    one_by_one, together = one(), one()
+    for columns in (one_by_one, together):
+        columns.report(0, load)
+        columns.stepped(0, 0.005, 0.0)
+        columns.stepped(0, alone[0], 0.02)
+    for at in range(4):
+        one_by_one.stepped(0, alone[at + 1], 0.02 + float(ends[at]))
+    together.streamed(np.array([0]), np.array([4.0]), ends[3:4], np.array(alone[4:]), 0.02 + ends[3:4])
+    for columns in (one_by_one, together):
+        columns.stepped(0, 0.01, 0.09)
+    was, says = snapshot(one_by_one, 0.095), snapshot(together, 0.095)
+    assert says.step_age_s[0] == pytest.approx(was.step_age_s[0])
+    assert says.stretch[0] == pytest.approx(was.stretch[0], rel=1e-4) != pytest.approx(1.0, rel=1e-2)

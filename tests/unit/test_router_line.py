@@ -43,14 +43,59 @@ def test_requests_leave_from_anywhere_and_take_their_work_with_them() -> None:
     line, flights = Line(), [flight(name) for name in "abc"]
     for at, each in enumerate(flights):
         line.push(each, (0, at), 0.5)
-    assert line.work_s == pytest.approx(1.5)
+    assert line.ahead_s(flights[2]) == pytest.approx(1.0)
     line.remove(flights[0])
     line.remove(flights[0])
     assert flights[0] not in line
     assert flights[1] in line
-    assert line.work_s == pytest.approx(1.0)
+    assert line.ahead_s(flights[2]) == pytest.approx(0.5)
     assert drained(line) == "bc"
-    assert line.work_s == 0.0
+
+
+def test_only_those_that_go_first_are_ahead_and_who_is_moved_back_is_not() -> None:
+    line, early, late = Line(), flight("early"), flight("late")
+    line.push(early, (0, 1.0), 0.5)
+    line.push(late, (0, 2.0), 0.25)
+    assert (line.ahead_s(early), line.ahead_s(late)) == (0.0, 0.5)
+    line.demote(early, 10.0)
+    assert (line.ahead_s(early), line.ahead_s(late)) == (0.25, 0.0)
+
+
+def test_among_those_that_wait_are_all_but_those_of_lower_priority() -> None:
+    line, early, late, low = Line(), flight("early"), flight("late"), flight("low")
+    for each, key, work_s in ((early, (0, 1.0), 0.5), (late, (0, 2.0), 0.25), (low, (1, 0.0), 1.0)):
+        line.push(each, key, work_s)
+    assert (line.among_s(early), line.among_s(late), line.among_s(low)) == (0.25, 0.5, 0.75)
+
+
+def waiting(count: int, work_s: float) -> tuple[Line, list[Flight]]:
+    line, flights = Line(), [flight(f"r{number}") for number in range(count)]
+    for at, each in enumerate(flights):
+        line.push(each, (0, at), work_s)
+    return line, flights
+
+
+def test_the_pace_is_what_was_placed_while_others_had_to_wait() -> None:
+    line, flights = waiting(30, work_s=0.2)
+    for number in range(20):
+        line.place(flights[number], now=0.1 * number)
+    assert line.pace(now=1.9) == pytest.approx(2.0)
+    assert line.pace(now=3.8) == pytest.approx(1.0), "a line that stands still has a slower pace"
+
+
+def test_nothing_is_said_of_the_pace_where_nobody_had_to_wait_or_too_few_went() -> None:
+    line, flights = waiting(8, work_s=0.2)
+    for number, each in enumerate(flights):
+        line.place(each, now=0.1 * number)
+    assert line.pace(now=1.0) is None
+    for number in range(40):
+        line.push(each := flight(f"alone{number}"), (0, 0.0), 0.2)
+        line.place(each, now=100.0 + number)
+    assert line.pace(now=200.0) is None
+    work = waiting(30, work_s=0.0)
+    for number, each in enumerate(work[1]):
+        work[0].place(each, now=0.1 * number)
+    assert work[0].pace(now=3.0) is None
 
 
 def test_one_that_left_may_come_back_elsewhere() -> None:

@@ -10,8 +10,10 @@ from membership_rig import Bench as Cluster
 from test_router_service import Bench, RecordingClient, collect, item, offer, scenario, settle
 
 from bascule.errors import Conflict, NotFound, Unavailable
+from bascule.policies.retry import MOST_TRIES
+from bascule.router.link_probes import LinkProbes
 from bascule.router.operations import MemberOperations
-from bascule.router.service import BACK_S, MAX_ATTEMPTS
+from bascule.router.service import BACK_S
 from bascule.types import Epoch, FinishReason, Request, RequestId, Role, SamplingParams, WorkerId
 from bascule.wire import Draining, Goodbye, Leaving, Stop
 
@@ -36,7 +38,8 @@ class Rig(Bench):
 
     def __init__(self, roles: dict[str, Role], **routing: Any) -> None:
         super().__init__(roles, **routing)
-        self.operations = MemberOperations(self.service, routing.get("policy", "disaggregated"), self.clock)
+        links = LinkProbes(self.service.view, lambda epoch, message: None)
+        self.operations = MemberOperations(self.service, routing.get("policy", "disaggregated"), self.clock, links)
 
     def join(self, name: str, role: Role, epoch: str = "", *, attached: bool = False) -> None:
         self.clients[name] = Client()
@@ -140,7 +143,7 @@ async def test_what_is_left_goes_elsewhere_when_the_time_is_over_however_often()
     rig = Rig(TWO, policy="replicated")
     starting = rig.start()
     await settle()
-    for attempt in range(MAX_ATTEMPTS + 2):
+    for attempt in range(MOST_TRIES + 2):
         worker = rig.with_request()
         rig.tokens(worker, item(attempt, 50 + attempt, attempt=attempt))
         rig.drain(worker, 5.0)
@@ -151,8 +154,8 @@ async def test_what_is_left_goes_elsewhere_when_the_time_is_over_however_often()
         other = rig.with_request()
         assert other != worker and rig.clients[other].submitted[-1].generated == tuple(range(50, 51 + attempt))
         rig.resume(worker)
-    rig.tokens(rig.with_request(), item(MAX_ATTEMPTS + 2, 99, attempt=MAX_ATTEMPTS + 2, finish=LAST))
-    assert await collect(await starting) == [*range(50, 52 + MAX_ATTEMPTS), 99]
+    rig.tokens(rig.with_request(), item(MOST_TRIES + 2, 99, attempt=MOST_TRIES + 2, finish=LAST))
+    assert await collect(await starting) == [*range(50, 52 + MOST_TRIES), 99]
 
 
 @scenario

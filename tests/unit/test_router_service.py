@@ -11,8 +11,10 @@ import pytest
 from bascule.clock import VirtualClock
 from bascule.config import RoutingConfig
 from bascule.errors import DeadlineExceeded, Overloaded, RegistrationRefused, Unavailable, WorkerFailure
+from bascule.policies.retry import MOST_FAILURES
 from bascule.router.flight import Flight
-from bascule.router.service import GAP_S, MAX_ATTEMPTS, Service
+from bascule.router.retries import GAP_S
+from bascule.router.service import Service
 from bascule.router.view import ClusterView
 from bascule.types import (
     CostModel,
@@ -168,7 +170,7 @@ async def test_tokens_of_an_earlier_attempt_or_a_stranger_are_never_taken() -> N
 async def test_a_request_fails_only_after_several_workers_did() -> None:
     bench = Bench({"a": Role.MIXED, "b": Role.MIXED}, policy="replicated")
     starting = bench.start()
-    for attempt in range(MAX_ATTEMPTS):
+    for attempt in range(MOST_FAILURES):
         await settle()
         worker = next(
             name for name, client in bench.clients.items() if any(s.attempt == attempt for s in client.submitted)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from membership_rig import Bench, FakeLink, offer
 
+from bascule.policies.retry import MOST_TRIES
 from bascule.types import Epoch, Request, RequestId, SamplingParams
 from bascule.wire import RouterMessage, Submit
 
@@ -72,6 +73,29 @@ def test_only_the_first_request_tries_a_worker_that_is_not_connected() -> None:
     asyncio.run(scenario())
 
 
+def test_what_could_not_be_sent_has_all_its_tries_left_however_often_that_was() -> None:
+    async def scenario() -> None:
+        made, link = bench()
+        link.gone = {"a-1", "b-1", "c-1"}
+        first = start(made, "first")
+        for _ in range(2 * MOST_TRIES):
+            await settle()
+            made.clock.advance(2.0)
+            made.view.overdue(made.clock.now(), 1000.0, 2000.0)
+            made.membership._service.tick()
+        await settle()
+        assert link.submitted() == [] and not first.done()
+        link.gone = set()
+        made.clock.advance(2.0)
+        made.view.overdue(made.clock.now(), 1000.0, 2000.0)
+        made.membership._service.tick()
+        assert [request for _, request, _ in link.submitted()] == ["first"]
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
 def test_it_gets_requests_again_a_moment_later() -> None:
     async def scenario() -> None:
         made, link = bench()
@@ -84,7 +108,7 @@ def test_it_gets_requests_again_a_moment_later() -> None:
         made.view.overdue(made.clock.now(), 3.0, 10.0)
         second = start(made, "second")
         await settle()
-        assert [request for _, request, _ in link.submitted()] == ["second"]
+        assert {request for _, request, _ in link.submitted()} == {"first", "second"}
         first.cancel()
         second.cancel()
         await asyncio.gather(first, second, return_exceptions=True)

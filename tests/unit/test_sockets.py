@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import zmq
 
-from bascule.sockets import MessageSocket
+from bascule.sockets import MOST_WAITING, MessageSocket
 from bascule.wire import WireError
 
 WAIT = 20.0
@@ -99,6 +100,24 @@ def test_a_message_to_nobody_is_reported_later() -> None:
             listener.post([b"stranger", b"hello"], lambda: failures.append("stranger"))
             assert failures == []
             await until(lambda: failures == ["stranger"])
+
+    run(work)
+
+
+def test_more_messages_than_may_wait_for_an_end_that_is_away_are_reported_and_not_kept() -> None:
+    async def work() -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        peer = MessageSocket(context, zmq.DEALER, linger_ms=0)
+        failures: list[int] = []
+        try:
+            peer.connect("tcp://127.0.0.1:9")  # nobody listens there
+            for number in range(MOST_WAITING + 3):
+                peer.post([b"message"], partial(failures.append, number))
+            await until(lambda: len(failures) == 3)
+            assert failures == [MOST_WAITING, MOST_WAITING + 1, MOST_WAITING + 2]
+        finally:
+            peer.close()
+            context.destroy(linger=0)
 
     run(work)
 

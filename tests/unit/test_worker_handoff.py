@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import pytest
@@ -25,10 +26,12 @@ from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver
 from bascule.peer_wire import Abort, Commit, HandoffRefused, Manifest, PeerMessage, Prepare, Reserved, TransferEndpoint
 from bascule.types import CostModel, Epoch, RequestId, SamplingParams, TicketId, WorkerId
 from bascule.wire import PeerAddress, Submit
+from bascule.worker import decode_side as decode_side_module
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.grants import Grants
 from bascule.worker.prefill_side import PrefillSide
 
+SLOTS = 8
 CARD = mock_card(vocab=1000)
 SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
 
@@ -85,7 +88,7 @@ def rig() -> Iterator[Rig]:
     """An engine of 32 blocks; its books must be clean and without leases at the end."""
     with Arena.create(CARD.layout, 32) as arena:
         books, hasher = Books(32, CARD.layout.block_size), BlockHasher(CARD.fingerprint, CARD.layout.block_size)
-        limits = EngineLimits(max_sequences=8, chunk_tokens=64, step_tokens=64)
+        limits = EngineLimits(max_sequences=SLOTS, chunk_tokens=64, step_tokens=64)
         engine = Engine(MockRunner(CARD, CostModel(), lambda _: None), arena, books, hasher, limits)
         yield Rig(engine, arena, books, hasher)
         assert engine.check_integrity() == []
@@ -114,6 +117,12 @@ class DecodeRig:
     answers: list[PeerMessage]
     clock: VirtualClock
     books: Books
+
+    def forget_all(self) -> None:
+        """Nobody renews a ticket until all of them have expired."""
+        for _ in range(40):
+            self.clock.advance(1.0)
+            self.side.expire()
 
 
 @contextmanager
@@ -169,10 +178,35 @@ def test_tickets_wait_for_memory_in_order_and_expire_without_renewal() -> None:
         rigged.side.expire()
         granted = [answer.ticket for answer in rigged.answers if isinstance(answer, Reserved)]
         assert granted == ["a", "b"]
-        for _ in range(40):
-            rigged.clock.advance(1.0)
-            rigged.side.expire()
+        rigged.forget_all()
         assert rigged.side.refused["expired"] == 1
+
+
+def test_prefill_waits_where_every_slot_is_reserved_though_there_is_memory() -> None:
+    with decode_side() as rigged:
+        for number in range(SLOTS + 2):
+            rigged.side.apply(SOURCE.epoch, prepare(ticket=TicketId(f"t{number}"), prompt=(1, 2, 3)))
+        granted = [answer.ticket for answer in rigged.answers if isinstance(answer, Reserved)]
+        assert granted == [f"t{number}" for number in range(SLOTS)]
+        assert rigged.side.promised == 2 and rigged.books.counts.free > 0
+        rigged.side.apply(SOURCE.epoch, Abort(TicketId("t3")))
+        rigged.side.expire()
+        assert rigged.side.promised == 1
+        assert [answer for answer in rigged.answers if isinstance(answer, Reserved)][-1].ticket == f"t{SLOTS}"
+        rigged.forget_all()
+
+
+def test_more_tickets_than_may_wait_are_refused_at_once_and_leave_the_others_in_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_side_module, "MOST_PROMISED", 2)
+    with decode_side() as rigged:
+        for name in "abcd":
+            rigged.side.apply(SOURCE.epoch, prepare(ticket=TicketId(name), prompt=tuple(range(1, 401))))
+        refused = [answer for answer in rigged.answers if isinstance(answer, HandoffRefused)]
+        assert [(answer.ticket, answer.kind) for answer in refused] == [("d", "full")]
+        assert rigged.side.promised == 2
+        rigged.forget_all()
 
 
 def test_a_decode_worker_that_was_paused_does_not_expire_tickets_at_once() -> None:
@@ -224,41 +258,94 @@ def test_a_commit_whose_manifest_lies_is_refused_and_its_blocks_given_back(kind:
         asyncio.run(scenario(rigged, BlockHasher(CARD.fingerprint, CARD.layout.block_size)))
 
 
+def reserved(asked: PeerMessage) -> Reserved:
+    """The answer to `asked`, a request for blocks."""
+    assert isinstance(asked, Prepare)
+    ways = (TransferEndpoint("fake", "nowhere", "here"),)
+    return Reserved(ticket=asked.ticket, epoch=Epoch("d-1"), blocks=(0, 1, 2), have_blocks=0, endpoints=ways)
+
+
+def prefill_side(parts: Rig, peers: FakePeers, sender: FakeSender, config: HandoffConfig) -> PrefillSide:
+    """With the handoff of a request `r` begun."""
+    side = PrefillSide(
+        parts.engine,
+        parts.arena,
+        parts.hasher,
+        CARD,
+        peers,  # type: ignore[arg-type]
+        {"fake": sender},
+        config,
+        on_lost=lambda key, why, failing: pytest.fail(why),
+        wake=lambda: None,
+    )
+    decode = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
+    submission = Submit(
+        request=RequestId("r"),
+        attempt=0,
+        prompt=tuple(range(1, 41)),
+        generated=(),
+        sampling=SamplingParams(max_tokens=8),
+        decode=decode,
+    )
+    side.begin(submission, decode)
+    return side
+
+
+class SlowSender(FakeSender):
+    """Opens nothing before it may."""
+
+    def __init__(self) -> None:
+        self.asked, self.may = Event(), Event()
+        self.session = ClosableSession()
+
+    def open(self, endpoint: Endpoint, ticket: TicketId, secret: bytes) -> FakeSession:
+        self.asked.set()
+        assert self.may.wait(20)
+        return self.session
+
+
+class ClosableSession(FakeSession):
+    def __init__(self) -> None:
+        self.closed = Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("ended_by", ["timeout", "cancel"])
+def test_a_session_that_opens_when_nobody_waits_for_it_any_more_is_closed(ended_by: str) -> None:
+    async def scenario(parts: Rig) -> None:
+        peers, sender = FakePeers(), SlowSender()
+        config = HandoffConfig(handoff_timeout=0.05 if ended_by == "timeout" else 30.0)
+        side = prefill_side(parts, peers, sender, config)
+        await asyncio.sleep(0.01)
+        side.apply(reserved(peers.sent[0]))
+        assert await asyncio.to_thread(sender.asked.wait, 20)
+        if ended_by == "cancel":
+            side.cancel(Key(RequestId("r"), 0))
+        for _ in range(2000):
+            if isinstance(peers.sent[-1], Abort):
+                break
+            await asyncio.sleep(0.01)
+        assert isinstance(peers.sent[-1], Abort) and not sender.session.closed.is_set()
+        sender.may.set()
+        assert await asyncio.to_thread(sender.session.closed.wait, 20)
+        await asyncio.wait_for(side.close(), 5)
+
+    with rig() as parts:
+        asyncio.run(scenario(parts))
+
+
 @pytest.mark.parametrize("passes", range(6))
 def test_a_cancel_around_the_reservation_ends_the_handoff_and_says_so(passes: int) -> None:
     """Whatever number of loop passes lie between the answer and the cancel: the ticket is given up."""
 
     async def scenario(parts: Rig) -> None:
         peers = FakePeers()
-        side = PrefillSide(
-            parts.engine,
-            parts.arena,
-            parts.hasher,
-            CARD,
-            peers,  # type: ignore[arg-type]
-            {"fake": FakeSender()},
-            HandoffConfig(),
-            on_lost=lambda key, why: pytest.fail(why),
-            wake=lambda: None,
-        )
-        decode = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
-        submission = Submit(
-            request=RequestId("r"),
-            attempt=0,
-            prompt=tuple(range(1, 41)),
-            generated=(),
-            sampling=SamplingParams(max_tokens=8),
-            decode=decode,
-        )
-        side.begin(submission, decode)
+        side = prefill_side(parts, peers, FakeSender(), HandoffConfig())
         if passes:
             await asyncio.sleep(0.01)
-            asked = peers.sent[0]
-            assert isinstance(asked, Prepare)
-            ways = (TransferEndpoint("fake", "nowhere", "here"),)
-            side.apply(
-                Reserved(ticket=asked.ticket, epoch=decode.epoch, blocks=(0, 1, 2), have_blocks=0, endpoints=ways)
-            )
+            side.apply(reserved(peers.sent[0]))
             for _ in range(passes - 1):
                 await asyncio.sleep(0)
         side.cancel(Key(RequestId("r"), 0))

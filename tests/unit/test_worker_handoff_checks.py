@@ -14,7 +14,7 @@ from bascule.kv.books import Lease
 from bascule.peer_wire import Commit, PeerMessage, Written
 from bascule.types import Slo, TicketId
 
-EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
+EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "sealed"])
 
 
 def test_what_a_request_asks_for_itself_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

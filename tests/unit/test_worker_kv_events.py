@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from random import Random
 
 import pytest
 from engine_rig import BLOCK, CARD, Rig, greedy, work
 from membership_rig import Bench
+from worker_rig import EPOCH, NAME, Cluster, over_sockets
 
-from bascule.clock import WallClock
-from bascule.config import HandoffConfig, RoutingConfig
-from bascule.engine.core import Engine, EngineLimits
-from bascule.engine.mock import MockRunner
-from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.router.link import RouterLink
-from bascule.router.membership import Membership
-from bascule.router.service import Service
 from bascule.router.view import ClusterView
-from bascule.types import BlockHash, CostModel, Epoch, Request, RequestId, Role, SamplingParams, WorkerId
-from bascule.wire import KvEvents, Resync, WorkerMessage
+from bascule.types import BlockHash
+from bascule.wire import KvEvents, Resync
 from bascule.worker import kv_events
 from bascule.worker.kv_events import KvReporter
-from bascule.worker.link import RouterSocket
-from bascule.worker.parts import Identity, Parts
-from bascule.worker.worker import Worker
-
-NAME, EPOCH = WorkerId("a"), Epoch("a-1")
 
 
 def assert_index_is(view: ClusterView, names: list[BlockHash]) -> None:
@@ -38,6 +24,9 @@ def assert_index_is(view: ClusterView, names: list[BlockHash]) -> None:
     assert [name for name in names if view.index.match([name]).device[row] != 1] == []
     assert view.index.blocks == len(names)
     assert view.index.check_integrity() == []
+    if view.members[NAME].kv.digest is not None:
+        view.audit_index(1 << 20)
+        assert view.audit.violations == [], "the worker has the same"
 
 
 @pytest.mark.parametrize("lost", [0.0, 0.3])
@@ -63,15 +52,17 @@ def test_after_work_with_evictions_the_index_is_what_the_books_find(
             rig.step()
             reporter.tell_changes()
             if not lost:
+                bench.view.members[NAME].kv.claims(*reporter.told)
                 assert_index_is(bench.view, list(rig.books._by_hash))
     assert rig.books.evictions > 20
     assert bool(bench.view.kv_faults) == bool(lost)
     for _ in range(50):
         bench.clock.advance(1.0)
-        bench.view.members[NAME].kv.told(reporter.sequence)
+        bench.view.members[NAME].kv.claims(*reporter.told)
         if not bench.view.members[NAME].kv.should_ask(bench.clock.now()):
             break
         reporter.tell_all()
+    assert bench.view.members[NAME].kv.digest is not None
     assert_index_is(bench.view, list(rig.books._by_hash))
     rig.arena.close()
 
@@ -115,87 +106,6 @@ def test_an_empty_cache_is_told_too() -> None:
     sent: list[KvEvents] = []
     KvReporter(NAME, EPOCH, Books(4, BLOCK), sent.append).tell_all()
     assert [(one.anew, one.sequence) for one in sent] == [(True, 1)]
-
-
-class LossyLink(RouterSocket):
-    """Loses KV events while `losing`."""
-
-    losing = False
-    lost = 0
-
-    def send(self, message: WorkerMessage) -> None:
-        if self.losing and isinstance(message, KvEvents):
-            self.lost += 1
-        else:
-            super().send(message)
-
-
-class Cluster:
-    """A router and one worker with 24 blocks, in one loop, over real sockets."""
-
-    def __init__(self, arena: Arena) -> None:
-        clock = WallClock()
-        self.view = ClusterView(1000)
-        config = RoutingConfig(policy="replicated")
-        self.service = Service(self.view, config, clock)
-        self.router = RouterLink("tcp://127.0.0.1:*")
-        self.membership = Membership(self.router, self.service, config, clock)
-        self.books = Books(24, BLOCK)
-        self.link = LossyLink(self.router.address, EPOCH)
-        hasher = BlockHasher(CARD.fingerprint, BLOCK)
-        runner = MockRunner(CARD, CostModel(), lambda _: None)
-        limits = EngineLimits(max_sequences=4, chunk_tokens=64, step_tokens=64)
-        engine = Engine(runner, arena, self.books, hasher, limits)
-        parts = Parts(
-            runner=runner,
-            arena=arena,
-            books=self.books,
-            hasher=hasher,
-            engine=engine,
-            max_sequences=4,
-            cost=CostModel(),
-        )
-        identity = Identity(worker=NAME, epoch=EPOCH, role=Role.MIXED, device="cpu")
-        self.worker = Worker(identity, parts, self.link, "127.0.0.1", HandoffConfig(transfer="tcp"), clock)
-        self._requests = 0
-
-    async def complete(self, prompt: list[int]) -> None:
-        self._requests += 1
-        name = RequestId(str(self._requests))
-        sampling = SamplingParams(max_tokens=4, temperature=0.0)
-        flight = await self.service.start(Request(id=name, prompt=tuple(prompt), sampling=sampling, timeout=20.0))
-        _deltas = [delta async for delta in flight]
-
-    async def wait(self, condition: Callable[[], bool]) -> None:
-        for _ in range(500):
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError("it did not come to pass in 5 s")
-
-    def in_step(self) -> bool:
-        """The books stand still, and the index says the same."""
-        names = list(self.books._by_hash)
-        row = self.view.members[NAME].row
-        here = [name for name in names if self.view.index.match([name]).device[row] == 1]
-        return len(here) == len(names) == self.view.index.blocks
-
-
-def over_sockets(scenario: Callable[[Cluster], Awaitable[None]]) -> None:
-    async def run() -> None:
-        with Arena.create(CARD.layout, 24) as arena:
-            cluster = Cluster(arena)
-            tasks = [asyncio.create_task(cluster.membership.run()), asyncio.create_task(cluster.worker.run())]
-            await cluster.wait(lambda: bool(cluster.view.members))
-            await scenario(cluster)
-            cluster.worker.stop()
-            await tasks[1]
-            tasks[0].cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            cluster.link.close()
-            cluster.router.close()
-
-    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_the_index_has_a_requests_blocks_by_the_time_that_its_output_ends() -> None:

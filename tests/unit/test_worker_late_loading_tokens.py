@@ -11,12 +11,9 @@ from random import Random
 import pytest
 from engine_rig import BLOCK
 from store_side_rig import KNOWN, LENGTH, OUTPUT, Gated, Node, finish, prompt_of, run, until
-from torch_support import BLOCK_SIZE, VOCAB, make_model, reference_greedy
+from torch_support import BLOCK_SIZE, VOCAB, float_runner, make_model, reference_greedy
 
 from bascule.engine.sequence import Key
-from bascule.engine.torch.runner import TorchRunner
-from bascule.models.hf_directory import ModelDirectory
-from bascule.models.source import resolve
 from bascule.types import Tier
 
 
@@ -117,16 +114,7 @@ def test_a_real_model_gives_the_same_tokens_whatever_it_loads_on_the_way(stack: 
     prompt = [random.randrange(3, VOCAB) for _ in range(40 * BLOCK_SIZE + 3)]
 
     def node() -> TorchNode:
-        runner = TorchRunner(
-            ModelDirectory(tmp_path).spec(),
-            resolve(str(tmp_path)),
-            dtype="float32",
-            device="cpu",
-            threads=1,
-            name="tiny",
-            block_size=BLOCK_SIZE,
-        )
-        node = TorchNode([store], stack, runner=runner, chunk=2 * BLOCK_SIZE)
+        node = TorchNode([store], stack, runner=float_runner(tmp_path), chunk=2 * BLOCK_SIZE)
         node.tokens = {tuple(prompt): reference_greedy(model, prompt, OUTPUT)}
         return node
 

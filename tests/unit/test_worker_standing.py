@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from bascule.clock import VirtualClock
-from bascule.types import Epoch, Role, WorkerId, WorkerLoad
-from bascule.wire import Draining, Leaving, Register, Registered, WorkerMessage
+from bascule.engine.sequence import Key
+from bascule.types import Epoch, RequestId, Role, WorkerId, WorkerLoad
+from bascule.wire import Draining, Heartbeat, Leaving, Register, Registered, WorkerMessage
 from bascule.worker import standing
 from bascule.worker.parts import Identity
 from bascule.worker.standing import UNHEARD_S, Standing
@@ -23,9 +24,12 @@ class Rig:
 
     def __init__(self) -> None:
         self.sent: list[WorkerMessage] = []
+        self.here = [Key(RequestId("r"), 1)]
         self.stopped = asyncio.Event()
         self.clock = VirtualClock()
-        self.standing = Standing(ME, self.sent.append, WorkerLoad, lambda: 0, self.stopped.set, self.clock)
+        self.standing = Standing(
+            ME, self.sent.append, WorkerLoad, lambda: (0, b""), lambda: self.here, self.stopped.set, self.clock
+        )
 
     @property
     def asked(self) -> int:
@@ -51,9 +55,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing, "_AGAIN_S", 0.02)
 
 
-async def until_asked(rig: Rig, times: int) -> None:
-    while rig.asked < times:
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
         await asyncio.sleep(0.005)
+
+
+async def until_asked(rig: Rig, times: int) -> None:
+    await until(lambda: rig.asked >= times)
 
 
 def test_it_asks_until_it_is_told_to_stop() -> None:
@@ -116,5 +124,20 @@ def test_one_that_leaves_does_not_offer_itself_to_a_new_router() -> None:
             await until_asked(rig, 3)
             offering.cancel()
             assert all(isinstance(message, Leaving) for message in rig.sent)
+
+    asyncio.run(test())
+
+
+def test_each_heartbeat_names_what_is_here_then() -> None:
+    async def test() -> None:
+        rig = Rig()
+        rig.standing.taken(Registered(ME.epoch, 0.01))
+        async with asyncio.timeout(20):
+            beating = asyncio.create_task(rig.standing.beat())
+            await until(lambda: len(rig.sent) == 1)
+            rig.here.clear()
+            await until(lambda: len(rig.sent) == 2)
+        beating.cancel()
+        assert [beat.runs for beat in rig.sent if isinstance(beat, Heartbeat)] == [(("r", 1),), ()]
 
     asyncio.run(test())

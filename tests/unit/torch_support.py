@@ -13,6 +13,8 @@ import transformers
 from bascule.engine.protocol import Sampled, Slice
 from bascule.engine.torch.runner import TorchRunner
 from bascule.kv.arena import Arena
+from bascule.models.hf_directory import ModelDirectory
+from bascule.models.source import resolve
 from bascule.types import SamplingParams
 
 VOCAB = 131
@@ -73,6 +75,19 @@ def make_model(family: str, directory: Path) -> Any:
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.dim() == 1 else 0.15)
     model.save_pretrained(directory)
     return model
+
+
+def float_runner(directory: Path) -> TorchRunner:
+    """Of a saved model, exact and in one thread."""
+    return TorchRunner(
+        ModelDirectory(directory).spec(),
+        resolve(str(directory)),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        name="tiny",
+        block_size=BLOCK_SIZE,
+    )
 
 
 @torch.inference_mode()

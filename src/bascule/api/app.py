@@ -18,6 +18,7 @@ from bascule.api.endpoint import TokenEndpoint
 from bascule.api.errors import unknown_path
 from bascule.api.guard import KeyGuard
 from bascule.api.identity import IdentityMiddleware
+from bascule.api.openapi import PATH, api_document
 from bascule.api.parameters import unknown_model
 from bascule.observe.metrics import CONTENT_TYPE
 from bascule.types import ModelCard
@@ -27,6 +28,10 @@ def create_app(context: Context, keys: Sequence[str] = ()) -> ASGIApp:
     """The application that clients talk to; with `keys`, those that bring one."""
     probes = Probes(context)
     models = Models(context)
+
+    async def document(_request: Request) -> Response:
+        return json_response(api_document(context.backend.card))
+
     routes = [
         Route("/v1/completions", TokenEndpoint(context, read_completion), methods=["POST"]),
         Route("/v1/chat/completions", TokenEndpoint(context, read_chat), methods=["POST"]),
@@ -35,11 +40,12 @@ def create_app(context: Context, keys: Sequence[str] = ()) -> ASGIApp:
         Route("/health", probes.health),
         Route("/ready", probes.ready),
         Route("/metrics", probes.metrics),
+        Route(PATH, document),
     ]
     return application(routes, keys)
 
 
-def application(routes: Sequence[BaseRoute], keys: Sequence[str] = ()) -> ASGIApp:
+def application(routes: Sequence[BaseRoute], keys: Sequence[str] = (), name: str = "This server") -> ASGIApp:
     """An application whose every response has a request id, and whose every error has OpenAI's shape.
 
     A router and one layer around it: Starlette's application would wrap every chunk's `send` in two more.
@@ -49,7 +55,7 @@ def application(routes: Sequence[BaseRoute], keys: Sequence[str] = ()) -> ASGIAp
         await unknown_path(Request(scope).url.path)(scope, receive, send)
 
     router = Router(routes, redirect_slashes=False, default=refuse_path)
-    return IdentityMiddleware(KeyGuard(router, keys) if keys else router)
+    return IdentityMiddleware(KeyGuard(router, keys, name) if keys else router)
 
 
 def json_response(value: object) -> Response:

@@ -21,7 +21,7 @@ from bascule.errors import InvalidRequest
 
 MAX_TOP_LOGPROBS = 20
 
-_TEMPLATE_ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
 """OpenAI's roles and what chat templates know; `developer` is its newer name for `system`."""
 
 _NO_TOOLS = "is not supported: this server does not call tools."
@@ -80,11 +80,11 @@ def _message(param: str, item: object) -> Message:
     role = fields.text("role", None)
     if role in ("tool", "function") or fields.value("tool_calls") or fields.value("function_call"):
         raise wrong_value(param, _NO_TOOLS)
-    if role not in _TEMPLATE_ROLES:
-        known = ", ".join(_TEMPLATE_ROLES)
+    if role not in ROLES:
+        known = ", ".join(ROLES)
         raise wrong_value(fields.param("role"), f"is {role!r}, but must be one of {known}.")
     fields.text("name", None)
-    return Message(_TEMPLATE_ROLES[role], _content(fields.param("content"), fields.value("content")))
+    return Message(ROLES[role], _content(fields.param("content"), fields.value("content")))
 
 
 def _content(param: str, content: object) -> str:

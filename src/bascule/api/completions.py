@@ -42,7 +42,10 @@ async def read_completion(fields: Fields, served: Served, tokenizer: Tokenizer) 
     as_ids = fields.boolean("return_tokens_as_token_ids")
     given = _prompts(fields)
     check_outputs(len(given), parameters.n)
-    prompts = [await _prompt(param, value, parameters, served, tokenizer, echo=echo) for param, value in given]
+    characters = sum(len(value) for _, value in given if isinstance(value, str))
+    prompts = [
+        await _prompt(param, value, parameters, served, tokenizer, characters, echo=echo) for param, value in given
+    ]
     return Call(prompts=tuple(prompts), parameters=parameters, form=CompletionForm(tokenizer, as_ids=as_ids))
 
 
@@ -57,12 +60,20 @@ def _prompts(fields: Fields) -> list[tuple[str, object]]:
 
 
 async def _prompt(
-    param: str, value: object, parameters: Parameters, served: Served, tokenizer: Tokenizer, *, echo: bool
+    param: str,
+    value: object,
+    parameters: Parameters,
+    served: Served,
+    tokenizer: Tokenizer,
+    characters: int,
+    *,
+    echo: bool,
 ) -> Prompt:
+    """One prompt of a body whose texts have so many `characters` together."""
     if isinstance(value, str):
         if not value:
             raise _empty(param)
-        tokens = await tokenised(tokenizer.encode, value, len(value))
+        tokens = await tokenised(tokenizer.encode, value, characters)
         return fitted(param, tokens, parameters, DEFAULT_MAX_TOKENS, served, echo=value if echo else "")
     if not isinstance(value, list):
         raise wrong_type(param, "a string, a list of token ids, or a list of either", value)

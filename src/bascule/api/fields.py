@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 from bascule.errors import InvalidRequest
@@ -72,8 +73,9 @@ class Fields:
         """The field's full name, as error messages give it: `stream_options.include_usage`."""
         return self._prefix + name
 
-    def value(self, name: str) -> object | None:
-        """The raw value; None where the field is absent or null."""
+    def value(self, name: str, harmless: Sequence[object] | None = None) -> object | None:
+        """The raw value; None where the field is absent or null. All but `harmless` ones, if given, are refused by the
+        caller, and no document lists them."""
         self._asked.add(name)
         return self._body.get(name)
 
@@ -112,6 +114,11 @@ class Fields:
         if value is None or isinstance(value, dict):
             return value
         raise wrong_type(self.param(name), "an object", value)
+
+    def nested(self, name: str) -> Fields | None:
+        """The fields of an object in this one."""
+        value = self.object(name)
+        return None if value is None else Fields(value, f"{self.param(name)}.")
 
     def unknown(self) -> list[str]:
         """The names in the object that were never asked for."""

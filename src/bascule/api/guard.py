@@ -26,14 +26,16 @@ class Unauthorized(RequestError):
 class KeyGuard:
     """ASGI layer: a request goes on if it brings one of `keys` as `Authorization: Bearer KEY`, or asks for a probe."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], what: str) -> None:
+        """`what` they are keys of, in words."""
         self._app = app
+        self._what = what
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN and not self._known(Headers(scope=scope)):
             error = Unauthorized(
-                "This server asks for an API key: send one that it knows as `Authorization: Bearer KEY`.",
+                f"{self._what} asks for a key: send one that it knows as `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
             )
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)

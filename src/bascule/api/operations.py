@@ -1,4 +1,4 @@
-"""`/admin/workers`: single workers drained, resumed and used in another role."""
+"""`/admin/workers`: single workers drained, resumed and used in another role; `/admin/links`: links measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from starlette.routing import BaseRoute, Route
 
 from bascule.api.app import json_response
 from bascule.api.body import read_object
-from bascule.api.fields import check_number, wrong_value
-from bascule.router.backend import Operations
+from bascule.api.fields import check_integer, check_number, check_text, wrong_value
+from bascule.link_wire import LINK_TRANSPORTS, MOST_LINK_BYTES, MOST_RUNS
+from bascule.router.backend import LinkEnds, Operations
 from bascule.types import Role, WorkerId, WorkerStatus
 
 _MOST_BODY = 4096
@@ -18,7 +19,7 @@ _MOST_TIMEOUT_S = 1e6
 
 
 def operation_routes(operations: Operations) -> list[BaseRoute]:
-    """The routes for the admin application. Each answers with the worker as in `/admin/state`."""
+    """The routes for the admin application. Those of a worker answer with it as in `/admin/state`."""
 
     async def drain(request: Request) -> Response:
         given = await _fields(request, "timeout")
@@ -37,9 +38,24 @@ def operation_routes(operations: Operations) -> list[BaseRoute]:
             raise wrong_value("role", f"must be one of {', '.join(Role)}.")
         return json_response(worker_fields(operations.set_role(_worker(request), chosen)))
 
+    async def link(request: Request) -> Response:
+        given = await _fields(request, "from", "to", "transport", "bytes", "runs")
+        transport = given.get("transport")
+        if transport not in LINK_TRANSPORTS:
+            raise wrong_value("transport", f"must be one of {', '.join(LINK_TRANSPORTS)}.")
+        ends = LinkEnds(
+            WorkerId(check_text("from", given.get("from"))), WorkerId(check_text("to", given.get("to"))), str(transport)
+        )
+        size = check_integer("bytes", given.get("bytes", 8 << 20), 1, MOST_LINK_BYTES)
+        runs = check_integer("runs", given.get("runs", 5), 1, MOST_RUNS)
+        return json_response(await operations.measure_link(ends, size, runs))
+
     return [
-        Route(f"/admin/workers/{{id:path}}/{name}", call, methods=["POST"])
-        for name, call in (("drain", drain), ("resume", resume), ("role", role))
+        Route("/admin/links", link, methods=["POST"]),
+        *(
+            Route(f"/admin/workers/{{id:path}}/{name}", call, methods=["POST"])
+            for name, call in (("drain", drain), ("resume", resume), ("role", role))
+        ),
     ]
 
 
@@ -60,9 +76,7 @@ async def _fields(request: Request, *names: str) -> dict[str, object]:
     A browser says which page a request is from, and no page has any business here.
     """
     if (page := request.headers.get("origin")) is not None:
-        raise wrong_value(
-            "Origin", f"is {page[:64]!r}: workers are not drained or changed from web pages; use bascule admin."
-        )
+        raise wrong_value("Origin", f"is {page[:64]!r}: nothing is asked of workers from web pages; use bascule admin.")
     given = await read_object(request, _MOST_BODY, empty=True)
     for name in given:
         if name not in names:

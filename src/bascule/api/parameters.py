@@ -134,12 +134,11 @@ def _sampling(fields: Fields, card: ModelCard, logprobs: int | None) -> Sampling
 def _delivery(fields: Fields) -> Delivery:
     stream = fields.boolean("stream")
     token_ids = fields.boolean("return_token_ids")
-    given = fields.object("stream_options")
-    if given is None:
+    options = fields.nested("stream_options")
+    if options is None:
         return Delivery(stream=stream, token_ids=token_ids)
     if not stream:
         raise wrong_value("stream_options", "is allowed only with stream: true.")
-    options = Fields(given, "stream_options.")
     include_usage = options.boolean("include_usage")
     return Delivery(
         stream=True,

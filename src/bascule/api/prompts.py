@@ -70,7 +70,10 @@ def check_outputs(prompts: int, n: int) -> None:
 
 
 async def tokenised(encode: Callable[[Text], list[int]], text: Text, characters: int) -> list[int]:
-    """Token ids of a text (or chat) of so many characters, without blocking the event loop for long."""
+    """Token ids of a text (or chat), without blocking the event loop for long.
+
+    `characters` are those of all texts in the request.
+    """
     if characters < LONG_TEXT:
         return encode(text)
     return await asyncio.to_thread(encode, text)
@@ -78,6 +81,6 @@ async def tokenised(encode: Callable[[Text], list[int]], text: Text, characters:
 
 def refuse_unsupported(fields: Fields, name: str, message: str, harmless: tuple[object, ...] = ()) -> None:
     """Refuse a field that would change the answer in a way this server cannot, unless its value asks for nothing."""
-    value = fields.value(name)
+    value = fields.value(name, harmless)
     if value is not None and value not in harmless:
         raise wrong_value(fields.param(name), message)

@@ -109,6 +109,11 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
+async def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where nobody could listen there now, as `HttpServer.start` does."""
+    (await _listen(host, port)).close()
+
+
 async def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; its protocol number is TCP's, without which asyncio would leave Nagle's algorithm on."""
     loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from bascule.errors import InvalidRequest
 from bascule.models.chat import ChatTemplate, require_template
 from bascule.models.tokenizer import Detokenizer, TextTokenizer
 
@@ -34,13 +35,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back. The methods may be called from any thread."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with what the model wants before it."""
+        """Token ids of a plain prompt, with what the model wants before it.
+
+        Raises InvalidRequest for a text far too long for the model's context, before it is tokenised.
+        """
         ...
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat up to where the assistant speaks.
 
-        Raises InvalidRequest where the model has no chat template or its template refuses the messages.
+        Raises InvalidRequest where the model has no chat template or its template refuses the messages, and like
+        `encode`.
         """
         ...
 
@@ -60,19 +65,29 @@ class Tokenizer(Protocol):
 class ModelTokenizer:
     """The `Tokenizer` of a loaded model."""
 
-    def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate | None, model: str) -> None:
-        """`model` is the name that messages call the model by."""
+    def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate | None, model: str, context: int) -> None:
+        """`model` is the name that messages call the model by, `context` its most tokens."""
         self._tokenizer = tokenizer
         self._template = template
         self._model = model
+        self._context = context
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        return self._encode(text)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         template = require_template(self._template, self._model)
         text = template.render([{"role": message.role, "content": message.content} for message in messages])
-        return self._tokenizer.encode(text, add_bos=False)
+        return self._encode(text, add_bos=False)
+
+    def _encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        if (fewest := self._tokenizer.fewest_tokens(text)) > self._context:
+            raise InvalidRequest(
+                f"This model's context is {self._context} tokens, but the text of {len(text)} characters has at least "
+                f"{fewest}. Shorten the prompt.",
+                code="context_length_exceeded",
+            )
+        return self._tokenizer.encode(text, add_bos=add_bos)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(ids)

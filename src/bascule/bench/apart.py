@@ -10,18 +10,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from bascule.bench.namespaces import Cable, Host
 from bascule.bench.transports import BenchFailed
 
+OURS = (sys.executable, "-m", "bascule")
 _START_S = 180.0
 _STOP_S = 40.0
 _ANSWER_S = 180.0
+
+
+class Place(Protocol):
+    """A host to start processes on."""
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Within it, this thread and its children are there."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def running_apart(
         processes: list[subprocess.Popen[bytes]] = []
 
         def start(host: Host, name: str, *command: str) -> None:
-            process = stack.enter_context(_process(host, folder / f"{port}-{name}.log", command))
+            process = stack.enter_context(started(host, folder / f"{port}-{name}.log", *command))
             processes.append(process)
 
         flags = (
@@ -151,10 +159,11 @@ def running_apart(
 
 
 @contextmanager
-def _process(host: Host, log: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(host: Place, log: Path, *command: str, begin: Sequence[str] = OURS) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of ours on a host, stopped at the end; `begin` are the first words of its line."""
     with log.open("wb") as output, host.inside():
         process = subprocess.Popen(
-            [sys.executable, "-m", "bascule", *command],
+            [*begin, *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"COLUMNS": "200"},

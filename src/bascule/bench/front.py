@@ -199,6 +199,7 @@ def _cluster(settings: FrontSettings, worker: list[str]) -> Iterator[_Cluster]:
         bind, ready = f"tcp://127.0.0.1:{_free_port()}", Path(folder, "ready")
         router = [sys.executable, "-m", "bascule", "router", settings.model, "--bind", bind, "--port", "0"]
         router += ["--policy", "replicated", "--ready-file", str(ready), "--log-level", "error"]
+        router += ["--no-check-reach"]  # a source takes no messages from peers
         server = stack.enter_context(_process(router, settings.server_core, Path(folder, "router")))
         source = stack.enter_context(_process([*worker, "--join", bind], settings.client_core, Path(folder, "worker")))
         content = _wait_ready(ready, {"router": server, "worker": source}, Path(folder))

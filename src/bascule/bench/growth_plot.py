@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from bascule.bench.charts import INK, MUTED, line
+
 _WIDTH, _HEIGHT = 940, 430
 _PANEL_WIDTH, _PANEL_HEIGHT, _TOP = 350, 260, 80
 _TARGET_S = 0.0005
 _COLOURS = ("#2a6f97", "#e07a3f", "#3a8f5d", "#8a4f9e", "#b5384d", "#6b705c")
-_INK, _FAINT = "#22303c", "#d9dfe4"
 
 
 def growth_plot(cells: Sequence[dict[str, Any]], *, html: bool) -> str:
@@ -23,12 +24,12 @@ def growth_plot(cells: Sequence[dict[str, Any]], *, html: bool) -> str:
     ]
     heading = (
         f'<text x="70" y="34" font-size="18" font-weight="600">A routing decision, in milliseconds</text>'
-        f'<text x="70" y="55" fill="#5b6b78">median (solid) and 99th percentile (broken), '
+        f'<text x="70" y="55" fill="{MUTED}">median (solid) and 99th percentile (broken), '
         f"prompts of {cells[0]['prompt_blocks']} blocks</text>"
     )
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{_INK}">'
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}">'
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>{heading}{"".join(panels)}</svg>\n'
     )
     if not html:
@@ -50,14 +51,12 @@ def _panel(cells: Sequence[dict[str, Any]], over: str, each: str, left: int, low
     bottom = _TOP + _PANEL_HEIGHT
     drawn = []
     for value in _ticks(first, last):
-        drawn.append(_line(x(value), _TOP, x(value), bottom))
+        drawn.append(line(x(value), _TOP, x(value), bottom))
         drawn.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle">{value:,.0f}</text>')
     for value in _ticks(low, high):
-        drawn.append(_line(left, y(value), left + _PANEL_WIDTH, y(value)))
+        drawn.append(line(left, y(value), left + _PANEL_WIDTH, y(value)))
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{1000 * value:g}</text>')
-    drawn.append(
-        _line(left, y(_TARGET_S), left + _PANEL_WIDTH, y(_TARGET_S), f'stroke="{_INK}" stroke-dasharray="2 3"')
-    )
+    drawn.append(line(left, y(_TARGET_S), left + _PANEL_WIDTH, y(_TARGET_S), INK, "2 3"))
     drawn.append(f'<text x="{left + 4}" y="{y(_TARGET_S) - 5:.1f}" font-size="11">target of the median</text>')
     drawn.append(f'<text x="{left + _PANEL_WIDTH / 2}" y="{bottom + 38}" text-anchor="middle">{over}</text>')
     for number, value in enumerate(sorted({cell[each] for cell in cells})):
@@ -75,10 +74,6 @@ def _panel(cells: Sequence[dict[str, Any]], over: str, each: str, left: int, low
             f"{value:,} {each}</text>"
         )
     return "".join(drawn)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str = f'stroke="{_FAINT}"') -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
 
 
 def _decades_around(values: Sequence[float]) -> tuple[float, float]:

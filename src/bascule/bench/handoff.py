@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from bascule.bench import second_token, transports
 from bascule.bench.second_token import SecondTokenFigures, ServerPlan
+from bascule.bench.transport_target import SEALED
 from bascule.bench.transports import TransferFigures
 from bascule.errors import ConfigError
 from bascule.kv.transfer.select import TRANSPORTS
@@ -39,8 +40,9 @@ class HandoffSettings:
             raise ConfigError(f"--runs is {self.runs} and --size {self.size} bytes, but both start at 1")
         if any(length < 1 for length in self.lengths):
             raise ConfigError(f"--prompt-tokens holds {min(self.lengths)}, but a prompt has at least 1 token")
-        if unknown := [name for name in self.transports if name not in TRANSPORTS]:
-            raise ConfigError(f"{unknown[0]!r} is no transport; choose from {', '.join(TRANSPORTS)}")
+        known = (*TRANSPORTS, SEALED)
+        if unknown := [name for name in self.transports if name not in known]:
+            raise ConfigError(f"{unknown[0]!r} is no transport; choose from {', '.join(known)}")
 
 
 class HandoffReport(Struct, frozen=True, kw_only=True):

@@ -1,25 +1,36 @@
-"""Offers a workload to an OpenAI-compatible server and times every token: closed loop, or arrivals of their own."""
+"""Offers requests to an OpenAI-compatible server and times every token: closed loop, or arrivals of their own.
+
+In an open loop a request counts from the moment at which it was to be sent, not from when the client got round to it,
+so that a slow server (or client) cannot slow down what it is measured with. How late the client was is told apart.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from itertools import pairwise
-from urllib.parse import urlsplit
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from bascule.bench.workloads import Ask, Talk
+from bascule.bench.answers import Answer, BadAnswer, Counting
+from bascule.bench.endpoint import Endpoint, Prompt, read_answer
+from bascule.bench.quantiles import quantile
+from bascule.traffic.workloads import Ask, Talk
 from bascule.types import Slo
 
-_LIMIT = 1 << 22
 _TIMEOUT_S = 300.0
-_RAMP_S = 2.0
+RAMP_S = 2.0
 """Seconds within which the clients of a closed loop start."""
+_READY_S = 2.0
+"""So long before its time a request of an open loop is made up."""
+_CONNECT_S = 0.25
+"""So long before its time its connection is opened."""
+_PULSE_S = 0.02
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -36,6 +47,21 @@ class Record(Struct, frozen=True, kw_only=True):
     """Its X-Request-Id."""
     error: str = ""
     rejected: bool = False
+    retry_after: float = math.nan
+    """Seconds, as a refusal says."""
+    answered: float = math.inf
+    """When the answer had ended, a refusal's too."""
+    asked: int = 0
+    """Output tokens wanted."""
+    sent_tokens: int = 0
+    """Of the prompt."""
+    prompt_tokens: int = 0
+    """Of the prompt as the server counts it; 0 where it does not say."""
+    counted_by: Counting = Counting.CHUNKS
+    late: float = 0.0
+    """Sent so long after its time, in an open loop; part of `ttft`."""
+    place: tuple[int, int] = (0, 0)
+    """Which of the run's talks, and which turn of it: the same for the same request on another server."""
 
     @property
     def tpot(self) -> float:
@@ -56,6 +82,12 @@ class Run(Struct, frozen=True, kw_only=True):
 
     records: tuple[Record, ...]
     wall_s: float
+    unfinished: int = 0
+    """Requests that were under way when the run was stopped; they count nowhere."""
+    lags: tuple[float, ...] = ()
+    """Seconds by which the client's own pulse came late, each 20 ms: how busy it was."""
+    cpu_s: float = 0.0
+    """Of the client's process."""
 
     def goodput(self, slo: Slo) -> float:
         """Requests per second that met all bounds."""
@@ -69,14 +101,7 @@ class Run(Struct, frozen=True, kw_only=True):
         return [record for record in self.records if not record.error]
 
     def quantile(self, values: Sequence[float], share: float) -> float:
-        """Linear between the nearest ranks; NaN of nothing."""
-        if not values:
-            return math.nan
-        ordered = sorted(values)
-        position = (len(ordered) - 1) * share
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+        return quantile(values, share)
 
     def figures(self) -> dict[str, float]:
         """Percentiles of what was completed."""
@@ -84,11 +109,11 @@ class Run(Struct, frozen=True, kw_only=True):
         ttft, tpot = [record.ttft for record in good], [record.tpot for record in good if record.tokens > 1]
         gaps = [gap for record in good for gap in record.gaps]
         return {
-            "ttft_p50": self.quantile(ttft, 0.5),
-            "ttft_p99": self.quantile(ttft, 0.99),
+            "ttft_p50": quantile(ttft, 0.5),
+            "ttft_p99": quantile(ttft, 0.99),
             "tpot_mean": statistics.fmean(tpot) if tpot else math.nan,
-            "itl_p50": self.quantile(gaps, 0.5),
-            "itl_p99": self.quantile(gaps, 0.99),
+            "itl_p50": quantile(gaps, 0.5),
+            "itl_p99": quantile(gaps, 0.99),
             "output_tokens_per_s": self.output_tokens_per_s,
             "completed": len(good),
             "rejected": sum(record.rejected for record in self.records),
@@ -96,135 +121,175 @@ class Run(Struct, frozen=True, kw_only=True):
         }
 
 
-async def offer(url: str, model: str, asked: Sequence[Talk], concurrency: int | None = None) -> Run:
-    """Offer all talks: `concurrency` clients that take the next one when theirs has ended, or each at its own time."""
-    begin = time.perf_counter()
-    records: list[Record] = []
-    if concurrency is not None:
-        waiting = iter(asked)
+class Watch:
+    """Hears of each request of a run while it goes on; this one does nothing with it."""
 
-        async def client(number: int) -> None:
-            # Not all at once: a crowd at the door says little of the room.
-            await asyncio.sleep(_RAMP_S * number / concurrency)
-            for talk in waiting:
-                records.extend(await _hold(url, model, talk, begin))
+    def sent(self) -> None:
+        """A request has gone out."""
 
-        await asyncio.gather(*(client(number) for number in range(concurrency)))
-    else:
-
-        async def later(talk: Talk) -> None:
-            await asyncio.sleep(max(0.0, begin + (talk.at or 0.0) - time.perf_counter()))
-            records.extend(await _hold(url, model, talk, begin))
-
-        await asyncio.gather(*(later(talk) for talk in asked))
-    ends = [record.start + record.e2e for record in records if not record.error]
-    wall = max(ends, default=time.perf_counter() - begin) - min(record.start for record in records)
-    return Run(records=tuple(records), wall_s=max(wall, 1e-9))
+    def ended(self, record: Record) -> None:
+        """What became of it."""
 
 
-async def _hold(url: str, model: str, talk: Talk, begin: float) -> list[Record]:
-    """All turns of a talk; a turn that fails ends it."""
-    said: list[int] = []
-    records = []
-    for ask in talk.asks:
-        said += ask.prompt
-        record, answer = await _one(url, model, said, ask, begin)
-        records.append(record)
-        if record.error:
-            break
-        said += answer
-    return records
+async def offer(url: str, model: str, asked: Iterable[Talk], concurrency: int | None = None) -> Run:
+    """Offer all talks to a server that understands all that ours does; `Offer` has the rest."""
+    return await Offer(Endpoint(url=url, model=model), concurrency=concurrency).run(asked)
 
 
-async def _one(url: str, model: str, prompt: list[int], ask: Ask, begin: float) -> tuple[Record, list[int]]:
-    target = urlsplit(url)
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": ask.output,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": True,
-        }
-    ).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode()
-    answer = _Answer(ask.output)
-    start = time.perf_counter()
-    try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(target.hostname, target.port, limit=_LIMIT)
-            start = time.perf_counter()
-            writer.write(head + body)
-            while data := await reader.read(1 << 16):
-                answer.take(data, time.perf_counter())
-            writer.close()
-    except (OSError, TimeoutError, ValueError) as error:
-        answer.error = answer.error or f"{type(error).__name__}: {error}"
-    return answer.record(start, begin), answer.tokens
+@dataclass
+class Offer:
+    """How talks are offered: each at its time, or by `concurrency` clients that take the next when theirs has ended."""
 
+    endpoint: Endpoint
+    concurrency: int | None = None
+    timeout_s: float = _TIMEOUT_S
+    """For each request."""
+    duration_s: float = math.inf
+    """After which no talk begins."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Ends the run at once; what was measured until then stays."""
+    watch: Watch = field(default_factory=Watch)
 
-class _Answer:
-    """A streamed answer as it comes in; an arrival with several tokens is one arrival."""
-
-    def __init__(self, wanted: int) -> None:
-        self.tokens: list[int] = []
-        self.error = ""
-        self._wanted = wanted
-        self._arrivals: list[float] = []
-        self._status = 0
-        self._request = ""
-        self._cached = 0
-        self._done = False
-        self._rest = b""
-
-    def take(self, data: bytes, now: float) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        before = len(self.tokens)
-        for line in lines:
-            if line.startswith(b"data: "):
-                self._event(line[6:].strip())
-            elif line.startswith(b"HTTP/1.1 "):
-                self._status = int(line[9:12])
-            elif line[:13].lower() == b"x-request-id:":
-                self._request = line[13:].strip().decode()
-        if len(self.tokens) > before:
-            self._arrivals.append(now)
-
-    def _event(self, data: bytes) -> None:
-        if data == b"[DONE]":
-            self._done = True
-            return
-        event = json.loads(data)
-        if "error" in event:
-            self.error = str(event["error"])[:200]
-        for choice in event.get("choices", ()):
-            self.tokens += choice.get("token_ids") or ()
-        if usage := event.get("usage"):
-            self._cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-
-    def record(self, start: float, begin: float) -> Record:
-        rejected = self._status == 429
-        if self._status != 200:
-            self.error = self.error or f"status {self._status}: {self._rest[:200]!r}"
-        elif not self._done or len(self.tokens) != self._wanted:
-            self.error = self.error or f"{len(self.tokens)} of {self._wanted} tokens came"
-        if not self._arrivals:
-            return Record(start=start - begin, error=self.error, rejected=rejected, request=self._request)
-        times = self._arrivals
-        return Record(
-            start=start - begin,
-            ttft=times[0] - start,
-            e2e=times[-1] - start,
-            gaps=tuple(later - earlier for earlier, later in pairwise(times)),
-            tokens=len(self.tokens),
-            cached=self._cached,
-            request=self._request,
-            error=self.error,
-            rejected=rejected,
+    async def run(self, asked: Iterable[Talk]) -> Run:
+        """All talks, or as many as the time allows; an open loop takes them from `asked` as their times come."""
+        # Requests at time 0 of an open loop are to be made ready before it too.
+        self._begin = time.perf_counter() + (2 * _CONNECT_S if self.concurrency is None else 0.0)
+        self._records: list[Record] = []
+        self._under_way = 0
+        coming = enumerate(asked)
+        cpu = time.process_time()
+        lags: list[float] = []
+        pulse = asyncio.create_task(_pulse(lags))
+        work = asyncio.create_task(self._open(coming) if self.concurrency is None else self._closed(coming))
+        stopped = asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            unfinished = self._under_way
+        finally:
+            for task in (work, stopped, pulse):
+                task.cancel()
+            await asyncio.gather(work, stopped, pulse, return_exceptions=True)
+        records = tuple(self._records)
+        ends = [record.start + record.e2e for record in records if not record.error]
+        first = min((record.start for record in records), default=0.0)
+        wall = max(ends, default=time.perf_counter() - self._begin) - first
+        return Run(
+            records=records,
+            wall_s=max(wall, 1e-9),
+            unfinished=unfinished,
+            lags=tuple(lags),
+            cpu_s=time.process_time() - cpu,
         )
+
+    async def _closed(self, waiting: Iterator[tuple[int, Talk]]) -> None:
+        assert self.concurrency is not None
+
+        async def client(number: int, of: int) -> None:
+            # Not all at once: a crowd at the door says little of the room.
+            await asyncio.sleep(min(RAMP_S, self.duration_s) * number / of)
+            for place, talk in waiting:
+                if time.perf_counter() - self._begin >= self.duration_s:
+                    return
+                await self._hold(place, talk, None)
+
+        async with asyncio.TaskGroup() as clients:
+            for number in range(self.concurrency):
+                clients.create_task(client(number, self.concurrency))
+
+    async def _open(self, coming: Iterator[tuple[int, Talk]]) -> None:
+        async with asyncio.TaskGroup() as talks:
+            for place, talk in coming:
+                at = talk.at or 0.0
+                if at >= self.duration_s:
+                    break
+                await _until(self._begin + at - _READY_S)
+                talks.create_task(self._hold(place, talk, self._begin + at))
+
+    async def _hold(self, place: int, talk: Talk, due: float | None) -> None:
+        """All turns of a talk; a turn that fails ends it."""
+        said = Prompt()
+        for turn, ask in enumerate(talk.asks):
+            said = said.asked(ask.prompt)
+            record, answer = await self._one(said, ask, due)
+            record = replace(record, place=(place, turn))
+            self._records.append(record)
+            self.watch.ended(record)
+            if record.error:
+                break
+            said, due = said.answered(answer), None
+
+    async def _one(self, prompt: Prompt, ask: Ask, due: float | None) -> tuple[Record, Answer]:
+        request = self.endpoint.request(prompt, ask.output)
+        answer = Answer()
+        error, late = "", 0.0
+        writer: asyncio.StreamWriter | None = None
+        start = due if due is not None else time.perf_counter()
+        try:
+            if due is not None:
+                await _until(due - _CONNECT_S)
+            async with asyncio.timeout(self.timeout_s + max(0.0, start - time.perf_counter())):
+                self._under_way += 1
+                reader, writer = await self.endpoint.connect()
+                if due is not None:
+                    await _until(due)
+                    late = max(0.0, time.perf_counter() - due)  # the loop wakes a little early
+                else:
+                    start = time.perf_counter()
+                self.watch.sent()
+                writer.write(request)
+                await read_answer(reader, answer)
+            self._check_length(answer, ask)
+        except TimeoutError:
+            error = f"no end within {self.timeout_s:g} s"
+        except (OSError, BadAnswer) as failure:
+            error = str(failure) if isinstance(failure, BadAnswer) else f"{type(failure).__name__}: {failure}"
+        finally:
+            if writer is not None:
+                writer.close()
+        self._under_way -= 1
+        times = answer.arrivals
+        record = Record(
+            start=start - self._begin,
+            ttft=times[0] - start if times else math.inf,
+            e2e=times[-1] - start if times else math.inf,
+            gaps=answer.gaps,
+            tokens=answer.count,
+            cached=answer.cached,
+            request=answer.request,
+            error=error,
+            rejected=answer.status == HTTPStatus.TOO_MANY_REQUESTS,
+            retry_after=answer.retry_after,
+            answered=time.perf_counter() - start,
+            asked=ask.output,
+            sent_tokens=len(prompt.ids),
+            prompt_tokens=answer.prompt_tokens,
+            counted_by=answer.counted_by,
+            late=late,
+        )
+        return record, answer
+
+    def _check_length(self, answer: Answer, ask: Ask) -> None:
+        """Raises BadAnswer for an output that is not as long as asked, unless the model itself may have ended it."""
+        ended = answer.finish == "stop" and answer.count < ask.output and not self.endpoint.exact_lengths
+        known = self.endpoint.exact_lengths or answer.counted_by is not Counting.CHUNKS
+        if known and not ended and answer.count != ask.output:
+            raise BadAnswer(
+                f"{answer.count} of {ask.output} tokens came (finish reason {answer.finish or 'none'}); do prompt and "
+                "output fit into the model's context?"
+            )
+
+
+async def _until(moment: float) -> None:
+    """Return at that moment of `time.perf_counter`, or at once if it has passed."""
+    if (left := moment - time.perf_counter()) > 0:
+        await asyncio.sleep(left)
+
+
+async def _pulse(lags: list[float]) -> None:
+    """Note by how much each of short sleeps was too long, until cancelled."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(_PULSE_S)
+        lags.append(max(0.0, time.perf_counter() - before - _PULSE_S))

@@ -21,7 +21,9 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from bascule.bench.transport_target import SEALED
 from bascule.bench.transports import BenchFailed
+from bascule.keys import write_cluster_key
 
 OUTPUT_TOKENS = 4
 _START_S = 180.0
@@ -73,7 +75,13 @@ def measure(plan: ServerPlan, lengths: Sequence[int], transports: Sequence[str],
     with ExitStack() as stack:
         servers = {"local": _start(plan, stack, "--policy=single", f"--devices=cpu:{first}")}
         for transport in transports:
-            flags = ("--policy=disaggregated", f"--devices=cpu:{first},cpu:{last}", f"--transfer={transport}")
+            flags = ["--policy=disaggregated", f"--devices=cpu:{first},cpu:{last}"]
+            if transport == SEALED:
+                key = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bascule-bench-")), "key")
+                write_cluster_key(key)
+                flags += ["--transfer=tcp", f"--cluster-key-file={key}"]
+            else:
+                flags += [f"--transfer={transport}"]
             servers[transport] = _start(plan, stack, *flags)
         draw = random.Random(0)
         figures = []

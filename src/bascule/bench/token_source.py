@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def serve(card: ModelCard, tokens: list[int], router: str, step_s: float) -> Non
             source.submit(message)
         elif isinstance(message, Cancel):
             source.cancel(message)
-        elif isinstance(message, Stop | RegistrationRefusal):
+        elif isinstance(message, RegistrationRefusal):
+            sys.exit(message.reason)
+        elif isinstance(message, Stop):
             return
 
 

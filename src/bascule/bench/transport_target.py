@@ -17,6 +17,10 @@ from bascule.kv.transfer.base import Endpoint, Grant, Receiver
 from bascule.kv.transfer.select import open_receivers
 from bascule.types import KVLayout, TicketId
 
+SEALED = "tcp-sealed"
+"""TCP as it is with a cluster key."""
+CLUSTER_KEY = bytes(32)
+
 
 class Plan(Struct, frozen=True, kw_only=True):
     """First line to the target: what it holds, and the core it stays on."""
@@ -29,7 +33,8 @@ class Plan(Struct, frozen=True, kw_only=True):
 class Ready(Struct, frozen=True, kw_only=True):
     """Its answer: where it receives, and the port of the plain tcp connection."""
 
-    endpoints: list[Endpoint]
+    endpoints: dict[str, Endpoint]
+    """By transport, or `SEALED`."""
     port: int
 
 
@@ -86,13 +91,16 @@ class Target:
     def __init__(self, plan: Plan, unix: socket.socket) -> None:
         self._arena = Arena.create(plan.layout, plan.blocks)
         self._buffer = memoryview(bytearray(plan.layout.block_bytes * plan.blocks))
-        self._receivers: dict[str, Receiver] = open_receivers(self._arena, "auto", "127.0.0.1", lambda _: None)
+        sealed = open_receivers(self._arena, "tcp", "127.0.0.1", lambda _: None, key=CLUSTER_KEY)["tcp"]
+        self._receivers: dict[str, Receiver] = open_receivers(self._arena, "auto", "127.0.0.1", lambda _: None) | {
+            SEALED: sealed
+        }
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._plain = {"unix": unix}
         self._checked: list[bytes] = []
 
     def ready(self) -> Ready:
-        endpoints = [receiver.endpoint for receiver in self._receivers.values()]
+        endpoints = {name: receiver.endpoint for name, receiver in self._receivers.items()}
         return Ready(endpoints=endpoints, port=self._listening.getsockname()[1])
 
     def accept(self) -> None:

@@ -17,7 +17,19 @@ import msgspec
 import numpy as np
 
 from bascule.bench.cores import pinned
-from bascule.bench.transport_target import Check, Command, Conclude, Done, Open, Plan, Ready, Receive, send
+from bascule.bench.transport_target import (
+    CLUSTER_KEY,
+    SEALED,
+    Check,
+    Command,
+    Conclude,
+    Done,
+    Open,
+    Plan,
+    Ready,
+    Receive,
+    send,
+)
 from bascule.errors import BasculeError
 from bascule.kv.arena import Arena
 from bascule.kv.transfer.base import Endpoint, Move, Sender, Session
@@ -72,6 +84,8 @@ def measure(layout: KVLayout, size: int, runs: int, cores: list[int]) -> list[Tr
             ("shm", True): lambda: source.transfer("shm", verified=True),
             ("tcp", False): lambda: source.transfer("tcp", verified=False),
             ("tcp", True): lambda: source.transfer("tcp", verified=True),
+            (SEALED, False): lambda: source.transfer(SEALED, verified=False),
+            (SEALED, True): lambda: source.transfer(SEALED, verified=True),
         }
         samples: dict[tuple[str, bool], list[Sample]] = {way: [] for way in ways}
         for run in range(-1, runs):
@@ -79,7 +93,7 @@ def measure(layout: KVLayout, size: int, runs: int, cores: list[int]) -> list[Tr
                 sample = once()
                 if run >= 0:  # the one before is for warming up
                     samples[way].append(sample)
-        baselines = {"shm": "memcpy", "tcp": "tcp socket", "unix socket": "tcp socket"}
+        baselines = {"shm": "memcpy", "tcp": "tcp socket", SEALED: "tcp socket", "unix socket": "tcp socket"}
         return [
             _figures(way, samples[way], baselines[way[0]], samples[baselines[way[0]], False], source.size)
             for way in ways
@@ -123,6 +137,7 @@ class Source:
         self._spare.bytes[:] = 0
         self._peer = Peer(Plan(layout=layout, blocks=blocks, core=target_core), stack)
         self._senders: dict[str, Sender] = open_senders(self._arena, "auto")
+        self._senders[SEALED] = open_senders(self._arena, "tcp", CLUSTER_KEY)["tcp"]
         for sender in self._senders.values():
             stack.callback(sender.close)
 
@@ -209,7 +224,7 @@ class Peer:
         self._to, self._from = self._process.stdin, self._process.stdout
         send(self._to, plan)  # type: ignore[arg-type]
         ready = msgspec.json.decode(self._line(), type=Ready)
-        self.endpoints: dict[str, Endpoint] = {endpoint.transport: endpoint for endpoint in ready.endpoints}
+        self.endpoints: dict[str, Endpoint] = ready.endpoints
         tcp = stack.enter_context(socket.create_connection(("127.0.0.1", ready.port)))
         self.plain = {"unix": ours, "tcp": tcp}
 

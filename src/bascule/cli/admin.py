@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bascule.cli.admin_api import Admin, NotAnswered, admin_url, ask
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
+from bascule.cli.screen import print_whole
 from bascule.errors import ConfigError
 from bascule.types import Role
 
@@ -22,7 +23,7 @@ app = App(name="admin", help="List the workers of a running server; drain, resum
 
 
 @app.command
-def workers(*, admin: Admin = None, json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None) -> None:
+def workers(*, admin: Admin = None, json: JsonTarget = None) -> None:
     """List the workers: role, state, what they do, what their KV memory holds.
 
     Example: bascule admin workers
@@ -36,7 +37,7 @@ def workers(*, admin: Admin = None, json: Annotated[str | None, Parameter(allow_
     """
     state = _state(admin_url(admin))
     if json != "-":
-        Console().print(_table(state["workers"]))
+        print_whole(_table(state["workers"]))
     write_json(state, json)
 
 

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from bascule.cli import servers
 from bascule.cli.keys import ADMIN_KEY
-from bascule.errors import BasculeError, ConfigError
+from bascule.errors import UNREADABLE, BasculeError, ConfigError
 
 _TIMEOUT_S = 10.0
 
@@ -24,7 +24,11 @@ Admin = Annotated[str | None, Parameter(env_var="BASCULE_ADMIN")]
 
 
 class NotAnswered(BasculeError):
-    """The server does not answer, or not with what was asked for."""
+    """The server does not answer, or not with what was asked for; `code` is its own word for why."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def admin_url(given: str | None) -> str:
@@ -46,11 +50,16 @@ def admin_url(given: str | None) -> str:
 
 
 def ask(
-    url: str, is_right: Callable[[dict[str, Any]], bool], fields: dict[str, object] | None = None
+    url: str,
+    is_right: Callable[[dict[str, Any]], bool],
+    fields: dict[str, object] | None = None,
+    *,
+    given_as: str = "--admin",
 ) -> dict[str, Any]:
     """What the admin API says to a GET, or with `fields` to a POST of them; raises NotAnswered.
 
     `is_right` tells an answer of ours from one of something else, and may raise LookupError or TypeError for that.
+    `given_as` is what a person is to look at if the address is wrong.
     Proxies are left out, as the address is near.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -64,13 +73,15 @@ def ask(
                 raise LookupError
     except urllib.error.HTTPError as error:
         if error.code == HTTPStatus.UNAUTHORIZED:
-            raise NotAnswered(f"the admin API asks for its key; give it as {ADMIN_KEY} in the environment") from error
-        raise NotAnswered(_message(error)) from error
-    except (msgspec.DecodeError, LookupError, TypeError, UnicodeDecodeError) as error:
-        raise NotAnswered(f"what answers at {url} is no admin API of Bascule; check --admin") from error
+            wrong = f"does not know the key in {ADMIN_KEY}" if os.environ.get(ADMIN_KEY) else "asks for its key"
+            raise NotAnswered(f"the admin API {wrong}; give its own as {ADMIN_KEY} in the environment") from error
+        message, code = _reason(error)
+        raise NotAnswered(message, code=code) from error
+    except (LookupError, TypeError, *UNREADABLE) as error:
+        raise NotAnswered(f"what answers at {url} is no admin API of Bascule; check {given_as}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NotAnswered(f"cannot reach {url}: {reason}; is the server running, and is --admin right?") from error
+        raise NotAnswered(f"cannot reach {url}: {reason}; is the server running, and is {given_as} right?") from error
     return found
 
 
@@ -80,9 +91,10 @@ def _key_for(url: str) -> str | None:
     return given or next((each.admin_key for each in servers.running() if url.startswith(f"{each.admin_url}/")), None)
 
 
-def _message(error: urllib.error.HTTPError) -> str:
-    """The admin API's own words, or the bare status of something else."""
+def _reason(error: urllib.error.HTTPError) -> tuple[str, str | None]:
+    """The admin API's own words and code, or the bare status of something else."""
     try:
-        return str(msgspec.json.decode(error.read())["error"]["message"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return f"{error.url} answered {error.code} {error.reason}; check --admin"
+        told = msgspec.json.decode(error.read())["error"]
+        return str(told["message"]), told.get("code")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, *UNREADABLE):
+        return f"{error.url} answered {error.code} {error.reason}; check --admin", None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from itertools import product
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from bascule.cli.models import pull_with_progress
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
 from bascule.errors import ConfigError
 from bascule.models import load
 from bascule.models.catalog import CATALOG
@@ -27,7 +25,7 @@ def engine(
     chunks: str = "512",
     rounds: int = 5,
     threads: int = 1,
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Measure decode and prefill steps, beside the rate of memory and of matrix products in the same run.
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from bascule.bench.front import FrontSettings, measure
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
 
 
 def front(
     *,
     model: str = "smollm2",
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    json: JsonTarget = None,
     runs: int = 5,
     latency_requests: int = 200,
     seconds: float = 1.5,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from bascule.bench.handoff import HandoffReport, HandoffSettings, measure
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
 from bascule.config import parse_size
 from bascule.errors import ConfigError
 
@@ -23,7 +22,7 @@ def handoff(
     runs: int = 5,
     size: str = "64MiB",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Measure the transports beside a memcpy and plain sockets, and the time to the second token with a handoff.
 
@@ -38,7 +37,7 @@ def handoff(
     prompt_tokens
         Prompt lengths for the time to the second token, separated by commas; empty: transports only.
     transports
-        Transports for the time to the second token.
+        Transports for the time to the second token: shm, tcp, tcp-sealed (tcp with a cluster key).
     runs
         Runs that count, after one to warm up.
     size

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from bascule.bench.growth_plot import growth_plot
 from bascule.bench.router import RouterSettings, growth, measure
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
 from bascule.errors import ConfigError
 
 
@@ -21,7 +20,7 @@ def router(
     blocks: int = 1_000_000,
     prompt_blocks: int = 100,
     decisions: int = 2000,
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    json: JsonTarget = None,
     plot: str | None = None,
     grow: bool = True,
 ) -> None:

@@ -2,83 +2,141 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import logging
 import os
-import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
-import psutil
-from msgspec import Struct
-from rich.console import Console
-
-from bascule.config import parse_size
+from bascule.api.server import check_port
+from bascule.api.tls import tls_context
+from bascule.cli.fitness import Finding, Level, check_advertised, of_router, of_workers, tried
+from bascule.cli.joining import check_join, joining
+from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts
+from bascule.cli.outside import of_servers
+from bascule.cli.report import JsonTarget, write_json
+from bascule.cli.serve import plan_workers
+from bascule.cli.worker import Flat
+from bascule.config import (
+    AttachConfig,
+    EngineConfig,
+    HandoffConfig,
+    HardwareConfig,
+    HttpConfig,
+    ModelConfig,
+    PoolConfig,
+    RoutingConfig,
+    SecurityConfig,
+    SloConfig,
+    StoreConfig,
+)
 from bascule.engine.native import build
-from bascule.errors import BasculeError
-from bascule.models import catalog, load
+from bascule.errors import BasculeError, ConfigError
+from bascule.hardware import read_hardware
+from bascule.keys import check_open, is_loopback, stays_here
+from bascule.models import LoadedModel, catalog, load
 
 _ENGINE_MODULES = ("torch", "safetensors")
 
 
-class Finding(Struct, frozen=True):
-    """One thing looked at: fine, or what is wrong and how to mend it."""
+def doctor(
+    model: str = "smollm2",
+    /,
+    *,
+    workers: int | None = None,
+    join: str | None = None,
+    json: JsonTarget = None,
+    pools: Annotated[PoolConfig, Flat] = PoolConfig(),
+    routing: Annotated[RoutingConfig, Flat] = RoutingConfig(),
+    http: Annotated[HttpConfig, Flat] = HttpConfig(),
+    model_config: Annotated[ModelConfig, Flat] = ModelConfig(),
+    engine_config: Annotated[EngineConfig, Flat] = EngineConfig(),
+    handoff_config: Annotated[HandoffConfig, Flat] = HandoffConfig(),
+    slo_config: Annotated[SloConfig, Flat] = SloConfig(),
+    attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
+    store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
+    security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
+    hardware_config: Annotated[HardwareConfig, Flat] = HardwareConfig(),
+    config: Path | None = None,
+) -> None:
+    """Check this machine for what `serve` would run with the same flags, or with --join for a worker; exit code 1 if
+    something is in the way.
 
-    ok: bool
-    what: str
-    mend: str = ""
-
-
-def doctor(model: str = "smollm2", /, *, kv_memory: str = "1GiB", workers: int = 2) -> None:
-    """Check this machine for serving a model; exit code 1 if something is in the way.
-
-    Example: bascule doctor smollm2 --workers 2
+    Examples: bascule doctor smollm2 --workers 2,
+    or on a worker's host: bascule doctor smollm2 --join tcp://10.0.0.1:8100 --host 10.0.0.2 --cluster-key-file FILE
 
     Parameters
     ----------
     model
         The model that you want to serve.
-    kv_memory
-        KV memory of each worker.
     workers
-        How many workers are to run here.
+        How many workers are to run here (default: as `serve` runs, or one with --join).
+    join
+        Address of a router that a worker here is to join; then --host is where its peers are to reach it.
+    json
+        File to write the findings to as JSON (`-` for standard output, instead of the lines).
+    config
+        TOML file with the same keys as these flags.
     """
-    console = Console()
-    findings = [*_software(), *_hardware(parse_size(kv_memory, "kv-memory") * workers), *_model(model)]
-    for finding in findings:
-        console.print(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.what}", highlight=False)
-        if finding.mend:
-            console.print(f"       {finding.mend}", highlight=False)
-    if not all(finding.ok for finding in findings):
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} must be 1 or more")
+    logging.disable(logging.CRITICAL)  # all there is to say is in the findings
+    findings = [*_software(engine_config), *_attempt(lambda: _model(model))]
+    if join is not None:
+        findings += of_workers(engine_config, store_config, workers or 1)
+        findings += _attempt(lambda: _joining(model, join, http.host, security_config))
+    else:
+        attached = len(attach_config.urls)
+        findings += _attempt(lambda: _serving(workers, pools, routing, engine_config, store_config, attached))
+        findings += _attempt(lambda: _planes(http, security_config))
+    findings += _attempt(lambda: of_servers(store_config, attach_config, model_config.model_name or model))
+    if (hardware := hardware_config.hardware) is not None:
+        findings.append(tried(lambda: read_hardware(hardware), f"the hardware file {hardware} can be read"))
+    if json is not None:
+        write_json([{"level": each.level, "what": each.what, "mend": each.mend} for each in findings], json)
+    if json != "-":
+        for finding in findings:
+            print(f"{finding.level.upper():<5}  {finding.line}")
+    if any(finding.level is Level.WRONG for finding in findings):
         sys.exit(1)
 
 
-def _software() -> Iterator[Finding]:
-    yield Finding(True, f"Python {sys.version.split()[0]}")
-    for name in _ENGINE_MODULES:
-        found = importlib.util.find_spec(name) is not None
-        yield Finding(found, f"package {name}", "" if found else "workers need it: pip install 'bascule[engine]'")
+def _attempt(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What is found until one of our errors ends it, which is a finding too."""
+    try:
+        yield from look()
+    except BasculeError as error:
+        yield Finding(Level.WRONG, str(error))
 
 
-def _hardware(kv_bytes: int) -> Iterator[Finding]:
-    cores = sorted(os.sched_getaffinity(0))
+def _serving(
+    workers: int | None,
+    pools: PoolConfig,
+    routing: RoutingConfig,
+    engine: EngineConfig,
+    store: StoreConfig,
+    attached: int,
+) -> Iterator[Finding]:
+    count = len(plan_workers(pools, routing, (), attached=attached)) if workers is None else workers
+    yield from of_workers(engine, store, count, dealt=pools.devices is None)
+    yield from of_router(routing, engine, count)
+
+
+def _software(engine: EngineConfig) -> Iterator[Finding]:
+    yield Finding(Level.OK, f"Python {sys.version.split()[0]}")
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
-    yield Finding(True, f"{len(cores)} usable cores, {' '.join(extensions) or 'no AVX'}")
-    yield Finding(
-        len(cores) > 1,
-        "a core for each of a prefill and a decode worker",
-        "" if len(cores) > 1 else "prefill and decode will share one core; --policy single may be faster",
-    )
+    yield Finding(Level.OK, f"{len(os.sched_getaffinity(0))} usable cores, {' '.join(extensions) or 'no AVX'}")
+    if engine.engine == "mock":
+        return
+    for name in _ENGINE_MODULES:
+        there = importlib.util.find_spec(name) is not None
+        mend = "" if there else "workers need it: pip install 'bascule[engine]'"
+        yield Finding(Level.OK if there else Level.WRONG, f"package {name}{'' if there else ' is missing'}", mend)
     yield _kernels()
-    free = psutil.virtual_memory().available
-    yield Finding(
-        free > kv_bytes,
-        f"{free / 2**30:.1f} GiB of memory free for {kv_bytes / 2**30:.1f} GiB of KV blocks",
-        "" if free > kv_bytes else "give less with --kv-memory, or stop something",
-    )
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield Finding(limit >= 1024, f"{limit} open files allowed", "" if limit >= 1024 else "raise it: ulimit -n 4096")
 
 
 def _kernels() -> Finding:
@@ -86,17 +144,45 @@ def _kernels() -> Finding:
     try:
         build.load()
     except build.NativeUnavailable as unavailable:
-        return Finding(True, "no native kernels: bfloat16 is computed by torch, several times slower", str(unavailable))
-    return Finding(True, "native kernels for bfloat16 and 4-bit weights")
+        what = "no native kernels: bfloat16 is computed by torch, several times slower"
+        return Finding(Level.DOUBT, what, str(unavailable))
+    return Finding(Level.OK, "native kernels for bfloat16 and 4-bit weights")
 
 
 def _model(model: str) -> Iterator[Finding]:
-    if any(entry.name == model and entry.state is not catalog.FileState.READY for entry in catalog.installed()):
-        yield Finding(True, f"model {model} is not on this machine yet", f"get it: bascule models pull {model}")
+    if (spec := _loaded(model)) is None:
+        yield Finding(Level.DOUBT, f"model {model} is not on this machine yet", f"get it: bascule models pull {model}")
         return
-    try:
-        spec = load(model).spec
-    except BasculeError as error:
-        yield Finding(False, f"model {model}", str(error))
-    else:
-        yield Finding(True, f"model {model}: {spec.architecture}, {spec.layers} layers, context {spec.context}")
+    said = f"{spec.spec.architecture}, {spec.spec.layers} layers, context {spec.spec.context}"
+    yield Finding(Level.OK, f"model {model}: {said}")
+
+
+def _loaded(model: str) -> LoadedModel | None:
+    """The model; None for one that would have to be fetched first. Raises ModelError."""
+    if any(entry.name == model and entry.state is not catalog.FileState.READY for entry in catalog.installed()):
+        return None
+    return load(model)
+
+
+def _planes(http: HttpConfig, security: SecurityConfig) -> Iterator[Finding]:
+    """Ports, keys and certificates of the router's process."""
+    yield tried(lambda: asyncio.run(check_port(http.host, http.port)), f"the API can listen on {http.host}:{http.port}")
+    yield tried(lambda: asyncio.run(check_port("127.0.0.1", http.admin_port)), "so can the admin API on loopback")
+    yield tried(lambda: cluster_key_of(security), "the cluster key, if there is one, is readable by its owner alone")
+    yield tried(lambda: tls_context(http.ssl_certfile, http.ssl_keyfile), "certificate and key, if any, go together")
+    keys = api_keys(http)
+    admin_keys(http)
+    yield Finding(Level.OK, "API and admin keys, if any, can be used")
+    for doubt in doubts(http, keys):
+        yield Finding(Level.DOUBT, doubt)
+
+
+def _joining(model: str, join: str, host: str, security: SecurityConfig) -> Iterator[Finding]:
+    check_join(join)
+    key = cluster_key_of(security)
+    for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
+        if doubt := check_open(key, security.insecure, what, stays):
+            yield Finding(Level.DOUBT, doubt)
+    check_advertised(host)
+    loaded = _loaded(model)
+    yield from asyncio.run(joining(join, host, key, loaded.tokenizer.digest if loaded is not None else ""))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bascule.cli.admin_api import Admin, admin_url, ask
-from bascule.cli.report import write_json
+from bascule.cli.report import JsonTarget, write_json
 
 _TERMS = ("ttft", "tpot", "gap", "queue", "load", "prefill", "transfer", "harm")
 _MEASURED = ("ttft", "tpot", "gap")
@@ -22,7 +21,7 @@ def explain(
     /,
     *,
     admin: Admin = None,
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Say why a request went where it did: every candidate, the choice, and the prediction against what happened.
 

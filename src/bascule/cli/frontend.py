@@ -30,6 +30,7 @@ from bascule.observe.decision_log import DecisionLog
 from bascule.observe.metrics import Metrics
 from bascule.router.attached.keeper import Attachments
 from bascule.router.attached.probe import OurModel
+from bascule.router.entrance import Entrance
 from bascule.router.journal import Journal
 from bascule.router.link import RouterLink
 from bascule.router.membership import Membership
@@ -69,15 +70,17 @@ class Frontend:
         clock = WallClock()
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
         self.journal = Journal(routing.policy, decision_log)
-        self.service = Service(ClusterView(), routing, clock, slo.slo, self.journal)
+        vocabulary = loaded.tokenizer.digest
+        self.service = Service(ClusterView(tokenizer=vocabulary), routing, clock, slo.slo, self.journal)
         self.link = RouterLink(bind, key)
-        self.membership = Membership(self.link, self.service, routing, clock)
+        entrance = Entrance(self.link, routing, vocabulary)
+        self.membership = Membership(self.link, self.service, routing, clock, entrance)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._context = Context(
             backend=self.service,
-            tokenizer=ModelTokenizer(loaded.tokenizer, loaded.chat_template, name),
+            tokenizer=ModelTokenizer(loaded.tokenizer, loaded.chat_template, name, loaded.spec.context),
             clock=clock,
             metrics=Metrics(self.service.state, clock),
             timeout=routing.request_timeout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def _keys(name: str, given: str | None, file: Path | None, variable: str) -> Ite
 
 
 def doubts(http: HttpConfig, keys: tuple[str, ...]) -> Iterator[str]:
-    """What a person should know about an API that other machines reach."""
+    """What a person should know about an API that other machines reach, and about its TLS key."""
+    tls_key = http.ssl_keyfile or http.ssl_certfile
+    if tls_key is not None and tls_key.exists() and tls_key.stat().st_mode & stat.S_IROTH:
+        yield f"everybody on this machine can read the TLS key {tls_key}; do: chmod 600 {tls_key}"
     if is_loopback(http.host):
         return
     if not keys:

@@ -13,6 +13,7 @@ from bascule.config import (
     AttachConfig,
     EngineConfig,
     HandoffConfig,
+    HardwareConfig,
     HttpConfig,
     ModelConfig,
     PoolConfig,
@@ -33,31 +34,41 @@ app = App(
 app.command("bascule.cli.serve:serve", name="serve", help="Serve a model from this machine: a router and its workers.")
 app.command("bascule.cli.router:router", name="router", help="Run a router without workers.")
 app.command("bascule.cli.worker:worker", name="worker", help="Run one worker and join a router.")
+app.command(
+    "bascule.cli.simulate:simulate", name="simulate", help="Say what a cluster would do with this traffic, and which."
+)
 app.command("bascule.cli.explain:explain", name="explain", help="Say why a request went where it did.")
 app.command("bascule.cli.admin:app", name="admin", help="List, drain, resume or re-role workers of a running server.")
 app.command("bascule.cli.models:app", name="models", help="Pull models, and list those on this machine.")
 app.command("bascule.cli.kv:app", name="kv", help="Count, check or clear what the tiers of the KV store hold.")
-app.command(
-    "bascule.cli.bench:app", name="bench", help="Measure the engine, the handoff, the front or the router here."
-)
+app.command("bascule.cli.plan:app", name="plan", help="Say what to build for this traffic, SLO and budget.")
+app.command("bascule.cli.bench:app", name="bench", help="Measure a server under load, or what its parts cost here.")
+app.command("bascule.cli.profile:profile", name="profile", help="Measure what workers of a class can do here.")
+app.command("bascule.cli.probe:probe", name="probe", help="Measure the links between workers of a running server.")
+app.command("bascule.cli.traffic:traffic", name="traffic", help="Profile traffic, recorded or of a running server.")
 app.command("bascule.cli.keys:cluster_key", name="cluster-key", help="Make the key that a cluster's machines share.")
 app.command("bascule.cli.doctor:doctor", name="doctor", help="Check this machine for serving a model.")
 
+_SERVE = (
+    ModelConfig,
+    EngineConfig,
+    HandoffConfig,
+    RoutingConfig,
+    HttpConfig,
+    PoolConfig,
+    SloConfig,
+    AttachConfig,
+    StoreConfig,
+    SecurityConfig,
+    HardwareConfig,
+)
+_WORKER = (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig, SecurityConfig, HardwareConfig)
 _STRUCTS = {
-    "serve": (
-        ModelConfig,
-        EngineConfig,
-        HandoffConfig,
-        RoutingConfig,
-        HttpConfig,
-        PoolConfig,
-        SloConfig,
-        AttachConfig,
-        StoreConfig,
-        SecurityConfig,
-    ),
+    "serve": _SERVE,
     "router": (ModelConfig, RoutingConfig, HttpConfig, SloConfig, AttachConfig, SecurityConfig),
-    "worker": (ModelConfig, EngineConfig, HandoffConfig, SloConfig, StoreConfig, SecurityConfig),
+    "worker": _WORKER,
+    "doctor": _SERVE,
+    "profile": (ModelConfig, EngineConfig),
 }
 
 
@@ -82,8 +93,10 @@ def with_config_file(arguments: list[str]) -> list[str]:
     path = _value_of("--config", arguments)
     if path is None:
         return arguments
-    values = read_config_file(Path(path), _STRUCTS["serve"])
-    mine = {field.name.replace("_", "-") for struct in _STRUCTS[arguments[0]] for field in fields(struct)}
+    values = read_config_file(Path(path), _SERVE)
+    examines_worker = arguments[0] == "doctor" and _value_of("--join", arguments) is not None
+    structs = _WORKER if examines_worker else _STRUCTS[arguments[0]]
+    mine = {field.name.replace("_", "-") for struct in structs for field in fields(struct)}
     given = {argument.split("=")[0] for argument in arguments}
     extra: list[str] = []
     for key, value in values.items():

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import uvloop
-from rich.console import Console
-from rich.logging import RichHandler
 
+from bascule.cli.fitness import act_on, of_router
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
+from bascule.cli.screen import begin_log
+from bascule.cli.screen import screen as console
 from bascule.cli.worker import Flat
 from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SecurityConfig, SloConfig
 from bascule.keys import ClusterKey, check_open, stays_here
 from bascule.models import load
 
-console = Console(stderr=True)
 log = logging.getLogger(__name__)
 
 
@@ -49,12 +49,11 @@ def router(
     config
         TOML file with the same keys as these flags.
     """
-    logging.basicConfig(
-        level=http.log_level.upper(), format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    begin_log(http.log_level, "router")
     key = cluster_key_of(security_config)
     if doubt := check_open(key, security_config.insecure, f"--bind {bind}", stays_here(bind)):
         log.warning("%s", doubt)
+    act_on(of_router(routing))
     uvloop.run(_run(model, bind, routing, http, model_config, slo_config, attach_config, key))
 
 
@@ -76,7 +75,7 @@ async def _run(
         console.print(f"API at {url}, admin API at {admin_url}", highlight=False)
         with_key = " --cluster-key-file FILE" if key is not None else ""
         console.print(
-            f"start workers with: bascule worker {model} --join {front.link.address}{with_key} --id NAME",
+            f"start workers with: bascule worker {model} --join {front.link.address}{with_key} --id NAME --role ROLE",
             highlight=False,
         )
         while not front.service.ready and not front.stop_asked.is_set():

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated
 
-import psutil
 import uvloop
 from cyclopts import Parameter
-from rich.console import Console
-from rich.logging import RichHandler
 
+from bascule.cli.fitness import act_on, of_router, of_workers
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
 from bascule.cli.models import pull_with_progress
+from bascule.cli.screen import begin_log
+from bascule.cli.screen import screen as console
 from bascule.cli.worker import Flat, flags_of
 from bascule.config import (
     AttachConfig,
     EngineConfig,
     HandoffConfig,
+    HardwareConfig,
     HttpConfig,
     ModelConfig,
     PoolConfig,
@@ -36,13 +37,12 @@ from bascule.config import (
 from bascule.control.actuators.process import ProcessActuator, WorkerPlan
 from bascule.control.devices import deal_out
 from bascule.errors import ConfigError
+from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey
-from bascule.kv.store.places import check_stores, parse_host
+from bascule.link_wire import LINK_TRANSPORTS
 from bascule.models import LoadedModel, catalog, load
-from bascule.router.policy import lacking
-from bascule.types import Role, WorkerId
-
-console = Console(stderr=True)
+from bascule.router.policy import keeps_whole, lacking
+from bascule.types import LinkCost, Role, WorkerId
 
 _JOIN = "tcp://127.0.0.1:*"
 _SPLIT, _WHOLE = (1, 1, 0), (0, 0, 2)
@@ -64,6 +64,7 @@ def serve(
     attach_config: Annotated[AttachConfig, Flat] = AttachConfig(),
     store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
     security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
+    hardware_config: Annotated[HardwareConfig, Flat] = HardwareConfig(),
     config: Annotated[Path | None, Parameter()] = None,
 ) -> None:
     """Serve a model from this machine over an OpenAI-compatible API.
@@ -77,38 +78,39 @@ def serve(
     config
         TOML file with the same keys as these flags.
     """
-    logging.basicConfig(
-        level=http.log_level.upper(),
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
-    )
-    check_stores(store_config)
-    _check_memory(engine_config, store_config, plan_workers(pools, routing, (), attached=len(attach_config.urls)))
-    if routing.handoff != "push" and not store_config.tiers:
-        raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    begin_log(http.log_level, "router")
+    workers = len(plan_workers(pools, routing, (), attached=len(attach_config.urls)))
+    act_on(of_workers(engine_config, store_config, workers, dealt=pools.devices is None))
+    act_on(of_router(routing, engine_config, workers))
+    _check_handoff(routing, handoff_config, store_config)
     key = cluster_key_of(security_config)
-    told = flags_of(model_config, engine_config, handoff_config, slo_config, store_config, security_config)
+    told = flags_of(
+        model_config, engine_config, handoff_config, slo_config, store_config, security_config, hardware_config
+    )
     with _private_flags(kv_remote=store_config.kv_remote) as private:
         public = (flag for flag in told if not flag.startswith("--kv-remote="))
         flags = (f"--log-level={http.log_level}", *public, *private)
         plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
         if model in catalog.CATALOG:
             pull_with_progress(model)
+        links = known_links(hardware_config, plans, handoff_config.transfer)
         deployment = Deployment(
-            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config, key
+            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config, key, links
         )
         uvloop.run(deployment.run())
 
 
-def _check_memory(engine: EngineConfig, store: StoreConfig, workers: list[WorkerPlan]) -> None:
-    """Raises ConfigError where the KV memory of all workers, and of the host tier, is more than there is."""
-    asked = len(workers) * engine.kv_bytes + (parse_host(store.kv_host) if store.kv_host is not None else 0)
-    if workers and asked > (memory := psutil.virtual_memory().total):
-        host = "" if store.kv_host is None else f" and --kv-host {store.kv_host}"
-        raise ConfigError(
-            f"--kv-memory {engine.kv_memory} for each of {len(workers)} workers{host} are more than this machine's "
-            f"memory of {memory} bytes; ask for less"
-        )
+def _check_handoff(routing: RoutingConfig, handoff: HandoffConfig, store: StoreConfig) -> None:
+    """Raises ConfigError for flags of a handoff that could have no effect."""
+    if routing.handoff != "push" and not store.tiers:
+        raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    if not keeps_whole(routing.policy):
+        return
+    why = f"has no effect under policy {routing.policy}, which hands nothing over; leave it out, or use another policy"
+    if routing.handoff != "push":
+        raise ConfigError(f"--handoff {routing.handoff} {why}")
+    if handoff.transfer_codec != "none" and (routing.policy == "single" or not handoff.peer_fetch):
+        raise ConfigError(f"--transfer-codec {handoff.transfer_codec} {why}")
 
 
 @contextmanager
@@ -152,6 +154,36 @@ def plan_workers(
     ]
 
 
+def known_links(
+    config: HardwareConfig, plans: Sequence[WorkerPlan], transfer: str
+) -> dict[tuple[WorkerId, WorkerId], LinkCost]:
+    """What the hardware file says of links between these workers, which share this machine: of the two themselves, or
+    of their classes, or else of those within a machine on the whole.
+
+    Raises ConfigError for a file that has no class for one of them.
+    """
+    if config.hardware is None:
+        return {}
+    hardware = read_hardware(config.hardware)
+    ways = LINK_TRANSPORTS if transfer == "auto" else (transfer,)
+    names: dict[WorkerId, tuple[str, ...]] = {}
+    for plan in plans:
+        device = plan.device
+        found = (
+            hardware.named(config.worker_class)
+            if config.worker_class
+            else hardware.fitting(device.kind, len(device.cores))
+        )
+        names[plan.worker] = (plan.worker, found.name or "")
+    typical = hardware.typical(same_machine=True, transports=ways)
+    costs: dict[tuple[WorkerId, WorkerId], LinkCost] = {}
+    for source, target in permutations(names, 2):
+        link = hardware.link(names[source], names[target], *ways)
+        if (cost := link.cost if link is not None else typical) is not None:
+            costs[source, target] = cost
+    return costs
+
+
 class Deployment:
     """One `serve` from start to stop."""
 
@@ -167,8 +199,11 @@ class Deployment:
         slo: SloConfig,
         attach_config: AttachConfig,
         key: ClusterKey | None,
+        links: Mapping[tuple[WorkerId, WorkerId], LinkCost] = {},
     ) -> None:
+        """`links` is what handoffs between workers are expected to take."""
         self._key = key
+        self._links = links
         self._slo = slo
         self._model = model
         self._name = model_config.model_name or model
@@ -181,6 +216,7 @@ class Deployment:
 
     async def run(self) -> None:
         front = Frontend(self._loaded, self._name, self._routing, self._http, self._slo, _JOIN, self._attach, self._key)
+        front.service.view.links.expect(self._links)
         front.catch_signals()
         actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
         running = front.run_in_background()
@@ -204,8 +240,10 @@ class Deployment:
     async def _until_ready(self, front: Frontend, running: list[asyncio.Task[None]]) -> bool:
         """Show what the workers do until all have joined; False if asked to stop before."""
         deadline = asyncio.get_running_loop().time() + self._pools.start_timeout
+        expected = [*(plan.worker for plan in self._plans), *front.attachments.workers]
+        if not console.is_terminal:
+            console.print(f"starting {', '.join(expected)}", highlight=False)
         with console.status("starting") as status:
-            expected = [*(plan.worker for plan in self._plans), *front.attachments.workers]
             while waiting := [worker for worker in expected if worker not in front.service.view.members]:
                 stages = [f"{worker}: {front.membership.stages.get(worker, 'starting')}" for worker in waiting]
                 status.update(", ".join(stages))

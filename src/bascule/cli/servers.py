@@ -7,11 +7,13 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import psutil
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from bascule.errors import UNREADABLE
 from bascule.keys import write_private
 from bascule.models.catalog import cache_home
 
@@ -24,7 +26,7 @@ class Server(Struct, frozen=True, kw_only=True):
     url: str
     admin_url: str
     model: str
-    pid: int
+    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     started: float
     """Unix time (s) of its process, as another process may have its id later."""
     machine: str
@@ -68,7 +70,7 @@ def running() -> list[Server]:
     for path in _folder().glob("*.json"):
         try:
             server = msgspec.json.decode(path.read_bytes(), type=Server)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             continue
         if server.machine != platform.node():
             continue

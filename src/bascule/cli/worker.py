@@ -10,8 +10,18 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from bascule.cli.fitness import act_on, check_advertised, of_workers
+from bascule.cli.joining import check_join
 from bascule.cli.keys import cluster_key_of
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SecurityConfig, SloConfig, StoreConfig
+from bascule.config import (
+    EngineConfig,
+    HandoffConfig,
+    HardwareConfig,
+    ModelConfig,
+    SecurityConfig,
+    SloConfig,
+    StoreConfig,
+)
 from bascule.control.devices import parse_device
 from bascule.errors import ConfigError
 from bascule.keys import check_open, is_loopback, stays_here
@@ -40,6 +50,7 @@ def worker(
     slo_config: Annotated[SloConfig, Flat] = SloConfig(),
     store_config: Annotated[StoreConfig, Flat] = StoreConfig(),
     security_config: Annotated[SecurityConfig, Flat] = SecurityConfig(),
+    hardware_config: Annotated[HardwareConfig, Flat] = HardwareConfig(),
     config: Path | None = None,
 ) -> None:
     """Run one worker and join a router.
@@ -68,14 +79,16 @@ def worker(
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {id} %(levelname)s %(message)s")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id):
         raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
-    if not re.fullmatch(r"(tcp|ipc)://\S+", join):
-        raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
+    check_join(join)
     key = cluster_key_of(security_config)
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
         if doubt := check_open(key, security_config.insecure, what, stays):
             log.warning("%s", doubt)
-    if key is not None and not is_loopback(host) and handoff_config.transfer != "shm":
-        log.info("KV goes to workers on other hosts as it is: the cluster key encrypts messages, not KV over TCP")
+    if key is not None:
+        log.info("with the cluster key, messages and KV over TCP are encrypted, and nobody without it is let in")
+    check_advertised(host)
+    if parent is None:  # else the launcher has looked
+        act_on(of_workers(engine_config, store_config, 1))
     place = parse_device(device)
     run(
         WorkerSettings(
@@ -93,6 +106,7 @@ def worker(
             handoff_config=handoff_config,
             slo_config=slo_config,
             store_config=store_config,
+            hardware_config=hardware_config,
             key=key,
             parent=parent,
         )

@@ -10,11 +10,12 @@ from collections.abc import Sequence as Tokens
 from itertools import count
 from threading import Lock
 
-from msgspec import Struct
+from msgspec.structs import replace
 
 from bascule.engine.protocol import Runner, Sampled, Slice
 from bascule.engine.scheduler import EngineLimits, Grant, Scheduler
 from bascule.engine.sequence import Found, Key, Output, Phase, Progress, Sequence, Work, blocks_for
+from bascule.engine.work import EngineLoad, Failure, StepResult
 from bascule.errors import InvalidRequest
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
@@ -28,42 +29,6 @@ logger = logging.getLogger(__name__)
 
 _SAMPLES = 256
 """Latest steps that are remembered for whoever fits a cost model."""
-
-
-class Failure(Struct, frozen=True, kw_only=True):
-    """A sequence that is gone because its step failed."""
-
-    request: RequestId
-    attempt: int
-    message: str
-
-
-class StepResult(Struct, frozen=True, kw_only=True):
-    """What one step brought; `executed` is False where there was nothing to run."""
-
-    outputs: list[Output] = []
-    progress: list[Progress] = []
-    """Handoffs that came further. One whose request ended with its first token is gone and not among them."""
-    failed: list[Failure] = []
-    found: list[Found] = []
-    """What sequences found in the prefix cache before this step, and did not compute."""
-    executed: bool = False
-
-
-class EngineLoad(Struct, frozen=True):
-    running: int
-    """Sequences that hold blocks, paused and parked handoffs among them."""
-    waiting: int
-    hit_tokens: int
-    """Prompt tokens found in the prefix cache since the start."""
-    prefilling: int
-    """Sequences whose prompt is not computed."""
-    backlog_tokens: int
-    """Their tokens still to be computed."""
-    streams: int
-    """Sequences that decode."""
-    context_tokens: int
-    """Tokens of context of these."""
 
 
 class Engine:
@@ -119,6 +84,16 @@ class Engine:
             self._check_new(sequence.key)
             self._scheduler.enqueue(sequence)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of one request, prompt and output together."""
+        return min(self._runner.card.context, self._books.num_blocks * self._books.block_size)
+
+    def has(self, request: RequestId, attempt: int) -> bool:
+        """Whether that attempt is here."""
+        with self._lock:
+            return Key(request, attempt) in self._scheduler.sequences
+
     def adopt(self, work: Work, lease: Lease) -> None:
         """Decode on from handed-over KV.
 
@@ -140,17 +115,19 @@ class Engine:
             sequence.take_over(lease)
             self._scheduler.adopt(sequence)
 
-    def reserve(self, prompt: tuple[int, ...], total_tokens: int, room_tokens: int = 0) -> Lease | None:
+    def reserve(
+        self, prompt: tuple[int, ...], total_tokens: int, room_tokens: int = 0, *, coming: int = 0
+    ) -> Lease | None:
         """Blocks for a handoff to this engine: of `total_tokens`, with room foreseen for `room_tokens` more.
 
         The lease starts with the blocks of `prompt` that are here already (`lease.cached` of them). None if there are
-        not enough now, keeping a block for each running sequence, or if as many sequences run as may. Release the
-        lease, or give it to `adopt`.
+        not enough now, keeping a block for each running sequence, or if as many sequences run as may, with the `coming`
+        ones that have such a lease already. Release the lease, or give it to `adopt`.
         """
         hashes = self._hasher.chain(prompt) if self._hasher else []
         size = self._books.block_size
         with self._lock:
-            if self._scheduler.full:
+            if self._scheduler.is_full(coming):
                 return None
             lease = self._scheduler.acquire(
                 hashes, prompt, blocks_for(total_tokens, size), blocks_for(room_tokens, size)
@@ -228,6 +205,11 @@ class Engine:
             if not sequence.in_step:
                 self._scheduler.remove(sequence)
 
+    def keys(self) -> list[Key]:
+        """Of all sequences that are here, in whatever phase."""
+        with self._lock:
+            return list(self._scheduler.sequences)
+
     def step(self) -> StepResult:
         """Compute one step over all sequences that can run, and say what came of it.
 
@@ -248,17 +230,17 @@ class Engine:
                 sequence.granted = tokens
             if not plan:
                 return StepResult()
-            found, self._scheduler.found = self._scheduler.found, []
+            news = self._news()
         self._arena.prepare(self._books.high_water)
         try:
             sampled = self._execute(batch, handed_in, handed_out)
         except Exception as error:
             logger.exception("a step over %d sequences failed", len(plan))
             with self._lock:
-                return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}", found)
+                return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}", news)
         with self._lock:
             del self._adopted_blocks[: len(handed_in)]
-            result = self._apply(plan, sampled, self._now(), found)
+            result = self._apply(plan, sampled, self._now(), news)
             # A token takes planning and bookkeeping too: a tenth of a small model's step.
             seconds = self._now() - woken
             self._samples.append(step_sample(((part.start, len(part.tokens)) for part in batch), seconds))
@@ -306,12 +288,8 @@ class Engine:
         capacity = self._books.num_blocks * self._books.block_size
         if not work.prompt:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        if max(work.prompt) >= self._runner.card.vocab or min(work.prompt) < 0:
-            raise InvalidRequest(
-                f"the prompt has token {max(work.prompt)}, but the model's vocabulary ends at "
-                f"{self._runner.card.vocab - 1}; its tokenizer has tokens that the model does not know",
-                param="prompt",
-            )
+        biased = [token for token, _ in work.sampling.logit_bias]
+        self._check_known((*work.prompt, *work.generated, *work.sampling.stop_token_ids, *biased))
         if len(work.generated) >= work.sampling.max_tokens:
             raise InvalidRequest(
                 f"{len(work.generated)} of {work.sampling.max_tokens} output tokens are there already; ask for more",
@@ -329,6 +307,15 @@ class Engine:
                 code="context_length_exceeded",
             )
 
+    def _check_known(self, prompt: Tokens[int]) -> None:
+        """Raises InvalidRequest for a token that the model does not know."""
+        if max(prompt) >= self._runner.card.vocab or min(prompt) < 0:
+            raise InvalidRequest(
+                f"the prompt has token {max(prompt)}, but the model's vocabulary ends at "
+                f"{self._runner.card.vocab - 1}; its tokenizer has tokens that the model does not know",
+                param="prompt",
+            )
+
     def _check_new(self, key: Key) -> None:
         if key in self._scheduler.sequences:
             raise ValueError(f"request {key.request}, attempt {key.attempt} is already in this engine")
@@ -343,16 +330,22 @@ class Engine:
             self._runner.publish(handed_out)
         return sampled
 
-    def _fail(self, plan: list[Grant], message: str, found: list[Found]) -> StepResult:
+    def _fail(self, plan: list[Grant], message: str, news: StepResult) -> StepResult:
         failed = []
         for sequence, _ in plan:
             self._scheduler.remove(sequence)
             if not sequence.cancelled:
                 key = sequence.key
                 failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
-        return StepResult(failed=failed, found=found, executed=True)
+        return replace(news, failed=failed)
 
-    def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float, found: list[Found]) -> StepResult:
+    def _news(self) -> StepResult:
+        """What the plan just made has brought about already."""
+        news = StepResult(found=self._scheduler.found, resumed=self._scheduler.resumed, executed=True)
+        self._scheduler.found, self._scheduler.resumed = [], []
+        return news
+
+    def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float, news: StepResult) -> StepResult:
         outputs: list[Output] = []
         progress: list[Progress] = []
         for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
@@ -369,7 +362,7 @@ class Engine:
             elif sequence.handoff:
                 progress.append(sequence.progress())
                 self._rest(sequence)
-        return StepResult(outputs=outputs, progress=progress, found=found, executed=True)
+        return replace(news, outputs=outputs, progress=progress)
 
     def _rest(self, sequence: Sequence) -> None:
         """Take a handoff out of the batch after a chunk, unless it may go on with the next."""

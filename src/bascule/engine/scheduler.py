@@ -22,6 +22,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from bascule.engine.sequence import Found, Key, Phase, Sequence
+from bascule.engine.work import Resumed
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
 from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens
@@ -73,6 +74,8 @@ class Scheduler:
         """Prompt tokens found in the prefix cache, each request's counted once."""
         self.found: list[Found] = []
         """What sequences were spared since somebody last took this list."""
+        self.resumed: list[Resumed] = []
+        """Who goes on after having given its blocks up, since somebody last took this list."""
         self._books = books
         self._max_sequences = limits.max_sequences
         self._slo = limits.slo
@@ -83,9 +86,13 @@ class Scheduler:
         """Available blocks when a plan came out empty; planning again makes no sense before there are others."""
 
     @property
-    def full(self) -> bool:
-        """As many sequences compute as may."""
-        return len(self._running) >= self._max_sequences
+    def running(self) -> int:
+        """Sequences that compute, handoffs at rest left out."""
+        return len(self._running)
+
+    def is_full(self, coming: int = 0) -> bool:
+        """As many sequences compute as may, with `coming` more that have been promised a place."""
+        return len(self._running) + coming >= self._max_sequences
 
     @property
     def runnable(self) -> bool:
@@ -219,10 +226,10 @@ class Scheduler:
     def _admit(self) -> list[Sequence]:
         """Start waiting sequences in their order while there are blocks for all they know."""
         admitted: list[Sequence] = []
-        if self.waiting and not self.full:
+        if self.waiting and not self.is_full():
             self._look_again()
         for head in tuple(self.waiting):
-            if self.full:
+            if self.is_full():
                 break
             if self._sibling_computes(head):
                 continue
@@ -232,6 +239,8 @@ class Scheduler:
             self.waiting.remove(head)
             self._rank(head, lease.cached)
             self._note(head.admit(lease))
+            if (resumed := head.resumed) is not None:
+                self.resumed.append(resumed)
             self._run(head)
             admitted.append(head)
         return admitted

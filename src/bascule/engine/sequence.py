@@ -16,7 +16,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from bascule.engine.protocol import Sampled, Slice
-from bascule.engine.work import Found, Key, Output, Progress, Work
+from bascule.engine.work import Found, Key, Output, Progress, Resumed, Work
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.batch import Stream
@@ -54,7 +54,7 @@ class Sequence:
         self.arrived_s = arrived_s
         self.place = (0, arrived_s)
         """What it waits by, for blocks and for tokens of a step: `policies.order`; the scheduler's."""
-        self.tokens = [*work.prompt, *work.generated]
+        self.tokens = self._known(work)
         self.computed = 0
         self.phase = Phase.WAITING
         self.handoff = work.handoff
@@ -87,6 +87,10 @@ class Sequence:
         """Places behind `computed` that have blocks from the cache, not to be written."""
         self._end_from = 0
         """From this place on, all that is `findable` is among those."""
+
+    def _known(self, work: Work) -> list[int]:
+        """The tokens that it begins with, to be appended to."""
+        return [*work.prompt, *work.generated]
 
     @property
     def in_step(self) -> bool:
@@ -165,6 +169,13 @@ class Sequence:
         self._admissions += 1
         self._end_from = self._places
         return self._jump(lease.cached)
+
+    @property
+    def resumed(self) -> Resumed | None:
+        """What it goes on with, if it has just been admitted again and some of that has to be computed anew."""
+        if self._admissions == 1 or self.computed == self._places * self._block_size:
+            return None
+        return Resumed(request=self.key.request, attempt=self.key.attempt, tokens=tuple(self.tokens))
 
     def catch_up(self) -> Found | None:
         """Go on behind what has been found next to what is computed, and say what that was. Not while in a step."""

@@ -64,3 +64,50 @@ class Found(Struct, frozen=True, kw_only=True):
     """Of its block table."""
     tokens: int
     """Of the prompt, in those blocks."""
+
+
+class Resumed(Struct, frozen=True, kw_only=True):
+    """A sequence that had given its blocks up has blocks again, and not all of its KV was still in the cache."""
+
+    request: RequestId
+    attempt: int
+    tokens: tuple[int, ...]
+    """All that are known of it."""
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """A sequence that is gone because its step failed."""
+
+    request: RequestId
+    attempt: int
+    message: str
+
+
+class StepResult(Struct, frozen=True, kw_only=True):
+    """What one step brought; `executed` is False where there was nothing to run."""
+
+    outputs: list[Output] = []
+    progress: list[Progress] = []
+    """Handoffs that came further. One whose request ended with its first token is gone and not among them."""
+    failed: list[Failure] = []
+    found: list[Found] = []
+    """What sequences found in the prefix cache before this step, and did not compute."""
+    resumed: list[Resumed] = []
+    """Sequences that had given their blocks up and went on with this step."""
+    executed: bool = False
+
+
+class EngineLoad(Struct, frozen=True):
+    running: int
+    """Sequences that hold blocks, paused and parked handoffs among them."""
+    waiting: int
+    hit_tokens: int
+    """Prompt tokens found in the prefix cache since the start."""
+    prefilling: int
+    """Sequences whose prompt is not computed."""
+    backlog_tokens: int
+    """Their tokens still to be computed."""
+    streams: int
+    """Sequences that decode."""
+    context_tokens: int
+    """Tokens of context of these."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from blake3 import blake3
@@ -51,3 +51,19 @@ def _little_endian(tokens: Sequence[int]) -> bytes:
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers.tobytes()
+
+
+class BlockDigest:
+    """Stands for a set of blocks, whatever their order: equal for equal sets, and for hardly any others."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def toggle(self, names: Iterable[BlockHash]) -> None:
+        """Put each of `names` into the set, or take it out if it is there."""
+        for name in names:
+            self._number ^= int.from_bytes(name, "little")
+
+    @property
+    def value(self) -> bytes:
+        return self._number.to_bytes(HASH_BYTES, "little")

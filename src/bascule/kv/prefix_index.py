@@ -15,8 +15,12 @@ a little at a time, and given to another worker only when no block names it any 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from heapq import heappop, heappush
+from operator import or_, xor
 from struct import iter_unpack
 
 import numpy as np
@@ -30,7 +34,7 @@ from bascule.types import BlockHash, Tier
 Blocks = NDArray[np.int32]
 """Numbers of blocks, by row."""
 
-_SHARDS = 256
+SHARDS = 256
 """Dicts that a tier's blocks lie in, by the first byte of the hash: growing or sweeping one of them takes no time."""
 _NOBODY = 0
 """The slot that no worker ever gets; rows without a worker have it."""
@@ -49,6 +53,15 @@ class Match(Struct, frozen=True):
     def device(self) -> Blocks:
         """Blocks that are on the device, or will be when what was placed there is computed."""
         return self.tiers[Tier.DEVICE]
+
+
+@dataclass
+class Recount:
+    """What lies in the shards that have been looked at, by the integer of a block's holders."""
+
+    counts: dict[Tier, Counter[int]] = field(default_factory=dict)
+    digests: dict[int, int] = field(default_factory=dict)
+    """Of the blocks on the device: their hashes, taken as numbers, xored."""
 
 
 class _Holder:
@@ -76,6 +89,8 @@ class PrefixIndex:
         self._holders: dict[int, _Holder] = {}
         self._slots = np.zeros(0, np.int64)
         """By row."""
+        self.changes = 0
+        """Goes up with whatever changes what blocks are held, or by whom."""
         self._live = 0
         """The bits of all workers that are here."""
         self._expected = Expectations(expected_s)
@@ -110,6 +125,7 @@ class PrefixIndex:
 
     def leave(self, row: int) -> None:
         """The worker is gone, and all that it held."""
+        self.changes += 1
         holder = self._holders.pop(row)
         self._expected.clear(holder.bit)
         self._give_up_slot(holder)
@@ -125,6 +141,7 @@ class PrefixIndex:
 
     def _settle_in(self, row: int, capacity: Mapping[Tier, int]) -> _Holder:
         """Give the row's worker a slot that no block names."""
+        self.changes += 1
         if not self._free:
             self._free.append(len(self._bits))
             self._bits.append(1 << len(self._bits))
@@ -137,7 +154,7 @@ class PrefixIndex:
     def _give_up_slot(self, holder: _Holder) -> None:
         self._live &= ~holder.bit
         if any(holder.held.values()):
-            self._retired[holder.slot] = _SHARDS
+            self._retired[holder.slot] = SHARDS
         else:
             heappush(self._free, holder.slot)
 
@@ -156,6 +173,7 @@ class PrefixIndex:
         room = holder.capacity.get(tier, 0)
         if len(names) > room:
             return False
+        self.changes += 1
         if tier is Tier.DEVICE:
             self._expected.settle(holder.bit, names)
         if tier not in self._tiers:
@@ -189,6 +207,7 @@ class PrefixIndex:
         shards = self._tiers.get(tier)
         if shards is None:
             return
+        self.changes += 1
         bit, removed = holder.bit, 0
         before = after = 0
         for name in names:
@@ -288,10 +307,11 @@ class PrefixIndex:
 
     def sweep(self, most: int) -> None:
         """Clear retired slots out of about `most` blocks, at least of one shard; call it now and then."""
+        self.changes += bool(self._retired)
         seen = 0
         while self._retired and (not seen or seen < most):
             seen += 1 + self._sweep_shard(self._cursor)
-            self._cursor = (self._cursor + 1) % _SHARDS
+            self._cursor = (self._cursor + 1) % SHARDS
             for slot in list(self._retired):
                 self._retired[slot] -= 1
                 if not self._retired[slot]:
@@ -320,33 +340,53 @@ class PrefixIndex:
 
     def check_integrity(self) -> list[str]:
         """Recount everything; every line names something that does not add up. Empty means clean."""
-        return [*self._wrong_counts(), *self._wrong_slots(), *self._expected.check_integrity()]
+        recount = Recount()
+        for shard in range(SHARDS):
+            self.recount(shard, recount)
+        return self.wrong(recount)
 
-    def _wrong_counts(self) -> Iterator[str]:
+    def recount(self, shard: int, into: Recount) -> int:
+        """Count one shard; returns how many blocks were looked at."""
+        seen = 0
+        for tier, shards in self._tiers.items():
+            seen += len(shards[shard])
+            into.counts.setdefault(tier, Counter()).update(shards[shard].values())
+        digests = into.digests
+        for name, holders in self._tiers[Tier.DEVICE][shard].items():
+            digests[holders] = digests.get(holders, 0) ^ int.from_bytes(name, "little")
+        return seen
+
+    def digest(self, row: int, recount: Recount) -> bytes:
+        """Of the blocks that the row's worker has on the device, as `BlockDigest` has it."""
+        bit = self._holders[row].bit
+        held = (digest for holders, digest in recount.digests.items() if holders & bit)
+        return reduce(xor, held, 0).to_bytes(HASH_BYTES, "little")
+
+    def wrong(self, recount: Recount) -> list[str]:
+        """What does not add up, by a recount of all shards; every line names something."""
+        return [*self._wrong_counts(recount), *self._wrong_slots(recount), *self._expected.check_integrity()]
+
+    def _wrong_counts(self, recount: Recount) -> Iterator[str]:
         for row, holder in self._holders.items():
             for tier, held in holder.held.items():
-                shards = self._tiers.get(tier, [])
-                counted = sum(bool(holders & holder.bit) for shard in shards for holders in shard.values())
+                counts = recount.counts.get(tier, Counter())
+                counted = sum(count for holders, count in counts.items() if holders & holder.bit)
                 if counted != held:
                     yield f"row {row} has {counted} blocks in tier {tier} and counts {held}"
 
-    def _wrong_slots(self) -> Iterator[str]:
+    def _wrong_slots(self, recount: Recount) -> Iterator[str]:
         slots = [holder.slot for holder in self._holders.values()] + list(self._retired) + self._free
         if sorted(slots) != list(range(_NOBODY + 1, len(self._bits))):
             yield f"of {len(self._bits)} slots, these are held, retired or free: {sorted(slots)}"
         if self._live != sum(holder.bit for holder in self._holders.values()):
             yield f"the workers' slots are {self._live:b}, which is not what they have"
-        named = 0
-        for shards in self._tiers.values():
-            for shard in shards:
-                for holders in shard.values():
-                    named |= holders
+        named = reduce(or_, (holders for counts in recount.counts.values() for holders in counts), 0)
         if named & ~self._live & ~sum(1 << slot for slot in self._retired):
             yield "a block names a slot that nobody has"
 
 
 def _empty() -> _Shards:
-    return [{} for _ in range(_SHARDS)]
+    return [{} for _ in range(SHARDS)]
 
 
 def _frozen(blocks: Blocks) -> Blocks:

@@ -19,11 +19,13 @@ from pathlib import Path
 from msgspec import Struct
 
 from bascule.errors import ModelError
+from bascule.locks import lock
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched so far and the bytes in all."""
 
 _POLL_SECONDS = 0.1
+_LOCK_PATIENCE_S = 1800.0
 
 
 class CatalogEntry(Struct, frozen=True, kw_only=True):
@@ -203,7 +205,13 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that ends with this process, whatever becomes of it."""
+    """Hold an advisory lock that ends with this process, whatever becomes of it.
+
+    Raises TimeoutError where another process has it for longer than anything takes that is done under one.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if not lock(file.fileno(), fcntl.LOCK_EX, _LOCK_PATIENCE_S):
+            raise TimeoutError(
+                f"another process has held {path} for {_LOCK_PATIENCE_S:g} s; end it (fuser {path} names it)"
+            )
         yield

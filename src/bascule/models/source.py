@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from bascule.errors import ModelError
+from bascule.errors import UNREADABLE, ModelError
 from bascule.models import catalog
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError if it cannot be read or is something else."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ModelError(f"cannot read {path}: {error}; fetch the model again") from error
 
 
@@ -122,7 +122,7 @@ def _check_whole(path: Path) -> None:
                 raise ModelError(f"{path} is truncated or no safetensors file ({size} bytes); fetch it again")
             header = msgspec.json.decode(file.read(header_bytes), type=dict[str, dict[str, Any]])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, msgspec.DecodeError, LookupError) as error:
+    except (struct.error, LookupError, *UNREADABLE) as error:
         raise ModelError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
     needed = 8 + header_bytes + max(ends, default=0)
     if size < needed:

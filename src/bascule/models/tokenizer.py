@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Tokenizer
+import msgspec
+from blake3 import blake3
+from tokenizers import Tokenizer, normalizers
 
 from bascule.errors import InvalidRequest, ModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "▁"
 """How SentencePiece writes a space."""
+_NFC_SHRINKS = 8
+"""More times than composing characters makes any text shorter in UTF-8."""
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -57,11 +62,18 @@ class TextTokenizer:
                 " only those of the Llama family are supported"
             )
         self._bytes: dict[int, bytes] = {}
+        self._longest: float | None = None
 
     @property
     def vocab(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 (64 hex digits) over all tokens and their ids: where it is equal, ids mean the same text."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return blake3(msgspec.json.encode(sorted(vocabulary.items()))).hexdigest()
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of `text`; with `add_bos` the model's own start token first, where the model wants one.
@@ -75,6 +87,20 @@ class TextTokenizer:
         except TypeError:  # what the library raises for a string that UTF-8 cannot express
             raise InvalidRequest("the text holds half of a surrogate pair, which is not valid Unicode") from None
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """The least that `encode` can find in the text, without encoding it; 0 where that cannot be known."""
+        if self._longest is None:
+            self._longest = self._longest_token()
+        return int(len(text.encode("utf-8", "surrogatepass")) / self._longest)
+
+    def _longest_token(self) -> float:
+        """Bytes of text that no token stands for more of."""
+        normalizer = self._tokenizer.normalizer
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        if not isinstance(normalizer, normalizers.NFC | None) or any(token.lstrip or token.rstrip for token in added):
+            return math.inf
+        return max(map(len, map(self.token_bytes, range(self.vocab)))) * (_NFC_SHRINKS if normalizer else 1)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""

@@ -18,13 +18,10 @@ def record_fields(record: Record) -> dict[str, object]:
         "candidates": latest["candidates"],
         "reason": record.note or latest["reason"],
         "predicted": None if winner is None else msgspec.structs.asdict(winner.predicted),
-        "actual": msgspec.structs.asdict(record.actual),
         "error_ratio": record.errors,
         "attempts": attempts,
-        "prompt_tokens": record.prompt_tokens,
         "max_tokens": record.max_tokens,
         "slo": msgspec.structs.asdict(record.slo),
-        "session": record.session,
         "priority": record.priority,
     }
 
@@ -43,6 +40,9 @@ def summary_fields(record: Record) -> dict[str, object]:
         "reason": record.note or (latest.reason if latest is not None else ""),
         "ttft_s": record.actual.ttft_s,
         "tpot_s": record.actual.tpot_s,
+        "prompt_tokens": record.prompt_tokens,
+        "session": record.session,
+        "actual": msgspec.structs.asdict(record.actual),
     }
 
 

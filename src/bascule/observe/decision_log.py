@@ -36,6 +36,17 @@ _NAME_BYTES = 8
 _Entry = tuple[Record, tuple[BlockHash, ...]]
 
 
+def opened(path: Path) -> int:
+    """The descriptor of a log to append to; raises ConfigError, which names the key, where it cannot be written."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"decision-log: cannot write to {path}: {error.strerror}; choose a file in a directory that exists and "
+            "is writable"
+        ) from error
+
+
 class DecisionLog:
     """Appends to one file. A disk that is full or slow costs lines, never requests."""
 
@@ -49,13 +60,7 @@ class DecisionLog:
         self._entries: Queue[_Entry | None] = Queue(WAITING)
         self._torn = False
         """The file ends within a line."""
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"decision-log: cannot write to {path}: {error.strerror}; choose a file in a directory that exists and "
-                "is writable"
-            ) from error
+        self._file = opened(path)
         self._thread = threading.Thread(target=self._write_all, name="decision-log", daemon=True)
         self._thread.start()
 

@@ -137,8 +137,8 @@ class _ClusterCollector(Collector):
         yield _sequences(state)
         yield GaugeMetricFamily(
             "bascule_integrity_violations",
-            "Violations of the KV books (must be 0)",
-            sum(load.integrity_violations for load in loads),
+            "Violations of the KV books and of the router's prefix index (must be 0)",
+            state.integrity_violations,
         )
         yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)
         yield _summed("bascule_handoff_refused", "Handoffs refused by the receiver", "reason", loads, _refused_of)
@@ -147,6 +147,8 @@ class _ClusterCollector(Collector):
         yield CounterMetricFamily(
             "bascule_store_handoffs", "Requests handed over by way of the KV store", state.store_handoffs
         )
+        yield _counted("bascule_retries", "Requests placed again", "cause", state.retries)
+        yield _counted("bascule_worker_rests", "Times that a failing worker was left alone", "worker", state.rests)
         yield _prediction_errors(state)
         yield from _routing(state.routing)
         yield _counted("bascule_kv_event_faults", "Reports of KV that were lost or not usable", "kind", state.kv_faults)

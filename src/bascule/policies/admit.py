@@ -15,6 +15,9 @@ from bascule.types import Slo
 LATE_S = 10.0
 """A request that will miss its TTFT whatever is done lets others go first that may meet theirs, as if it had come so
 much later."""
+WAIT_MARGIN = 0.8
+"""Share of the TTFT bound that those who have to wait are let in for: under overload the line is always as long as it
+may be, and all of it would be late by what the prediction misses."""
 _SOONEST_S = 1.0
 
 
@@ -72,8 +75,12 @@ def worth_starting(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> 
     return Verdict(False, broken, max(_SOONEST_S, predicted.ttft_s - slo.ttft_s, predicted.queue_s))
 
 
-def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float) -> Verdict:
-    """Whether a request that has to wait behind `queued_s` seconds of other prompts' work may still meet its SLO."""
+def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float, pace: float | None = None) -> Verdict:
+    """Whether a request that has to wait behind `queued_s` seconds of other prompts' work may still meet its SLO.
+
+    `pace` is how many of these seconds have lately been begun in a second; where it is not known, workers that compute
+    prompts are taken to do nothing else.
+    """
     feeders = usable(snapshot, query, (PREFILL, MIXED))
     homes = usable(snapshot, query, (DECODE, MIXED))
     feeders = feeders if len(feeders) else homes
@@ -82,10 +89,12 @@ def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float) -> Ver
         return ADMITTED
     prefill, decode = predict(snapshot, query)
     soonest = float(np.min((prefill.queue_s + prefill.load_s + prefill.prefill_s)[feeders]))
-    ttft = query.waited_s + queued_s / len(feeders) + soonest
-    if ttft > query.slo.ttft_s:
+    ttft = query.waited_s + queued_s / (pace or len(feeders)) + soonest
+    if ttft > WAIT_MARGIN * query.slo.ttft_s:
         late = ttft - query.slo.ttft_s
-        return Verdict(False, f"TTFT {ttft:.3g} s over {query.slo.ttft_s:g} s", max(_SOONEST_S, late))
+        return Verdict(
+            False, f"TTFT {ttft:.3g} s over {WAIT_MARGIN:g} of {query.slo.ttft_s:g} s", max(_SOONEST_S, late)
+        )
     tpot = float(np.min(decode.tpot_s[homes]))
     if tpot > query.slo.tpot_s:
         return Verdict(False, f"TPOT {tpot:.3g} s over {query.slo.tpot_s:g} s", _SOONEST_S)

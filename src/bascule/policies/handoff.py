@@ -6,9 +6,9 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bascule.policies.cost import Floats
+from bascule.policies.cost import Floats, PrefillPart, step_seconds
 from bascule.policies.snapshot import STORE_TIERS, RouteQuery, Snapshot
-from bascule.types import LinkCost, Tier
+from bascule.types import CostModel, LinkCost, Tier
 
 Rows = NDArray[np.intp]
 
@@ -57,6 +57,19 @@ def handoffs(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, 
         busy_s=np.where(stored, load[pairs, best], busy),
         tier=np.where(stored, best, tier),
     )
+
+
+def prefill_and_rest(
+    cost: CostModel, link: LinkCost, prompt_tokens: int, chunk_tokens: int, kv_token_bytes: int
+) -> tuple[float, float]:
+    """Seconds of a prompt's steps with nothing beside them, and of its handoff beyond them: each chunk is pushed while
+    the next is computed, so over a fast link only the last chunk's push is left, and over a slow one they queue up."""
+    computed = sent = 0.0
+    for start in range(0, prompt_tokens, chunk_tokens):
+        new = min(chunk_tokens, prompt_tokens - start)
+        computed += step_seconds(cost, [PrefillPart(new, start)], 0, 0)
+        sent = max(sent, computed) + new * kv_token_bytes / link.bytes_per_s
+    return computed, sent - computed + link.latency_s
 
 
 def pushed_seconds(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, tokens: Floats) -> Floats:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from bascule.types import ClusterState, Delta, FinishReason, ModelCard, Placement, Request, Role, WorkerId, WorkerStatus
+from msgspec import Struct, field
+
+from bascule.types import (
+    ClusterState,
+    CostModel,
+    Delta,
+    FinishReason,
+    ModelCard,
+    Placement,
+    Request,
+    Role,
+    WorkerId,
+    WorkerStatus,
+)
 
 
 class Generation(Protocol):
@@ -58,10 +71,49 @@ class Backend(Protocol):
     def state(self) -> ClusterState: ...
 
 
-class Operations(Protocol):
-    """What an operator does to single workers.
+class LinkEnds(Struct, frozen=True):
+    """One way of handing KV over."""
 
-    All raise NotFound for an id that is not there, naming those that are, and return the worker as it is now.
+    source: WorkerId = field(name="from")
+    target: WorkerId = field(name="to")
+    transport: str
+
+
+class LinkReport(Struct, frozen=True, kw_only=True):
+    """What a link was measured to take, and what says what that means for requests."""
+
+    source: WorkerId = field(name="from")
+    target: WorkerId = field(name="to")
+    transport: str
+    same_machine: bool
+    devices: tuple[str, str]
+    """Of both workers."""
+    bytes: int
+    """Of one push."""
+    reserve_s: tuple[float, ...]
+    """Seconds of each reservation of blocks: two messages between the workers."""
+    block_s: tuple[float, ...]
+    """Of each push of one block."""
+    push_s: tuple[float, ...]
+    """Of each push of all blocks, checksums taken."""
+    latency_s: float
+    """What a handoff takes beside its bytes: two messages and the beginning of a push, medians."""
+    bytes_per_s: float
+    model: str
+    fingerprint: str
+    context: int
+    kv_token_bytes: int
+    chunk_tokens: int
+    """Most prompt tokens that the first worker computes in a step."""
+    cost: CostModel
+    """Of the first worker's steps."""
+
+
+class Operations(Protocol):
+    """What an operator does to single workers, and to the links between them.
+
+    All raise NotFound for an id that is not there, naming those that are; those that change a worker return it as it
+    is then.
     """
 
     def drain(self, worker: WorkerId, timeout: float | None = None) -> WorkerStatus:
@@ -74,4 +126,11 @@ class Operations(Protocol):
 
     def set_role(self, worker: WorkerId, role: Role) -> WorkerStatus:
         """Use it for that from the next placement on; raises Conflict where it has no role, or is needed in its own."""
+        ...
+
+    async def measure_link(self, ends: LinkEnds, size: int, runs: int) -> LinkReport:
+        """Push about `size` bytes from one worker to another `runs` times, which takes seconds; one at a time.
+
+        Raises Conflict (code `busy` where it may work later, else with what is in the way), or WorkerFailure.
+        """
         ...

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bascule.policies.cost import CostColumns, Floats
 from bascule.policies.snapshot import CHUNK_TOKENS, ROLES, SIZES, Snapshot, StoreColumns, size_of
@@ -155,6 +156,15 @@ class Columns:
             self._took[row] += (took, self._alone[row])
         self._reported[row], self._alone[row] = now, alone_s
         self._busy_since[row] = now
+
+    def streamed(self, rows: NDArray[np.intp], steps: Floats, took_s: Floats, next_s: Floats, at: Floats) -> None:
+        """Workers have made so many steps of nothing but streams, of `took_s` seconds in all, up to `at`; the next
+        takes `next_s`. As if each step had been told to `stepped`, and had taken what was predicted."""
+        fading = _FADE**steps
+        seconds = took_s / steps * (1 - fading) / (1 - _FADE)
+        self._took[rows] = self._took[rows] * fading[:, None] + seconds[:, None]
+        self._reported[rows] = self._busy_since[rows] = at
+        self._alone[rows] = next_s
 
     def report(self, row: int, load: StepLoad) -> None:
         """What the worker has before it, as it says after a step and now and then."""

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from bascule.errors import RequestError
 from bascule.observe.decisions import Record
+from bascule.policies.retry import Cause
 from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
@@ -21,12 +22,15 @@ class Flight:
     position that has been taken is final.
     """
 
+    unnamed: dict[WorkerId, int]
+    """Workers that do not say that they have the current attempt, and how many heartbeats they had sent at first."""
+
     def __init__(self, request: Request, received: float, deadline: float, on_cancel: Callable[[Flight], None]) -> None:
         self.request = request
         self.received = received
         self.deadline = deadline
-        self.attempt = self.moves = 0
-        """Attempts given up so far; those of them that no worker failed, but that were to leave one."""
+        self.attempt = self.failures = self.losses = 0
+        """Attempts given up so far; those of them that workers failed; those that ended with a worker or a message."""
         self.excluded: frozenset[WorkerId] = frozenset()
         self.tokens: list[int] = []
         """Output tokens taken so far, over all attempts."""
@@ -46,12 +50,12 @@ class Flight:
         """It runs on the prefill worker for one token, and goes to the decode worker by way of the store."""
         self.handed_over = False
         """The decode worker of this attempt has sent a token: the prefill worker is no longer needed."""
-        self.ended = False
+        self.let_in = self.ended = False
+        """It is not turned away any more; it is over."""
         self.finish: FinishReason | None = None
         """How the output ended, if it did; a cancelled one may have been complete to its reader."""
-        self.first_at = math.inf
-        """When the first token came."""
-        self.latest_at = math.inf
+        self.first_at = self.latest_at = math.inf
+        """When the first token came, and the last one."""
         self.longest_gap_s = 0.0
         """Between two steps that brought tokens."""
         self.record: Record | None = None
@@ -110,6 +114,7 @@ class Flight:
         self.context = context
         self.prefilling = True
         self.handed_over = self.first_leg = False
+        self.unnamed = {}
 
     def gap_outlasts(self, now: float, seconds: float) -> bool:
         """Whether later tokens have waited that long for one that is missing. Called now and then."""
@@ -121,33 +126,37 @@ class Flight:
 
     def needs(self, worker: WorkerId) -> bool:
         """Whether the current attempt cannot go on without that worker."""
+        return worker in self.needed()
+
+    def needed(self) -> set[WorkerId]:
+        """The workers without which the current attempt cannot go on."""
         if self.placed is None:
-            return False
-        return worker == self.placed.decode or (worker == self.placed.prefill and not self.handed_over)
+            return set()
+        return {self.placed.decode} if self.handed_over else {self.placed.prefill, self.placed.decode}
 
     def uses(self) -> set[WorkerId]:
         """The workers that the current attempt uses: those that it needs, and a peer that lends while it prefills."""
-        if self.placed is None:
-            return set()
-        workers = {self.placed.decode} if self.handed_over else {self.placed.prefill, self.placed.decode}
+        workers = self.needed()
         if self.prefilling and self._lender is not None:
             workers.add(self._lender)
         return workers
 
-    def retry(self, failed: WorkerId | None) -> None:
+    def retry(self, cause: Cause, failed: WorkerId | None = None) -> None:
         """Give the attempt up; the next one continues after the tokens taken so far, not on the worker that failed."""
         self.attempt += 1
-        if failed is None:
-            self.moves += 1
-        else:
+        self.failures += cause is Cause.FAILED
+        self.losses += cause in (Cause.LOST, Cause.UNHEARD)
+        if failed is not None:
             self.excluded |= {failed}
         self._held.clear()
         if self.cached_tokens is None:
             self.loaded, self.load_s = {}, 0.0
 
     def take(self, item: TokenItem) -> bool:
-        """Take a token if it belongs to this attempt; returns whether the output has grown."""
-        if self.ended or item.attempt != self.attempt or item.position < len(self.tokens):
+        """Take a token if it belongs to this attempt and its output; returns whether the output has grown."""
+        if self.ended or item.attempt != self.attempt:
+            return False
+        if not len(self.tokens) <= item.position < self.request.sampling.max_tokens:
             return False
         if item.position > len(self.tokens):
             self._held[item.position] = item
@@ -172,8 +181,13 @@ class Flight:
             self._wake()
 
     async def first(self) -> None:
-        """Return when a delta can be read; raises the request's error if it ends without one."""
-        await self._news()
+        """Return when a delta can be read; raises the request's error if it ends without one. Who stops waiting for
+        that cancels the request."""
+        try:
+            await self._news()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         if self._error is not None and not self._fresh:
             raise self._error
 

@@ -26,12 +26,15 @@ class KvFeed:
     """
 
     def __init__(self, index: PrefixIndex, row: int, faults: Counter[str]) -> None:
-        """Counts what goes wrong in `faults`: `gap`, `malformed`, or `overflow` (more blocks than it has room for)."""
+        """Counts what goes wrong in `faults`: `gap`, `malformed`, `overflow` (more blocks than it has room for) or
+        `strayed` (an audit of the index found something)."""
         self.in_step = True
         self._index = index
         self._row = row
         self._faults = faults
         self._sequence = 0
+        self._claim = (0, b"")
+        """What the worker last said of itself: the number of its last message, and a digest."""
         self._asked: float | None = None
         self._crowded = False
         """Some tier below the device seemed full; what came there since is not in the index."""
@@ -61,6 +64,21 @@ class KvFeed:
     def also(self, part: TierChanges) -> None:
         """Changes of a tier that this worker shares, told by another one, whose feed has found them well-formed."""
         self._change(Tier(part.tier), part.stored, part.removed)
+
+    @property
+    def digest(self) -> bytes | None:
+        """Of the blocks that the index should have on the worker's device; None where that is not known now."""
+        sequence, digest = self._claim
+        return digest if digest and self.in_step and sequence == self._sequence else None
+
+    def claims(self, sequence: int, digest: bytes) -> None:
+        """The worker has sent events up to `sequence`, after which it has the blocks of that digest."""
+        self.told(sequence)
+        self._claim = sequence, digest
+
+    def strayed(self) -> None:
+        """Something is wrong in the index, with what it has of this worker perhaps."""
+        self._fault("strayed")
 
     def told(self, sequence: int) -> None:
         """The worker has sent events up to `sequence`; those that did not come are lost."""

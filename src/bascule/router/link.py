@@ -11,7 +11,7 @@ from bascule.errors import ConfigError
 from bascule.keys import ClusterKey
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch
-from bascule.wire import RouterMessage, WorkerMessage, encode, from_worker
+from bascule.wire import OtherVersion, RegistrationRefusal, RouterMessage, WorkerMessage, encode, from_worker
 
 Handler = Callable[[Epoch, WorkerMessage], None]
 
@@ -42,8 +42,18 @@ class RouterLink:
         self._socket.post([epoch.encode(), encode(message)], on_failure)
 
     async def serve(self, handler: Handler) -> None:
-        """Deliver messages until cancelled."""
-        await self._socket.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_worker(frames[-1])))
+        """Deliver messages until cancelled; a worker of another version of the protocol is told so."""
+
+        def deliver(frames: list[bytes]) -> None:
+            sender = Epoch(frames[0].decode("ascii"))
+            try:
+                message = from_worker(frames[-1])
+            except OtherVersion as other:
+                self.send(sender, RegistrationRefusal(str(other)))
+                raise
+            handler(sender, message)
+
+        await self._socket.deliver(deliver)
 
     def close(self) -> None:
         self._socket.close()

@@ -7,6 +7,8 @@ import math
 
 from bascule.clock import Clock
 from bascule.errors import Conflict, NotFound
+from bascule.router.backend import LinkEnds, LinkReport
+from bascule.router.link_probes import LinkProbes
 from bascule.router.policy import lacking
 from bascule.router.service import Service
 from bascule.router.view import Member
@@ -22,8 +24,9 @@ class MemberOperations:
     router ends: a worker that was put aside must not come back because it has crashed.
     """
 
-    def __init__(self, service: Service, policy: str, clock: Clock) -> None:
+    def __init__(self, service: Service, policy: str, clock: Clock, links: LinkProbes) -> None:
         """`policy` is the routing policy's name."""
+        self._links = links
         self._service = service
         self._view = service.view
         self._policy = policy
@@ -78,6 +81,11 @@ class MemberOperations:
             self._view.set_role(member, role)
             self._service.tick()
         return self._status(member)
+
+    async def measure_link(self, ends: LinkEnds, size: int, runs: int) -> LinkReport:
+        """See `Operations`."""
+        source, target = self._member(ends.source), self._member(ends.target)
+        return await self._links.measure(source, target, ends.transport, size, runs)
 
     # ------------------------------------------------------------ what membership calls
 

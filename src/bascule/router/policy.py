@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from bascule.errors import ConfigError
-from bascule.policies.baselines import BASELINES, FIXED, PICKS
+from bascule.policies.baselines import BASELINES, FIXED, PICKS, whole
 from bascule.policies.cost import CostColumns
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Decision, Policy, RouteQuery, Snapshot
@@ -46,6 +46,11 @@ def policy_named(name: str, balance: str) -> Policy:
 def orders_by_work(name: str) -> bool:
     """Whether requests wait shortest first under this policy; the baselines keep the order of arrival."""
     return name not in BASELINES and name not in FIXED
+
+
+def keeps_whole(name: str) -> bool:
+    """Whether every request stays with one worker under this policy, so that nothing is ever handed over."""
+    return name in FIXED or (name in BASELINES and BASELINES[name] is whole)
 
 
 def lacking(name: str, roles: Collection[Role]) -> str:

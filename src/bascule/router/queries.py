@@ -6,7 +6,6 @@ import statistics
 from collections import OrderedDict, deque
 from typing import Literal
 
-from bascule.kv.hashing import BlockHasher
 from bascule.policies.cost import PrefillPart, step_seconds
 from bascule.policies.snapshot import RouteQuery
 from bascule.router.flight import Flight
@@ -28,7 +27,7 @@ class Queries:
         self._handoff = handoff
         self.slo = slo
         """What requests are to meet that ask for nothing else."""
-        self._hasher = BlockHasher("", 1)
+        self._hasher = view.hasher("", 1)
         self._hashed = ""
         """Fingerprint that the hasher is made for; that of the first attached server gives way to our own model's."""
         self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
@@ -41,10 +40,10 @@ class Queries:
         if card is None:
             return
         if self._hashed != card.fingerprint:
-            self._hasher = BlockHasher(card.fingerprint, card.layout.block_size)
+            self._hasher = self._view.hasher(card.fingerprint, card.layout.block_size)
             self._hashed = card.fingerprint
-        known = (*flight.request.prompt, *flight.tokens)
-        flight.hashes = tuple(self._hasher.chain(known[:-1]))
+        known = flight.request.prompt + tuple(flight.tokens)
+        flight.hashes = tuple(self._hasher.chain(known)[: (len(known) - 1) // card.layout.block_size])
 
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""

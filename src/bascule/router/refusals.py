@@ -15,10 +15,22 @@ NO_SECOND_HAND = (
 )
 
 
+def line_full(limit: int) -> Overloaded:
+    """For a request that comes when as many wait as may."""
+    return Overloaded(f"{limit} requests wait already; try again later or raise --queue-limit", retry_after=1.0)
+
+
+def wait_too_long(flight: Flight, wait_s: float) -> Overloaded:
+    """For a request whose turn would come too late for its deadline."""
+    return Overloaded(
+        f"its turn would come in {wait_s:.2g} s, more than half of its limit of {flight.request.timeout:g} s; try "
+        "again later, or send X-Request-Timeout with a larger one",
+        retry_after=wait_s / 2,
+    )
+
+
 def overloaded(verdict: Verdict) -> Overloaded:
-    """For a request that is not admitted."""
-    if verdict.reason.endswith("--queue-limit"):
-        return Overloaded(verdict.reason, retry_after=verdict.retry_after_s)
+    """For a request that would miss its SLO."""
     return Overloaded(
         f"the request would miss its SLO now: {verdict.reason}; try again in {verdict.retry_after_s:.0f} s, or ask for "
         "more time with X-SLO-TTFT and X-SLO-TPOT",

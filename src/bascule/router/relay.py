@@ -34,8 +34,8 @@ class Relay:
         sampling = replace(whole.sampling, max_tokens=len(whole.generated) + 1)
         return replace(whole, sampling=sampling, decode=None, save_to=tier)
 
-    def second_leg(self, flight: Flight) -> Submit | None:
-        """What the decode worker gets, whether the KV is there or not; None if it has it already, or needs nothing."""
+    def second_leg(self, flight: Flight, now: float) -> Submit | None:
+        """What the decode worker gets now, whether the KV is there or not; None if it has it, or needs nothing."""
         self._under_way.pop(flight.request.id, None)
         if not flight.first_leg or flight.ended or flight.placed is None or flight.prefilling:
             return None
@@ -49,6 +49,7 @@ class Relay:
             sampling=flight.request.sampling,
             slo=flight.request.slo,
             stored_tokens=flight.known_tokens - 1,
+            timeout_s=flight.deadline - now,
         )
 
     def overdue(self, now: float) -> Iterator[Flight]:

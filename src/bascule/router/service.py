@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections import Counter
@@ -10,10 +9,12 @@ from collections import Counter
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import InvalidRequest, RequestError, Unavailable, WorkerFailure
-from bascule.policies.admit import LATE_S, Verdict, has_room, is_late, worth_starting, worth_waiting
+from bascule.policies.admit import LATE_S, has_room, is_late, worth_starting
 from bascule.policies.order import place_in_line
+from bascule.policies.retry import Cause
 from bascule.policies.route import priced
 from bascule.policies.snapshot import Candidate, Decision
+from bascule.router.admission import Door
 from bascule.router.client import WorkerClient
 from bascule.router.flight import Flight
 from bascule.router.journal import Journal
@@ -22,20 +23,15 @@ from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
 from bascule.router.refusals import NO_SECOND_HAND, overloaded, stranded, too_late
 from bascule.router.relay import Relay
+from bascule.router.retries import Retries
 from bascule.router.view import ClusterView, Member
 from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
 from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
-"""Placements of one request, the first included, before a worker's failure becomes the request's."""
-
 BACK_S = 30.0
 """A worker that has ended because it was asked to is probably started again: for so long requests wait for it."""
-
-GAP_S = 5.0
-"""Seconds that a stream may lack a token while later ones are there; a connection that broke has lost it."""
 
 
 class Service:
@@ -57,10 +53,14 @@ class Service:
         self._clock = clock
         self._policy = policy_named(config.policy, config.balance)
         self._by_work = orders_by_work(config.policy)
+        self._holds_back = self._by_work or config.admission == "slo"
+        """Requests wait rather than break the TPOT of others."""
         self._queries = Queries(view, slo, config.handoff)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
+        self._door = Door(config, view, self._queries, self._line)
         self.relay = Relay()
+        self.retries = Retries(view)
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
         self._back_by = -math.inf
@@ -91,6 +91,12 @@ class Service:
 
     async def start(self, request: Request) -> Flight:
         """Admit a request and return when its first tokens are there; see `Backend.start` for what it raises."""
+        flight = self.admit(request)
+        await flight.first()
+        return flight
+
+    def admit(self, request: Request) -> Flight:
+        """Take a request in, and place it if there is room; raises as `start` does where it is turned away at once."""
         if request.id in self._flights:
             raise InvalidRequest(f"a request with id {request.id} is under way; use another X-Request-Id")
         if not self.ready and not self.draining:
@@ -100,13 +106,10 @@ class Service:
         self._flights[request.id] = flight
         self._wait(flight)
         self._dispatch()
-        if flight in self._line:
-            self._refuse_hopeless(flight)
-        try:
-            await flight.first()
-        except asyncio.CancelledError:
-            flight.cancel()
-            raise
+        if flight in self._line and (refusal := self._door.refusal(flight, now)) is not None:
+            self._end_with(flight, refusal)
+            raise refusal
+        flight.let_in = True
         return flight
 
     def state(self) -> ClusterState:
@@ -116,7 +119,10 @@ class Service:
             active=len(self._flights) - len(self._line),
             routing=self.journal.figures(self._policy.failures if isinstance(self._policy, PlugIn) else 0),
             kv_faults=dict(self.view.kv_faults),
+            index_violations=len(self.view.audit.violations),
             store_handoffs=self.relay.count,
+            retries=dict(self.retries.counts),
+            rests=dict(self.retries.rests),
         )
 
     # ------------------------------------------------------------ what members report
@@ -134,7 +140,7 @@ class Service:
             self._back_by = self._clock.now() + BACK_S
         for flight in list(self._flights.values()):
             if flight.needs(member.id):
-                self._again(flight, member.id, f"worker {member.id} {why}")
+                self._again(flight, Cause.LOST, f"worker {member.id} {why}", member.id)
         self._dispatch()
 
     def needed(self) -> Counter[WorkerId]:
@@ -146,7 +152,7 @@ class Service:
         takers = self.view.takers(besides=worker)
         for flight in list(self._flights.values()) if takers else ():
             if flight.needs(worker) and not self._is_bound(flight) and stranded(flight, takers) is None:
-                self._again(flight, None, f"worker {worker} is drained, and its time is over")
+                self._again(flight, Cause.MOVED, f"worker {worker} is drained, and its time is over")
         self._dispatch()
 
     def tokens(self, message: StepTokens) -> None:
@@ -164,6 +170,7 @@ class Service:
             if (gap := now - flight.latest_at) > flight.longest_gap_s:  # the first token's is minus infinity
                 flight.longest_gap_s = gap
             flight.latest_at = now
+            self.retries.brought(flight, message.worker, now)
             flight.handed_over |= message.worker == flight.placed.decode
             if flight.prefilling:
                 flight.first_at = min(flight.first_at, now)
@@ -189,7 +196,7 @@ class Service:
         if flight is None or flight.attempt != message.attempt:
             return
         if flight.first_leg and flight.prefilling:  # its one token was sent before this, and nothing comes after it
-            self._again(flight, message.worker, "its first token was lost")
+            self._again(flight, Cause.UNHEARD, "its first token was lost", message.worker)
             self._dispatch()
             return
         self._send_second_leg(flight)
@@ -199,7 +206,7 @@ class Service:
         if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
             return
         if message.retryable:
-            self._again(flight, message.worker, message.message)
+            self._again(flight, Cause.FAILED, message.message, message.failing or message.worker)
         else:
             self._end_with(flight, WorkerFailure(f"worker {message.worker}: {message.message}"))
         self._dispatch()
@@ -208,15 +215,15 @@ class Service:
         """A submission did not reach its worker, which is not connected."""
         flight = self._flights.get(submission.request)
         if flight is not None and flight.attempt == submission.attempt and flight.placed is not None:
-            self._again(flight, worker, f"worker {worker} is not connected")
+            self._again(flight, Cause.MOVED, f"worker {worker} is not connected")
             self._dispatch()
 
     def tick(self) -> None:
         """Called a few times a second: ends requests whose deadline has passed, and retries those that lost a token."""
         now = self._clock.now()
         for flight in list(self._flights.values()):
-            if flight.gap_outlasts(now, GAP_S) and flight.placed is not None:
-                self._again(flight, flight.placed.decode, "a token of the stream was lost")
+            if (lost := self.retries.unheard(flight, now)) and flight.placed is not None:
+                self._again(flight, Cause.UNHEARD, lost, flight.placed.decode)
         for flight in [flight for flight in self._flights.values() if now >= flight.deadline]:
             self._stop_workers(flight)
             self._end_with(flight, too_late(flight))
@@ -236,22 +243,6 @@ class Service:
         if self._by_work:
             due += min(self._queries.slo_of(flight).ttft_s, flight.request.timeout)
         self._line.push(flight, place_in_line(flight.request.priority, work_s if self._by_work else 0.0, due), work_s)
-
-    def _refuse_hopeless(self, flight: Flight) -> None:
-        """Raises Overloaded for a request that would have to wait, if it should rather not."""
-        verdict = Verdict(True)
-        if len(self._line) > self._config.queue_limit:
-            limit = self._config.queue_limit
-            verdict = Verdict(False, f"{limit} requests wait already; try again later or raise --queue-limit", 1.0)
-        elif self._config.admission == "slo":
-            now = self._clock.now()
-            queued_s = self._line.work_s - self._queries.work_s(flight)
-            verdict = worth_waiting(self.view.snapshot(now), self._queries.query(flight, now), queued_s)
-        if not verdict.admitted:
-            self._forget(flight)
-            refusal = overloaded(verdict)
-            self.journal.ended(flight, self._clock.now(), refusal)
-            raise refusal
 
     def _dispatch(self) -> None:
         """Place waiting requests, each in its turn, while the policy finds room."""
@@ -277,16 +268,16 @@ class Service:
         late = self._by_work and not flight.tokens and len(self._line) > 1 and is_late(query, chosen)
         if late and self._line.demote(flight, LATE_S):
             return True
-        if self._by_work and not has_room(snapshot, query, chosen, self._queries.slo):
+        if self._holds_back and not has_room(snapshot, query, chosen, self._queries.slo):
             self.journal.waits(flight, "one stream more would break the TPOT of those that decode")
             return False
-        if self._config.admission == "slo" and not flight.tokens:
+        if self._config.admission == "slo" and not flight.let_in:
             verdict = worth_starting(snapshot, query, chosen)
             if not verdict.admitted:
                 self.journal.decided(flight, decision, chosen, now, taken=False)
                 self._end_with(flight, overloaded(verdict))
                 return True
-        self._line.remove(flight)
+        self._line.place(flight, now)
         self._place(flight, decision, chosen, now)
         return True
 
@@ -297,6 +288,7 @@ class Service:
         context = flight.known_tokens + self._queries.output_tokens(flight) / 2
         self.journal.decided(flight, decision, chosen, now)
         self.view.place(placement, uncached, context, now)
+        self.retries.placed(placement, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context, chosen.fetch_from)
         terms = chosen.predicted
@@ -312,27 +304,27 @@ class Service:
             slo=flight.request.slo,
             stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
             fetch=self.view.lender(chosen),
+            timeout_s=flight.deadline - now,
         )
         if chosen.handed_by is not None:
             submission = self.relay.first_leg(flight, submission, chosen.handed_by)
         self.clients[placement.prefill].submit(submission)
 
     def _send_second_leg(self, flight: Flight) -> None:
-        submission = self.relay.second_leg(flight)
+        submission = self.relay.second_leg(flight, self._clock.now())
         if submission is not None and flight.placed is not None:
             self.clients[flight.placed.decode].submit(submission)
 
-    def _again(self, flight: Flight, failed: WorkerId | None, why: str) -> None:
-        """Place a request anew, at the head of the queue, behind the tokens its client has. Where no worker has failed
-        it, it is only moved, which does not count as a try."""
+    def _again(self, flight: Flight, cause: Cause, why: str, failed: WorkerId | None = None) -> None:
+        """Place a request anew, at the head of the queue, behind the tokens its client has, unless it had its tries."""
         self._stop_workers(flight)
         if self._is_bound(flight):
             self._end_with(flight, WorkerFailure(f"{why}; {NO_SECOND_HAND}"))
             return
         self._unplace(flight)
-        flight.retry(failed)
-        if flight.attempt - flight.moves >= MAX_ATTEMPTS:
-            self._end_with(flight, WorkerFailure(f"{why}; tried {MAX_ATTEMPTS} times"))
+        flight.retry(cause, failed)
+        if refusal := self.retries.refused(flight, cause, failed, self._clock.now()):
+            self._end_with(flight, WorkerFailure(f"{why}; {refusal}"))
             return
         log.warning("request %s is placed again (attempt %d): %s", flight.request.id, flight.attempt, why)
         self._queries.prepare(flight)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -12,20 +13,24 @@ import numpy as np
 from msgspec.structs import replace
 
 from bascule.errors import RegistrationRefused
+from bascule.kv.hashing import BlockHasher
+from bascule.kv.index_audit import IndexAudit
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
 from bascule.policies.snapshot import ROLES, Candidate, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
+from bascule.router.link_costs import LinkCosts
+from bascule.router.skew import ClockSkew
 from bascule.router.stores import Stores
 from bascule.types import (
     BlockHash,
     CostModel,
     Epoch,
-    LinkCost,
     ModelCard,
     Placement,
+    RequestId,
     Role,
     StepLoad,
     Tier,
@@ -33,7 +38,9 @@ from bascule.types import (
     WorkerLoad,
     WorkerStatus,
 )
-from bascule.wire import VERSION, FetchFrom, KvEvents, Register
+from bascule.wire import VERSION, FetchFrom, KvEvents, Register, version_mismatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -47,6 +54,7 @@ class Member:
     """Its place in the columns and in the prefix index; given to another worker once it has left."""
     last_seen: float
     kv: KvFeed
+    skew: ClockSkew = field(default_factory=ClockSkew)
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
     attached: bool = False
@@ -54,6 +62,14 @@ class Member:
     rest_until: float = 0.0
     """Until then it asked to be left alone, or is not trusted, and gets no new requests (the clock's seconds)."""
     resting: bool = False
+    strikes: int = 0
+    """Requests that it has failed since one went well."""
+    rested_at: float = -math.inf
+    """When it was last left alone for that."""
+    runs: frozenset[tuple[RequestId, int]] | None = None
+    """Requests and attempts that it had when it last sent a heartbeat; None where it does not say."""
+    beats: int = 0
+    """Heartbeats that have come."""
     draining: bool = False
     """It gets nothing new; what it has may end there."""
     drained: bool = False
@@ -97,25 +113,35 @@ class ClusterView:
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
     columns: Columns = field(default_factory=Columns)
-    links: dict[tuple[WorkerId, WorkerId], LinkCost] = field(default_factory=dict)
+    links: LinkCosts = field(default_factory=LinkCosts)
     _machines: dict[str, int] = field(default_factory=dict)
     _own: ModelCard | None = None
     """What the first worker of our own brought."""
+    tokenizer: str = ""
+    """Digest of the vocabulary that the router itself uses; empty if it is not known."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
+    audit: IndexAudit = field(init=False)
     stores: Stores = field(default_factory=Stores)
+    hasher: Callable[[str, int], BlockHasher] = BlockHasher
+    """Makes what names the blocks of prompts, of a model's fingerprint and block size."""
     kv_faults: Counter[str] = field(default_factory=Counter)
     """KV events that could not be used as they came, by kind."""
+
+    def __post_init__(self) -> None:
+        self.audit = IndexAudit(self.index)
 
     def check(self, offer: Register) -> None:
         """Raises RegistrationRefused, whose message names both sides of a mismatch."""
         if offer.version != VERSION:
-            raise RegistrationRefused(
-                f"worker {offer.worker} speaks protocol version {offer.version}, this router {VERSION}; "
-                "run the same release of bascule on both"
-            )
+            raise RegistrationRefused(version_mismatch(offer.worker, offer.version))
         if offer.epoch in self.burned:
             raise RegistrationRefused(f"worker {offer.worker}: epoch {offer.epoch} has ended; restart the worker")
         self._check_attached(offer)
+        if self.tokenizer and offer.card.tokenizer not in ("", self.tokenizer):
+            raise RegistrationRefused(
+                f"worker {offer.worker} serves {offer.card.name} with another vocabulary than this router's: its "
+                "tokens would be other text; start router and workers with the same model"
+            )
         if self._own is not None:
             _require_same_model(self._own, offer)
 
@@ -158,19 +184,19 @@ class ClusterView:
         member = self.members.get(worker)
         return member if member is not None and member.epoch == epoch else None
 
-    def heartbeat(self, member: Member, load: WorkerLoad, now: float) -> None:
-        for peer in member.load.links.keys() - load.links.keys():
-            self.links.pop((member.id, peer), None)
+    def heartbeat(
+        self, member: Member, load: WorkerLoad, now: float, runs: tuple[tuple[RequestId, int], ...] | None = None
+    ) -> None:
+        self.links.told(member.id, member.load.links, load.links)
         member.load = load
         member.last_seen = now
+        member.runs, member.beats = None if runs is None else frozenset(runs), member.beats + 1
         self._suspect(member, False)
         if load.step is not None:
             self.columns.report(member.row, load.step)
         if load.cost is not None:
             self.columns.cost.put(member.row, load.cost)
         self.stores.measured(member.row, {tier: store.cost for tier, store in load.stores.items() if store.cost})
-        for peer, link in load.links.items():
-            self.links[member.id, peer] = link
 
     def stepped(self, member: Member, load: StepLoad, now: float) -> None:
         """What a worker has before it after a step."""
@@ -221,7 +247,7 @@ class ClusterView:
         if member is not None:
             self.burned.add(member.epoch)
             self.columns.remove(member.row)
-            self.links = {ends: link for ends, link in self.links.items() if worker not in ends}
+            self.links.left(worker)
             self._update_card()
             self.index.leave(member.row)
             self.stores.leave(member.row)
@@ -245,6 +271,10 @@ class ClusterView:
         if (member := self.members.get(placement.decode)) is not None:
             self.columns.decoding[member.row] -= 1
             self.columns.context_tokens[member.row] -= context
+
+    def neighbours(self, worker: WorkerId) -> list[Member]:
+        """The other workers of our own."""
+        return [member for member in self.members.values() if not (member.attached or member.id == worker)]
 
     def cost_of(self, member: Member) -> CostModel:
         """The member's cost model as it last reported it."""
@@ -287,6 +317,20 @@ class ClusterView:
         if member.kv.apply(events):
             self.stores.changed(member.row, events)
 
+    def audit_index(self, most: int) -> None:
+        """Look over about `most` blocks of the index: call it while there is nothing else to do.
+
+        Where something is wrong in it, all workers are to tell anew what they have.
+        """
+        digests = {member.row: digest for member in self.members.values() if (digest := member.kv.digest) is not None}
+        if not self.audit.step(most, digests):
+            return
+        for violation in self.audit.violations:
+            log.error("integrity: %s", violation)
+        for member in self.members.values():
+            if self.audit.violations and member.row in digests:
+                member.kv.strayed()
+
     def expect(self, placement: Placement, hashes: Sequence[BlockHash], now: float) -> None:
         """The worker that computes these blocks will have them soon: siblings that come there wait for them.
 
@@ -308,6 +352,7 @@ class ClusterView:
                 pid=member.registration.pid,
                 device=member.registration.device,
                 requests=requests.get(member.id, 0) if requests else 0,
+                clock_skew_s=member.skew.seconds,
                 load=member.load,
             )
             for member in self.members.values()

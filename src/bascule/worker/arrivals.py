@@ -48,6 +48,8 @@ class Arrivals:
         self._task_ended = task_ended
         self._wake = wake
         self._closed = False
+        self._coming: set[Key] = set()
+        """Requests that the engine does not have yet."""
         self._fetching: dict[Key, asyncio.Task[None]] = {}
         """Requests that wait for what is fetched for them."""
         self._fetched: dict[Key, Brought] = {}
@@ -64,16 +66,26 @@ class Arrivals:
         return self._fetches.waiting_tokens + (self._store.waiting_tokens if self._store is not None else 0)
 
     def submit(self, submission: Submit) -> None:
-        """A request from the router; after `close`, one that it will place again."""
+        """A request from the router; after `close`, one that it will place again. An attempt that is here is not begun
+        a second time."""
         if self._closed:
             return
         self.received += 1
+        key = Key(submission.request, submission.attempt)
+        if key in self._coming or self._engine.has(*key):
+            log.warning("request %s, attempt %d came twice", submission.request, submission.attempt)
+            return
+        self._coming.add(key)
         if submission.fetch is None:
             self._load(submission)
             return
-        key = Key(submission.request, submission.attempt)
         task = self._fetching[key] = asyncio.create_task(self._fetch(key, submission, submission.fetch))
         task.add_done_callback(self._task_ended)
+
+    @property
+    def keys(self) -> set[Key]:
+        """Of all requests that have come and not ended."""
+        return self._coming.union(self._engine.keys())
 
     def fetched(self, key: Key) -> Brought:
         """What a request without a token has been given by a peer."""
@@ -82,6 +94,7 @@ class Arrivals:
     def cancel(self, key: Key) -> None:
         """The request is no longer wanted here; does nothing for others."""
         self._computed(key)
+        self._coming.discard(key)
         if (fetching := self._fetching.pop(key, None)) is not None:
             fetching.cancel()
         if self._store is not None:
@@ -152,4 +165,5 @@ class Arrivals:
             log.exception("a request could not be submitted")
             self._prefill.cancel(key)
             self._failed(key, f"{type(error).__name__}: {error}", True)
+        self._coming.discard(key)
         self._wake()

@@ -46,6 +46,8 @@ _GROWTH_TOKENS = 256
 """Output tokens that a reservation foresees room for."""
 
 
+MOST_PROMISED = 1024
+"""Tickets that wait for blocks; who asks when there are more decodes where it prefilled."""
 _STOOD_STILL_S = 2.0
 """Seconds between two calls of `expire` that mean a paused process."""
 
@@ -194,6 +196,9 @@ class DecodeSide:
         if (mismatch := self._mismatch(prepare)) is not None:
             self._refuse(incoming, *mismatch)
             return
+        if len(self._promised) >= MOST_PROMISED:
+            self._refuse(incoming, "full", f"{MOST_PROMISED} handoffs wait for blocks here already")
+            return
         self._promised.append(incoming)
         self.grant_promises()
 
@@ -208,13 +213,16 @@ class DecodeSide:
             return "malformed", f"the secret has {len(prepare.secret)} bytes instead of {SECRET_BYTES}"
         if not prepare.prompt or not all(0 <= token < ours.vocab for token in (*prepare.prompt, *prepare.generated)):
             return "malformed", f"the prompt is empty or holds a token outside 0 to {ours.vocab - 1}"
+        if (tokens := len(prepare.prompt) + len(prepare.generated) + 1) > (most := self._engine.most_tokens):
+            return "malformed", f"{tokens} tokens are to be taken over, but this worker has room for {most}"
         return None
 
     def _grant(self, incoming: Incoming) -> bool:
         """Lease all blocks of a promised ticket, or none; False while there are not enough."""
         prepare = incoming.prepare
         room = min(_GROWTH_TOKENS, max(0, prepare.sampling.max_tokens - len(prepare.generated)))
-        lease = self._engine.reserve(incoming.tokens, len(incoming.tokens) + 1, room)
+        coming = sum(one.stage in (Stage.GRANTED, Stage.CHECKING) for one in self._tickets.values())
+        lease = self._engine.reserve(incoming.tokens, len(incoming.tokens) + 1, room, coming=coming)
         if lease is None:
             return False
         incoming.lease = lease

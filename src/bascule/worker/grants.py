@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from bascule.kv.books import Lease
 from bascule.kv.transfer.base import Grant, Receiver
+from bascule.kv.transfer.frames import Verdict
 from bascule.peer_wire import TransferEndpoint
 from bascule.types import TicketId
+
+_NOT_AUTHENTIC = (Verdict.FORGED.words, Verdict.NOT_SEALED.words)
 
 
 class Grants:
@@ -17,6 +21,20 @@ class Grants:
         self.receivers: Mapping[str, Receiver] = {}
         """By transport, in order of preference; set before the first message."""
         self._quarantined: dict[TicketId, Lease] = {}
+
+    @property
+    def not_authentic(self) -> Counter[str]:
+        """Writers that were turned away because nobody with the cluster's key can have sent what came, by reason."""
+        found: Counter[str] = Counter()
+        for receiver in self.receivers.values():
+            found.update({reason: receiver.refusals.get(reason, 0) for reason in _NOT_AUTHENTIC})
+        return +found
+
+    @property
+    def tcp_addresses(self) -> tuple[str, ...]:
+        """Where other hosts connect to, `host:port`."""
+        endpoints = [receiver.endpoint for receiver in self.receivers.values()]
+        return tuple(endpoint.address for endpoint in endpoints if endpoint.transport == "tcp")
 
     def open(self, ticket: TicketId, secret: bytes, lease: Lease) -> tuple[TransferEndpoint, ...]:
         """Let whoever knows `secret` write the lease's fresh blocks; says where."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bascule.kv.books import Books
+from bascule.kv.hashing import BlockDigest
 from bascule.kv.journal import Changes
 from bascule.types import BlockHash, Epoch, Tier, WorkerId
 from bascule.wire import KvEvents, TierChanges
@@ -29,6 +30,8 @@ class KvReporter:
         """`on_stored` is told, too, of what has become findable on the device: once, however often the router asks."""
         self.sequence = 0
         """Of the last message."""
+        self._told = BlockDigest()
+        """Of the device's blocks that the router has been told of."""
         self._on_stored = on_stored
         self._worker = worker
         self._epoch = epoch
@@ -36,6 +39,11 @@ class KvReporter:
         self._send = send
         self._listening = False
         """Whether the router has asked for the worker's changes, by registering it."""
+
+    @property
+    def told(self) -> tuple[int, bytes]:
+        """The number of the last message, and a digest of the device's blocks as the router has them from these."""
+        return self.sequence, self._told.value
 
     def tell_all(self) -> None:
         """The router knows nothing, or nothing for sure."""
@@ -64,6 +72,10 @@ class KvReporter:
         self._listening = False
 
     def _tell(self, changes: Changes, *, anew: bool) -> None:
+        if anew:
+            self._told = BlockDigest()
+        self._told.toggle(changes.removed)
+        self._told.toggle(changes.stored)
         # First what went: the other way round a full cache would seem to hold more than it can.
         for names in _parts(changes.removed):
             self._message(TierChanges(Tier.DEVICE, b"", b"".join(names)), anew=False)

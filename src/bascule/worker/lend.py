@@ -123,6 +123,8 @@ class Lender:
         blocks, rest = divmod(len(fetch.tokens), ours.layout.block_size)
         if rest or not 0 <= fetch.have_blocks < blocks or len(fetch.blocks) != blocks - fetch.have_blocks:
             return f"{len(fetch.tokens)} tokens and {len(fetch.blocks)} blocks do not go together"
+        if len(fetch.tokens) > self._engine.most_tokens or max(fetch.tokens) >= ours.vocab:
+            return f"{len(fetch.tokens)} tokens up to {max(fetch.tokens)} cannot be a prompt here"
         if len(fetch.secret) != SECRET_BYTES:
             return f"the secret has {len(fetch.secret)} bytes instead of {SECRET_BYTES}"
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from threading import Lock
 from time import perf_counter
 
@@ -121,3 +122,9 @@ class Pusher:
             in_last = rest if rest and places[-1] == handoff.full_blocks else size
             found = self._arena.checksums([blocks[place] for place in places], in_last)
             handoff.checksums.update(zip(places, found, strict=True))
+
+
+def close_late(opening: Future[Session]) -> None:
+    """Nobody waits any more for the session that is opened here."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

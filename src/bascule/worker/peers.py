@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import zmq
@@ -14,6 +15,8 @@ from bascule.peer_wire import PeerMessage, from_peer
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch, WorkerId
 from bascule.wire import PeerAddress, encode
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[Epoch, PeerMessage], None]
 
@@ -52,12 +55,17 @@ class Peers:
         await self._listener.deliver(lambda frames: handler(Epoch(frames[0].decode("ascii")), from_peer(frames[-1])))
 
     def send(self, peer: PeerAddress, message: PeerMessage) -> None:
-        """Send to a peer's listening socket; connects on first use."""
+        """Send to a peer's listening socket; connects on first use. To an address that is none nothing is sent."""
         connection = self._connections.get(peer.address)
         if connection is None:
             self._forget_earlier(peer)
             connection = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch, key=self._key)
-            connection.connect(peer.address)
+            try:
+                connection.connect(peer.address)
+            except zmq.ZMQError as error:
+                connection.close()
+                log.warning("peer %s cannot be at %r: %s", peer.worker, peer.address[:200], error.strerror)
+                return
             self._connections[peer.address] = connection
             self._peers[peer.worker] = peer
             answers = connection.deliver(lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))

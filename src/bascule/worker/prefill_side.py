@@ -37,10 +37,11 @@ from bascule.peer_wire import (
     Revoked,
     Written,
 )
-from bascule.types import ModelCard, TicketId
+from bascule.types import ModelCard, TicketId, WorkerId
 from bascule.wire import PeerAddress, Submit
+from bascule.worker.deadlines import Deadlines
 from bascule.worker.learning import Links
-from bascule.worker.outgoing import Outgoing, Pusher
+from bascule.worker.outgoing import Outgoing, Pusher, close_late
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,17 @@ class PrefillSide:
         peers: Peers,
         senders: Mapping[str, Sender],
         config: HandoffConfig,
-        on_lost: Callable[[Key, str], None],
+        on_lost: Callable[[Key, str, WorkerId | None], None],
         wake: Callable[[], None],
         coding: Coding = Coding(),
+        unreachable: Mapping[WorkerId, str] = {},
+        deadlines: Deadlines | None = None,
     ) -> None:
-        """`on_lost` is told of requests whose verdict was lost; `wake` is called when a sequence may run again."""
+        """`on_lost` is told of requests that are lost, why, and which other worker is to blame, if one is; `wake` is
+        called when a sequence may run again.
+
+        To those who are `unreachable` at the time, with the reason, nothing is handed over.
+        """
         self.bytes_sent: Counter[str] = Counter()
         """By transport, as they crossed it."""
         self.links = Links()
@@ -93,6 +100,8 @@ class PrefillSide:
         self._on_lost = on_lost
         self._wake = wake
         self._coding = coding
+        self._unreachable = unreachable
+        self._deadlines = deadlines or Deadlines()
         self._pusher = Pusher(arena)
         self._by_key: dict[Key, Outgoing] = {}
         self._by_ticket: dict[TicketId, Outgoing] = {}
@@ -175,11 +184,12 @@ class PrefillSide:
             await self._hand_over(handoff)
         except VerdictLost:
             self._engine.cancel(*handoff.key)
-            self._on_lost(handoff.key, f"decode worker {handoff.decode.worker} gave no verdict on a handoff")
+            silent = handoff.decode.worker
+            self._on_lost(handoff.key, f"decode worker {silent} gave no verdict on a handoff", silent)
         except Exception as error:
             log.exception("a handoff failed unexpectedly")
             self._engine.cancel(*handoff.key)
-            self._on_lost(handoff.key, f"the handoff failed: {error}")
+            self._on_lost(handoff.key, f"the handoff failed: {error}", None)
 
     def _ended(self, handoff: Outgoing) -> None:
         if self._by_key.get(handoff.key) is handoff:
@@ -197,6 +207,7 @@ class PrefillSide:
                 self._engine.keep(*handoff.key)
             else:
                 self._engine.release(*handoff.key)
+                self._deadlines.forget(handoff.key)
             return
 
     async def _round(self, handoff: Outgoing) -> None:
@@ -230,6 +241,8 @@ class PrefillSide:
                 self._peers.send(handoff.decode, Abort(ticket))
 
     async def _reserve(self, handoff: Outgoing, secret: bytes) -> Reserved:
+        if (why := self._unreachable.get(handoff.decode.worker)) is not None:
+            raise HandoffFailed(f"it cannot be reached at {why}; decoding here", again=False)
         self._peers.send(
             handoff.decode,
             Prepare(
@@ -244,23 +257,37 @@ class PrefillSide:
                 fingerprint=self._card.fingerprint,
                 layout=self._card.layout,
                 slo=handoff.submission.slo,
+                timeout_s=self._deadlines.left(handoff.key),
             ),
         )
         try:
             async with asyncio.timeout(self._config.reserve_timeout):
-                return await asyncio.shield(handoff.reserved)
+                reserved = await asyncio.shield(handoff.reserved)
         except TimeoutError:
             raise HandoffFailed(
                 f"no blocks were granted within {self._config.reserve_timeout:g} s; decoding here", again=False
             ) from None
+        if len(reserved.blocks) < handoff.prompt_blocks or reserved.have_blocks > handoff.prompt_blocks:
+            raise HandoffFailed(
+                f"the decode worker reserved {len(reserved.blocks)} blocks, {reserved.have_blocks} of them filled, for "
+                f"{handoff.prompt_blocks}; decoding here",
+                again=False,
+            )
+        return reserved
 
     async def _open(self, handoff: Outgoing, reserved: Reserved, secret: bytes) -> Session:
         """Connect by the first transport of the decode side's list that works from here."""
         endpoints = [Endpoint(offer.transport, offer.address, offer.machine) for offer in reserved.endpoints]
+        opening = self._threads.submit(open_session, self._senders, endpoints, handoff.ticket, secret)
         try:
-            session = await self._in_thread(partial(open_session, self._senders, endpoints, handoff.ticket, secret))
+            async with asyncio.timeout(self._config.handoff_timeout):
+                session = await asyncio.wrap_future(opening)
         except (TransferError, TimeoutError) as error:
+            opening.add_done_callback(close_late)
             raise HandoffFailed(str(error) or "the decode worker cannot be reached", again=False) from error
+        except asyncio.CancelledError:
+            opening.add_done_callback(close_late)
+            raise
         handoff.transport = session.transport
         return session
 

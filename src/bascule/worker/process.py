@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -13,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import psutil
 from msgspec import structs
 
 from bascule.clock import WallClock
-from bascule.config import EngineConfig, HandoffConfig, ModelConfig, SloConfig, StoreConfig
+from bascule.config import EngineConfig, HandoffConfig, HardwareConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner, mock_card
 from bascule.engine.protocol import Runner
-from bascule.errors import ConfigError
+from bascule.errors import UNREADABLE, ConfigError
+from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
@@ -32,7 +31,8 @@ from bascule.kv.store.forms import Forms
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.coding import Coding
-from bascule.models import load
+from bascule.machine import end_with_parent, memory_bytes
+from bascule.models import LoadedModel, load
 from bascule.types import CostModel, Epoch, ModelCard, Role, Tier, WorkerId
 from bascule.wire import Starting
 from bascule.worker.link import RouterSocket
@@ -41,8 +41,6 @@ from bascule.worker.profile import cpu_name, profiled
 from bascule.worker.worker import Worker
 
 log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,7 @@ class WorkerSettings:
     handoff_config: HandoffConfig
     slo_config: SloConfig
     store_config: StoreConfig
+    hardware_config: HardwareConfig
     key: ClusterKey | None = None
     parent: int | None = None
     """Process id of the launcher: this worker ends with it."""
@@ -71,11 +70,16 @@ class WorkerSettings:
 def run(settings: WorkerSettings) -> None:
     """Run a worker until it is told to stop; raises ConfigError, ModelError or RegistrationRefused with the reason."""
     if settings.parent is not None:
-        _end_with_parent(settings.parent)
-    if settings.cores:
-        os.sched_setaffinity(0, settings.cores)
-        os.environ["OMP_NUM_THREADS"] = str(len(settings.cores))
+        end_with_launcher(settings.parent)
+    take_cores(settings.cores)
     asyncio.run(_run(settings))
+
+
+def take_cores(cores: tuple[int, ...]) -> None:
+    """Let this process compute on these alone, and on all where there are none."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))
 
 
 async def _run(settings: WorkerSettings) -> None:
@@ -90,7 +94,7 @@ async def _run(settings: WorkerSettings) -> None:
 
     stage("loading the model")
     parts = await asyncio.to_thread(build, settings)
-    if settings.engine_config.engine == "torch":
+    if settings.engine_config.engine == "torch" and settings.hardware_config.hardware is None:
         stage("measuring what steps cost")
         parts = replace(parts, cost=await asyncio.to_thread(_measured, settings, parts))
     identity = Identity(worker=settings.worker, epoch=epoch, role=settings.role, device=settings.device_name)
@@ -109,10 +113,12 @@ def build(settings: WorkerSettings) -> Parts:
     """Load the model, map KV memory and compose the engine."""
     config = settings.engine_config
     codec, pushed = settings.store_config.kv_codec, settings.handoff_config.transfer_codec
-    runner = _mock_runner(settings) if config.engine == "mock" else _torch_runner(settings)
-    runner.card = structs.replace(runner.card, fingerprint=fingerprint_with(runner.card.fingerprint, codec, pushed))
+    loaded = load(settings.model)
+    runner = _mock_runner(settings, loaded) if config.engine == "mock" else _torch_runner(settings, loaded)
+    allowed = fingerprint_with(runner.card.fingerprint, codec, pushed)
+    runner.card = structs.replace(runner.card, fingerprint=allowed, tokenizer=loaded.tokenizer.digest)
     layout = runner.card.layout
-    if config.kv_bytes > (memory := psutil.virtual_memory().total):
+    if config.kv_bytes > (memory := memory_bytes()):
         raise ConfigError(
             f"--kv-memory {config.kv_memory} is more than this machine's memory of {memory}; ask for less"
         )
@@ -137,7 +143,7 @@ def build(settings: WorkerSettings) -> Parts:
         slo=settings.slo_config.slo,
     )
     engine = Engine(runner, arena, books, hasher, limits)
-    engine.cost = cost = _cost_model(config.cost_model)
+    engine.cost = cost = _known_cost(settings, runner.card)
     engine.publishes = bool(stores) or (config.prefix_cache and settings.handoff_config.peer_fetch)
     return Parts(
         runner=runner,
@@ -168,14 +174,13 @@ def _tiers(stores: list[Store], arena: Arena, books: Books, card: ModelCard, cod
     return Tiers(stores, arena, books, card.fingerprint, forms)
 
 
-def _torch_runner(settings: WorkerSettings) -> Runner:
+def _torch_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
     try:
         from bascule.engine.torch.runner import TorchRunner
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"this worker needs {error.name}; pip install 'bascule[engine]' (in a clone: '.[engine]')"
         ) from error
-    loaded = load(settings.model)
     device = "cpu" if settings.device_kind == "cpu" else f"cuda:{settings.device_index}"
     return TorchRunner(
         loaded.spec,
@@ -191,12 +196,14 @@ def _torch_runner(settings: WorkerSettings) -> Runner:
     )
 
 
-def _mock_runner(settings: WorkerSettings) -> Runner:
-    """A mock with the context and vocabulary of the model, whose tokenizer the router uses."""
-    spec = load(settings.model).spec
+def _mock_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
+    """A mock with the context and vocabulary of the model, whose tokenizer the router uses.
+
+    Its steps take what the cost model says; a hardware file says only what they are expected to take.
+    """
     card = mock_card(
-        context=settings.model_config.max_model_len or spec.context,
-        vocab=spec.vocab,
+        context=settings.model_config.max_model_len or loaded.spec.context,
+        vocab=loaded.spec.vocab,
         block_size=settings.engine_config.block_size,
     )
     card = structs.replace(card, name=settings.model_config.model_name or settings.model)
@@ -212,6 +219,18 @@ def _measured(settings: WorkerSettings, parts: Parts) -> CostModel:
     return profiled(parts.runner, how, parts.books.num_blocks, parts.max_sequences)
 
 
+def _known_cost(settings: WorkerSettings, card: ModelCard) -> CostModel:
+    """What steps are said to cost, before any is taken; raises ConfigError for a hardware file of another model."""
+    path, name = settings.hardware_config.hardware, settings.hardware_config.worker_class
+    if path is None:
+        return _cost_model(settings.engine_config.cost_model)
+    hardware = read_hardware(path)
+    hardware.require_model(card.name, card.fingerprint, path)
+    found = hardware.named(name) if name else hardware.fitting(settings.device_kind, len(settings.cores))
+    log.info("what steps cost is that of the class %s in %s", found.name, path)
+    return found.cost
+
+
 def _cost_model(path: Path | None) -> CostModel:
     if path is None:
         return CostModel()
@@ -219,12 +238,12 @@ def _cost_model(path: Path | None) -> CostModel:
         return msgspec.json.decode(path.read_bytes(), type=CostModel)
     except OSError as error:
         raise ConfigError(f"cannot read the cost model {path}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} is not a cost model: {error}") from error
 
 
-def _end_with_parent(parent: int) -> None:
-    """Ask the kernel for a SIGKILL when the launcher dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_launcher(parent: int) -> None:
+    """Have the kernel kill this process when the launcher dies, however it dies; raises ConfigError if it has."""
+    end_with_parent()
     if os.getppid() != parent:
         raise ConfigError("the launcher has ended while this worker started")

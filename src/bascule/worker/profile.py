@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from bascule import __version__
 from bascule.engine.protocol import Runner, Slice
+from bascule.errors import UNREADABLE
 from bascule.models.catalog import cache_home
 from bascule.policies.cost_fit import StepSample, fit, step_sample
 from bascule.types import CostModel, ModelCard, SamplingParams
@@ -81,13 +82,10 @@ def measure(
     taken: dict[Cell, float] = {}
 
     def run(cell: Cell) -> None:
-        batch = _batch(cell, card)
-        started = now()
-        runner.execute(batch)
-        taken[cell] = min(now() - started, taken.get(cell, math.inf))
+        taken[cell] = min(step_time(runner, cell, now), taken.get(cell, math.inf))
 
     for cell in cells[:2]:
-        runner.execute(_batch(cell, card))  # what only a first call pays: memory that is touched, scratch that grows
+        step_time(runner, cell)  # what only a first call pays: memory that is touched, scratch that grows
     for cell in cells:
         a_row = min((taken[done] / done.rows for done in taken), default=0.0)
         if cell in NEEDED or now() - begin + cell.rows * a_row < budget_s:
@@ -96,7 +94,15 @@ def measure(
         if now() - begin + taken[cell] > budget_s:
             break
         run(cell)
-    return [_sample(cell, seconds) for cell, seconds in taken.items()]
+    return [sample_of(cell, seconds) for cell, seconds in taken.items()]
+
+
+def step_time(runner: Runner, cell: Cell, now: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one step of `runner`, over the first blocks of its arena."""
+    batch = _batch(cell, runner.card)
+    started = now()
+    runner.execute(batch)
+    return now() - started
 
 
 def profiled(
@@ -130,16 +136,18 @@ def cpu_name() -> str:
 
 
 def _cells(card: ModelCard, num_blocks: int, max_sequences: int) -> list[Cell]:
-    return [cell for cell in (*NEEDED, *OTHERS) if _fits(cell, card, num_blocks, max_sequences)]
+    return [cell for cell in (*NEEDED, *OTHERS) if fits(cell, card, num_blocks, max_sequences)]
 
 
-def _fits(cell: Cell, card: ModelCard, num_blocks: int, max_sequences: int) -> bool:
+def fits(cell: Cell, card: ModelCard, num_blocks: int, max_sequences: int) -> bool:
+    """Whether a worker with so much memory could have that step."""
     size = card.layout.block_size
     longest = max(cell.new + cell.behind, cell.context * bool(cell.streams))
     return longest <= card.context and cell.streams <= max_sequences and cell.tokens(size) <= num_blocks * size
 
 
-def _sample(cell: Cell, seconds: float) -> StepSample:
+def sample_of(cell: Cell, seconds: float) -> StepSample:
+    """As the fit takes it."""
     prefill = [(cell.behind, cell.new)] if cell.new else []
     return step_sample([*prefill, *[(cell.context - 1, 1)] * cell.streams], seconds)
 
@@ -184,7 +192,7 @@ def _read(path: Path) -> CostModel | None:
         cost = msgspec.json.decode(path.read_bytes(), type=CostModel)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         logger.warning("%s cannot be used (%s) and will be measured again", path, error)
         return None
     return cost if any(cost.stream_s) else None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
+from bascule import __version__
 from bascule.clock import Clock
+from bascule.engine.sequence import Key
 from bascule.kv.transfer.base import machine_id
 from bascule.types import Tier, WorkerLoad
 from bascule.wire import (
@@ -26,11 +29,18 @@ from bascule.worker.parts import Identity, Parts
 log = logging.getLogger(__name__)
 
 _AGAIN_S = 1.0
+_SAY_UNHEARD_S = 15.0
 UNHEARD_S = 5.0
 """A router that does not answer for so long is gone, and whoever sent the requests with it."""
 
 
-def offer_of(identity: Identity, parts: Parts, peer: PeerAddress, stores: dict[Tier, StorePlace]) -> Register:
+def offer_of(
+    identity: Identity,
+    parts: Parts,
+    peer: PeerAddress,
+    stores: dict[Tier, StorePlace],
+    kv_addresses: tuple[str, ...] = (),
+) -> Register:
     """How a worker offers itself."""
     return Register(
         version=VERSION,
@@ -48,6 +58,8 @@ def offer_of(identity: Identity, parts: Parts, peer: PeerAddress, stores: dict[T
         stores=stores,
         lends=parts.engine.publishes,
         chunk_tokens=parts.chunk_tokens,
+        release=__version__,
+        kv_addresses=kv_addresses,
     )
 
 
@@ -59,18 +71,22 @@ class Standing:
         identity: Identity,
         send: Callable[[WorkerMessage], None],
         load: Callable[[], WorkerLoad],
-        sequence: Callable[[], int],
+        told: Callable[[], tuple[int, bytes]],
+        keys: Callable[[], Iterable[Key]],
         stop: Callable[[], None],
         clock: Clock,
+        wall: Callable[[], float] = time.time,
     ) -> None:
-        """`load` and `sequence` are what a heartbeat tells (the latter of the latest `KvEvents`); `stop` ends the
-        worker at once."""
+        """`load`, `told` and `keys` are what a heartbeat tells (of the latest `KvEvents`, and of all requests that are
+        here); `stop` ends the worker at once."""
         self._identity = identity
         self._send = send
         self._load = load
-        self._sequence = sequence
+        self._told_of = told
+        self._keys = keys
         self._stop = stop
         self._clock = clock
+        self._wall = wall
         self._registered = asyncio.Event()
         self._heartbeat_s = 0.5
         self._leaving = asyncio.Event()
@@ -107,16 +123,28 @@ class Standing:
 
     async def offer(self, register: Register) -> None:
         """Offer this worker until it is taken, and again when a new router asks for it."""
+        unheard_s = 0.0
         while True:
-            if not (self._registered.is_set() or self._leaving.is_set()):
+            if self._registered.is_set() or self._leaving.is_set():
+                unheard_s = 0.0
+            else:
+                if unheard_s and unheard_s % _SAY_UNHEARD_S == 0:
+                    log.warning(
+                        "the router has not taken this worker in for %g s: is it running, is --join its address, and "
+                        "does a firewall let us through to it? Trying on (bascule doctor --join tells more)",
+                        unheard_s,
+                    )
                 self._send(register)
+                unheard_s += _AGAIN_S
             await asyncio.sleep(_AGAIN_S)
 
     async def beat(self) -> None:
         while True:
             await self._registered.wait()
             identity = self._identity
-            self._send(Heartbeat(identity.worker, identity.epoch, self._load(), self._sequence()))
+            runs = tuple((key.request, key.attempt) for key in self._keys())
+            load, (sequence, digest) = self._load(), self._told_of()
+            self._send(Heartbeat(identity.worker, identity.epoch, load, sequence, runs, self._wall(), digest))
             await asyncio.sleep(self._heartbeat_s)
 
     async def ask_for_leave(self) -> None:

@@ -7,10 +7,27 @@ import threading
 from collections.abc import Callable
 
 from bascule.engine.core import Engine, StepResult
+from bascule.wire import TokenItem
 
 log = logging.getLogger(__name__)
 
 _IDLE_CHECK_S = 0.5
+
+
+def items_of(result: StepResult) -> tuple[TokenItem, ...]:
+    """A step's tokens as the router is told of them."""
+    return tuple(
+        TokenItem(
+            output.request,
+            output.attempt,
+            output.position,
+            output.token,
+            output.cached_tokens,
+            output.finish,
+            output.logprobs,
+        )
+        for output in result.outputs
+    )
 
 
 class StepLoop:

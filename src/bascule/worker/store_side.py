@@ -17,6 +17,7 @@ from functools import partial
 
 from bascule.engine.core import Engine, StepResult
 from bascule.engine.sequence import Key
+from bascule.engine.work import Resumed
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _LOADERS = 2
 _LOOK_S = 2.0
+_SCRUBBED = 4
+"""Blocks of a tier read at each look while nothing is saved or loaded."""
 _FLUSH_S = 2.0
 """What a worker's end waits for blocks that are not saved yet; `serve` kills what takes 5 s to end."""
 _UNKNOWN_S = 1.0
@@ -108,6 +111,10 @@ class StoreSide:
         task = self._starting[key] = asyncio.create_task(self._start(key, submission, ready))
         return task
 
+    def starts(self, key: Key) -> bool:
+        """Whether a request waits for what is loaded for it."""
+        return key in self._starting
+
     async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit], None]) -> None:
         tokens = (*submission.prompt, *submission.generated)
         load = Load(key, tokens, self._hasher.chain(tokens[:-1]), submission.stored_tokens // self._layout.block_size)
@@ -123,6 +130,8 @@ class StoreSide:
         for each in result.found:
             if (load := self._loads.get(Key(each.request, each.attempt))) is not None:
                 self._found(load, each.places)
+        for resumed in result.resumed:
+            self._load_beside(resumed)
         for output in result.outputs:
             key = Key(output.request, output.attempt)
             self._give_up(key)
@@ -130,6 +139,19 @@ class StoreSide:
                 task = asyncio.create_task(self._announce(key, submission))
                 self._saving_tasks.add(task)
                 task.add_done_callback(self._saving_tasks.discard)
+
+    def _load_beside(self, resumed: Resumed) -> None:
+        """Load what a preempted sequence has lost, as far as that is quicker, while it is computed from the front."""
+        key = Key(resumed.request, resumed.attempt)
+        self._give_up(key)
+        load = self._loads[key] = Load(key, resumed.tokens, self._hasher.chain(resumed.tokens[:-1]), 0)
+        load.late.set()
+        self._begin(load)
+
+    def _begin(self, load: Load) -> None:
+        task = asyncio.create_task(self._run(load))
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
 
     async def _announce(self, key: Key, submission: Submit) -> None:
         saver = self._savers.get(submission.save_to) if submission.save_to is not None else None
@@ -176,9 +198,7 @@ class StoreSide:
             patience_s = max(LEAST_SHARE * prompt_seconds(model, len(load.tokens), before), LEAST_PATIENCE_S)
         behind = len(load.tokens) - before
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
-        task = asyncio.create_task(self._run(load))
-        self._loading.add(task)
-        task.add_done_callback(self._loading.discard)
+        self._begin(load)
         try:
             await load.wait(patience_s)
         finally:
@@ -262,9 +282,14 @@ class StoreSide:
                 room -= min(len(page), room)
 
     async def watch(self) -> None:
-        """Ask the stores now and then what they hold, for `loads`."""
+        """Ask the stores now and then what they hold, for `loads`, and look whether some of it is whole."""
         while True:
             self._stats = await self._loop.run_in_executor(self._askers, self._tiers.stats)
+            if not (self.saving or self.loading):
+                dropped = await self._loop.run_in_executor(self._askers, self._tiers.scrub, _SCRUBBED)
+                for tier, names in dropped.items():
+                    log.error("integrity: %d blocks of the %s tier were not whole, and are dropped", len(names), tier)
+                    self._tell(tier, (), names)
             await asyncio.sleep(_LOOK_S)
 
     def loads(self) -> dict[Tier, StoreLoad]:

@@ -13,14 +13,16 @@ from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.errors import RegistrationRefused
 from bascule.kv.transfer.select import open_receivers, open_senders
+from bascule.link_wire import MeasureLink
 from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
-from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerLoad
+from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerId, WorkerLoad
 from bascule.wire import (
     Cancel,
     Draining,
     Failed,
     Goodbye,
     Loaded,
+    Neighbours,
     Registered,
     RegistrationRefusal,
     Reregister,
@@ -30,9 +32,9 @@ from bascule.wire import (
     StepTokens,
     Stop,
     Submit,
-    TokenItem,
 )
 from bascule.worker.arrivals import Arrivals
+from bascule.worker.deadlines import Deadlines
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.fetch import Fetches
 from bascule.worker.grants import Grants
@@ -40,11 +42,13 @@ from bascule.worker.kv_events import REPORT_S, KvReporter
 from bascule.worker.learning import StepCosts
 from bascule.worker.lend import Lender
 from bascule.worker.link import RouterSocket
+from bascule.worker.link_probe import LinkProbe
+from bascule.worker.neighbours import Reach
 from bascule.worker.parts import Brought, Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.standing import Standing, offer_of
-from bascule.worker.steploop import StepLoop
+from bascule.worker.steploop import StepLoop, items_of
 from bascule.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
@@ -66,9 +70,19 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._peers = Peers(link.context, host, identity.worker, identity.epoch, link.key)
+        self._reach = Reach()
+        self._deadlines = Deadlines(self._cancel, clock)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
-        self._standing = Standing(identity, link.send, self._load, lambda: self._reporter.sequence, self.stop, clock)
+        self._standing = Standing(
+            identity,
+            link.send,
+            self._load,
+            lambda: self._reporter.told,
+            lambda: self._arrivals.keys,
+            self.stop,
+            clock,
+        )
         self._costs = StepCosts(parts.engine, parts.cost)
         self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
         card = parts.runner.card
@@ -83,7 +97,8 @@ class Worker:
                 self._saved,
                 self._loaded,
             )
-        self._senders = open_senders(parts.arena, config.transfer)
+        key = link.key.transfers if link.key is not None else None
+        self._senders = open_senders(parts.arena, config.transfer, key)
         self._prefill = PrefillSide(
             parts.engine,
             parts.arena,
@@ -92,9 +107,11 @@ class Worker:
             self._peers,
             self._senders,
             config,
-            on_lost=self._handoff_lost,
+            on_lost=lambda key, why, failing: self._fail(key, why, True, failing),
             wake=self._steps.wake,
             coding=parts.coding,
+            unreachable=self._reach.unreachable,
+            deadlines=self._deadlines,
         )
         self._grants = Grants()
         self._decode = DecodeSide(
@@ -110,7 +127,7 @@ class Worker:
             wake=self._steps.wake,
         )
         self._grants.receivers = open_receivers(
-            parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs
+            parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs, key
         )
         self._fetches = Fetches(parts.engine, parts.arena, parts.books, parts.hasher, card, self._peers, self._grants)
         self._lender = Lender(
@@ -125,6 +142,7 @@ class Worker:
             coding=parts.coding,
             bring=self._store.bring if self._store is not None else None,
         )
+        self._probe = LinkProbe(identity, parts.engine, parts.arena, card, self._peers, self._senders, send=link.send)
         self._arrivals = Arrivals(
             parts.engine,
             self._prefill,
@@ -140,16 +158,18 @@ class Worker:
         """Serve; returns after a stop, raises RegistrationRefused when the router does not want this worker."""
         self._steps.start()
         stores = self._store.places() if self._store is not None else {}
-        offer = offer_of(self._identity, self._parts, self._peers.address, stores)
+        offer = offer_of(self._identity, self._parts, self._peers.address, stores, self._grants.tcp_addresses)
         tasks = [
             asyncio.create_task(self._link.serve(self._apply)),
             asyncio.create_task(self._link.turned_away()),
             asyncio.create_task(self._peers.serve(self._peer_message)),
             asyncio.create_task(self._standing.offer(offer)),
             asyncio.create_task(self._standing.beat()),
+            asyncio.create_task(self._reach.watch()),
             asyncio.create_task(self._standing.ask_for_leave()),
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
+            asyncio.create_task(_every(_EXPIRE_S, self._deadlines.check)),
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
             asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
@@ -165,6 +185,7 @@ class Worker:
             self._arrivals.close()
             await self._prefill.close()
             await self._lender.close()
+            await self._probe.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -189,6 +210,7 @@ class Worker:
 
     def _apply(self, message: RouterMessage) -> None:
         if isinstance(message, Submit):
+            self._deadlines.bound(Key(message.request, message.attempt), message.timeout_s)
             self._arrivals.submit(message)
         elif isinstance(message, Cancel):
             self._cancel(Key(message.request, message.attempt))
@@ -197,10 +219,15 @@ class Worker:
             self._tell_all()
         elif isinstance(message, Reregister):
             self._standing.forgotten()
+            self._reach.forget_all()
             self._arrivals.received = 0
             self._reporter.pause()
+        elif isinstance(message, Neighbours):
+            self._reach.told(message)
         elif isinstance(message, Resync):
             self._tell_all()
+        elif isinstance(message, MeasureLink):
+            self._probe.measure(message)
         elif isinstance(message, RegistrationRefusal):
             self._end_with(RegistrationRefused(message.reason))
         elif isinstance(message, Draining):
@@ -237,6 +264,7 @@ class Worker:
         self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
 
     def _cancel(self, key: Key) -> None:
+        self._deadlines.forget(key)
         self._arrivals.cancel(key)
         self._prefill.cancel(key)
         self._decode.cancel(key)
@@ -247,6 +275,8 @@ class Worker:
     # ------------------------------------------------------------ from peers
 
     def _peer_message(self, sender: Epoch, message: PeerMessage) -> None:
+        if isinstance(message, Prepare):
+            self._deadlines.bound(Key(message.request, message.attempt), message.timeout_s)
         if isinstance(message, Prepare | Written | Commit | Abort | Renew):
             self._decode.apply(sender, message)
         elif isinstance(message, Fetched):
@@ -254,14 +284,13 @@ class Worker:
                 self._decode.closed(message.ticket)
         elif isinstance(message, Fetch):
             self._lender.lend(sender, message)
-        elif not isinstance(message, Revoked) or not self._lender.revoke(sender, message.ticket):
+        elif isinstance(message, Revoked) and self._lender.revoke(sender, message.ticket):
+            pass
+        elif not self._probe.apply(message):
             self._prefill.apply(message)
 
     def _safe_from_any_thread(self, ticket: TicketId) -> None:
         self._loop.call_soon_threadsafe(self._decode.safe, ticket)
-
-    def _handoff_lost(self, key: Key, why: str) -> None:
-        self._fail(key, why, True)
 
     # ------------------------------------------------------------ from the step thread
 
@@ -284,18 +313,7 @@ class Worker:
             self._reporter.tell_changes()
         self._arrivals.stepped(result)
         if result.executed:
-            items = tuple(
-                TokenItem(
-                    output.request,
-                    output.attempt,
-                    output.position,
-                    output.token,
-                    output.cached_tokens,
-                    output.finish,
-                    output.logprobs,
-                )
-                for output in result.outputs
-            )
+            items = items_of(result)
             self._link.send(StepTokens(self._identity.worker, self._identity.epoch, items, self._step_load()))
         for failure in result.failed:
             self._prefill.cancel(Key(failure.request, failure.attempt))
@@ -310,14 +328,16 @@ class Worker:
         for output in result.outputs:
             key = Key(output.request, output.attempt)
             if output.finish is not None:
+                self._deadlines.forget(key)
                 self._prefill.cancel(key)
             else:
                 self._prefill.first_token(key, output.token)
 
     # ------------------------------------------------------------ to the router
 
-    def _fail(self, key: Key, message: str, retryable: bool) -> None:
+    def _fail(self, key: Key, message: str, retryable: bool, failing: WorkerId | None = None) -> None:
         self._arrivals.cancel(key)
+        self._deadlines.forget(key)
         self._link.send(
             Failed(
                 worker=self._identity.worker,
@@ -326,6 +346,7 @@ class Worker:
                 attempt=key.attempt,
                 message=message,
                 retryable=retryable,
+                failing=failing,
             )
         )
 
@@ -351,7 +372,7 @@ class Worker:
             promised=self._decode.promised,
             integrity_violations=len(self._steps.violations),
             handoff_bytes=dict(self._prefill.bytes_sent + self._lender.bytes_sent),
-            handoff_refused=dict(self._decode.refused),
+            handoff_refused=dict(self._decode.refused + self._grants.not_authentic),
             hit_tokens=engine.hit_tokens,
             stores=self._store.loads() if self._store is not None else {},
             fetches=self._fetches.figures(),
@@ -359,6 +380,7 @@ class Worker:
             cost=self._costs.model,
             cost_error=self._costs.error,
             links=self._prefill.links.costs(),
+            unreachable=dict(self._reach.unreachable),
         )
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:

@@ -110,7 +110,7 @@ class ProcessActuator:
             _, late = await asyncio.wait(waits, timeout=_GRACE_S)
             if late:
                 self.kill()
-                await asyncio.wait(waits)
+                await asyncio.wait(waits, timeout=_GRACE_S)  # one in a system call that hangs ends after it, not before
 
     def kill(self) -> None:
         self._stopping = True

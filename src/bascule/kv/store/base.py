@@ -75,6 +75,10 @@ class Store(Protocol):
         """The blocks in the order of `names`, None for misses."""
         ...
 
+    def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        """What `get` would give; counts neither as use nor as hit or miss."""
+        ...
+
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         """Whether a `get` would probably find each of `names`; does not count as use."""
         ...

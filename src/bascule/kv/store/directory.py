@@ -81,11 +81,18 @@ class DirectoryStore:
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        found: list[bytes | None] = [None] * len(names)
-        self._run(self._reads, [partial(self._read, name, index, found) for index, name in enumerate(names)])
-        answers = list(found)  # a step that was given up may still write to the other
+        answers = self._read_all(names, self._touch_after_s)
         self._tally.answered(answers)
         return answers
+
+    def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        return self._read_all(names, math.inf)
+
+    def _read_all(self, names: Sequence[BlockHash], touch_after_s: float) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * len(names)
+        steps = [partial(self._read, name, index, found, touch_after_s) for index, name in enumerate(names)]
+        self._run(self._reads, steps)
+        return list(found)  # a step that was given up may still write to the other
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         answers = [False] * len(names)
@@ -152,9 +159,9 @@ class DirectoryStore:
             self._keeper.written(key, replaced)
             taken.append(name)
 
-    def _read(self, name: BlockHash, index: int, answers: list[bytes | None]) -> None:
+    def _read(self, name: BlockHash, index: int, answers: list[bytes | None], touch_after_s: float) -> None:
         try:
-            answers[index] = self._folder.read(name, self._touch_after_s)
+            answers[index] = self._folder.read(name, touch_after_s)
             if answers[index] is None:
                 self._folder.check()
         except OSError as error:

@@ -23,6 +23,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from bascule.kv.store.base import Blob, Fault
+from bascule.locks import lock
 from bascule.types import BlockHash
 
 _FORMAT = "v1"
@@ -30,7 +31,6 @@ _BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}")
 _SUBFOLDER_NAME = re.compile(r"[0-9a-f]{2}")
 _ABANDONED_AFTER_S = 900.0
-_LOCK_POLL_S = 0.01
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -208,18 +208,10 @@ def _private(path: str, flags: int) -> int:
 
 
 def _lock(file: int, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_LOCK_POLL_S)
-        except OSError:
-            return True
-        else:
-            return True
+    try:
+        return lock(file, fcntl.LOCK_EX, patience_s)
+    except OSError:
+        return True
 
 
 def _size(path: str) -> int | None:

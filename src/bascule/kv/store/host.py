@@ -8,7 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from bascule.kv.store.directory import DirectoryStore
+from bascule.locks import lock
 from bascule.types import Tier
+
+_CLEARING_S = 30.0
+"""How long whoever clears the store may take."""
 
 
 class HostStore(DirectoryStore):
@@ -21,7 +25,9 @@ class HostStore(DirectoryStore):
         """Raises OSError as it comes."""
         super().__init__(directory, capacity, Tier.HOST)
         self._users: int | None = os.open(directory / "users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._users, fcntl.LOCK_SH)  # waits for one who clears the store
+        if not lock(self._users, fcntl.LOCK_SH, _CLEARING_S):
+            os.close(self._users)
+            raise TimeoutError(f"another process has been clearing it for {_CLEARING_S:g} s")
 
     def close(self) -> None:
         users, self._users = self._users, None

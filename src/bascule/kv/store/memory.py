@@ -52,6 +52,10 @@ class MemoryStore:
         self._tally.answered(answers)
         return answers
 
+    def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        with self._lock:
+            return [self._blocks.get(name) for name in names]
+
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
             return [name in self._blocks for name in names]

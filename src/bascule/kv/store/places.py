@@ -9,8 +9,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from bascule.config import StoreConfig, parse_size
 from bascule.errors import ConfigError
 from bascule.kv.store.base import Store
@@ -19,6 +17,7 @@ from bascule.kv.store.folder import Folder
 from bascule.kv.store.host import HostStore
 from bascule.kv.store.remote import RemoteStore
 from bascule.kv.store.targets import parse_remote
+from bascule.machine import memory_bytes
 
 HOST_KEY, DISK_KEY = "--kv-host", "--kv-disk"
 SHARED_MEMORY = Path("/dev/shm")
@@ -89,7 +88,7 @@ def check_host(capacity: int, shared_memory: Path = SHARED_MEMORY) -> Path:
 
     Raises ConfigError if the machine does not have `capacity` bytes to give, or the folder is not ours.
     """
-    if capacity > (memory := psutil.virtual_memory().total):
+    if capacity > (memory := memory_bytes()):
         raise ConfigError(f"{HOST_KEY}: {capacity} bytes are more than this machine's memory of {memory}; ask for less")
     directory = host_directory(shared_memory)
     try:

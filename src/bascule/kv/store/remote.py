@@ -80,6 +80,14 @@ class RemoteStore:
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        answers = self._read(names, lambda key: ("GETEX", key, "EX", self._ttl_s))
+        self._tally.answered(answers)
+        return answers
+
+    def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        return self._read(names, lambda key: ("GET", key))
+
+    def _read(self, names: Sequence[BlockHash], ask: Callable[[bytes], Command]) -> list[bytes | None]:
         found: list[bytes | None] = [None] * len(names)
 
         def take(index: int, reply: object) -> bool:
@@ -88,10 +96,8 @@ class RemoteStore:
                 self._learn_size(len(reply))
             return reply is None or isinstance(reply, bytes)
 
-        self._each(names, lambda i: ("GETEX", key_of(names[i]), "EX", self._ttl_s), take, self._typical_bytes)
-        answers = list(found)  # a round that was given up may still write to the other
-        self._tally.answered(answers)
-        return answers
+        self._each(names, lambda i: ask(key_of(names[i])), take, self._typical_bytes)
+        return list(found)  # a round that was given up may still write to the other
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         found = [False] * len(names)

@@ -76,7 +76,7 @@ class Server:
             lanes=connections,
             timeout_s=timeout_s,
             classify=fault_of,
-            probe=self._ping,
+            probe=self.ping,
             interrupt=self._hang_up,
         )
 
@@ -135,7 +135,8 @@ class Server:
         self.gate.close()
         self._hang_up()
 
-    def _ping(self) -> None:
+    def ping(self) -> None:
+        """Raises like `pipeline`, and ResponseError for a refusal or another answer."""
         if self.pipeline([("PING",)]) not in ([True], [b"PONG"]):
             raise ResponseError("not an answer to PING")
 

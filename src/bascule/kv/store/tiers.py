@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby, islice
 from threading import Lock
 
 from msgspec import Struct
@@ -15,7 +15,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
 from bascule.kv.store.base import Store, StoreStats
 from bascule.kv.store.forms import Forms
-from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
+from bascule.kv.store.record import InvalidRecord, Payload, inspect, pack, unpack
 from bascule.policies.load import UNMEASURED
 from bascule.types import BlockHash, LinkCost, Tier
 
@@ -79,6 +79,8 @@ class Tiers:
         self._forms = forms
         self._now = now
         self._lock = Lock()
+        self._scrubbing: dict[Tier, Iterator[BlockHash]] = {}
+        """What is left of a tier's blocks to be looked at, in this round."""
 
     def costs(self) -> dict[Tier, LinkCost]:
         """What loading from each tier has lately taken, checks included."""
@@ -216,6 +218,26 @@ class Tiers:
             if whole
         }
 
+    def scrub(self, most: int) -> dict[Tier, list[BlockHash]]:
+        """Read at most so many blocks of each tier of this machine, one round of them after the other, and drop those
+        that are not whole, which it returns. Other models' are read, too. Called by one thread, now and then."""
+        dropped: dict[Tier, list[BlockHash]] = {}
+        for tier, store in self.stores.items():
+            if tier is Tier.REMOTE:
+                continue
+            left = self._scrubbing.setdefault(tier, chain.from_iterable(store.names()))
+            if not (names := list(islice(left, most))):
+                del self._scrubbing[tier]
+                continue
+            data = store.peek(names)
+            faults = {name: _fault(name, each) for name, each in zip(names, data, strict=True) if each is not None}
+            if wrong := {name: reason for name, reason in faults.items() if reason}:
+                with self._lock:
+                    self.figures[tier].invalid.update(wrong.values())
+                store.drop(list(wrong))
+                dropped[tier] = list(wrong)
+        return dropped
+
     def stats(self) -> dict[Tier, StoreStats]:
         """What each tier holds; asks servers."""
         return {tier: store.stats() for tier, store in self.stores.items()}
@@ -223,6 +245,15 @@ class Tiers:
     def close(self) -> None:
         for store in self.stores.values():
             store.close()
+
+
+def _fault(name: BlockHash, data: bytes) -> str:
+    """What is wrong with a record, in a word; empty for one that is whole."""
+    try:
+        inspect(name, data)
+    except InvalidRecord as error:
+        return error.reason
+    return ""
 
 
 def _batches(names: Sequence[BlockHash]) -> Iterator[Sequence[BlockHash]]:

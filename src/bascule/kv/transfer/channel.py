@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import msgspec
 from msgspec import Struct
 
+from bascule import wire
 from bascule.kv.transfer.frames import Buffers, Malformed
 from bascule.kv.transfer.stream import Stream
 from bascule.types import KVLayout, TicketId
@@ -54,6 +55,15 @@ Message = Announce | Welcome | Refused | Flush | Flushed | Closing
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
+def decode(data: bytes) -> Message:
+    """Raises Malformed."""
+    try:
+        message: Message = wire.decode(_decoder, data)
+    except wire.WireError as error:
+        raise Malformed(str(error)) from error
+    return message
+
+
 class Channel:
     """Messages over a connected local socket, each behind its length. Waits are bounded by the caller."""
 
@@ -81,12 +91,7 @@ class Channel:
         size = int.from_bytes(prefix, "little")
         if size > _MOST_BYTES:
             raise Malformed(f"a message of {size} bytes")
-        data = self._stream.read(size, seconds)
-        try:
-            message: Message = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Malformed(str(error)) from error
-        return message
+        return decode(self._stream.read(size, seconds))
 
     def take_fd(self) -> int:
         """The file descriptor that came with what was received; the caller owns it. Raises Malformed if none came."""

@@ -2,7 +2,8 @@
 
 A frame is a header and, for a write, `planes x count x plane_block_bytes` bytes, plane after plane; or, if the header
 names a lossy codec, `count` records of it. The receiver answers an announcement and a flush; it answers anything else
-only to refuse it, and then closes the connection.
+only to refuse it, and then closes the connection. A connection that begins with `SEAL` carries all this in records that
+nobody else can read (`sealing.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Kind(IntEnum):
     ANNOUNCE = 1
     WRITE = 2
     FLUSH = 3
+    SEAL = 4
 
 
 class Verdict(IntEnum):
@@ -46,10 +48,20 @@ class Verdict(IntEnum):
     REVOKED = 6
     CODEC_NOT_ALLOWED = 7
     MALFORMED_RECORDS = 8
+    NOT_SEALED = 9
+    NO_KEY = 10
+    FORGED = 11
 
     @property
     def words(self) -> str:
         return self.name.lower().replace("_", " ")
+
+    @property
+    def remedy(self) -> str:
+        """What whoever is refused so may do."""
+        if self in (Verdict.NOT_SEALED, Verdict.NO_KEY):
+            return "give all workers the same --cluster-key-file"
+        return "prepare the handoff again"
 
 
 class Malformed(ValueError):
@@ -58,7 +70,8 @@ class Malformed(ValueError):
 
 class Header(Struct, frozen=True):
     """`key` and `layout` are digests (`ticket_key`, `layout_digest`); a write covers `count` blocks from `first` on, in
-    the form of `codec`, which travels as its place in `codecs.NAMES`."""
+    the form of `codec`, which travels as its place in `codecs.NAMES`. `SEAL`, which goes in clear, has in the secret's
+    place what the sender has drawn."""
 
     kind: Kind
     key: bytes

@@ -74,3 +74,21 @@ class Listener:
             if thread is not current_thread():
                 thread.join(max(0.0, deadline - monotonic()))
         self._listening.close()
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket bound to a TCP address (port 0: a free one); raises OSError.
+
+    Its buffers are left to the kernel, which grows them further than it lets a program ask for.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError:
+        listening.close()
+        raise
+    return listening

@@ -7,9 +7,7 @@ import hmac
 import logging
 import os
 import select
-import shutil
 import socket
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +41,7 @@ from bascule.kv.transfer.channel import (
     Welcome,
     peer_process,
 )
+from bascule.kv.transfer.folder import SocketFolder
 from bascule.kv.transfer.frames import Malformed
 from bascule.kv.transfer.listener import Listener
 from bascule.types import TicketId
@@ -89,14 +88,14 @@ class ShmReceiver:
         self._on_safe = on_safe
         self._lock = Lock()
         self._tickets: dict[TicketId, _Ticket] = {}
-        self._directory = Path(tempfile.mkdtemp(prefix="bascule-", dir=directory))
-        self._path = str(self._directory / "kv")
+        self._folder = SocketFolder(directory)
+        self._path = str(self._folder.path / "kv")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listening.bind(self._path)
         except OSError as error:
             listening.close()
-            shutil.rmtree(self._directory)
+            self._folder.remove()
             raise TransferError(
                 f"cannot listen on {self._path}: {error}; choose a shorter, writable directory"
             ) from error
@@ -138,7 +137,7 @@ class ShmReceiver:
                 self._settle(known)
             self._tickets.clear()
         self._listener.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._folder.remove()
 
     def _settle(self, known: _Ticket) -> None:
         """Wait for none of the ticket's writers any more."""

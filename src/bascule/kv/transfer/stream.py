@@ -25,6 +25,10 @@ class Stream:
         connection.setblocking(False)
         self._connection = connection
 
+    def peer(self) -> str:
+        """The other end's address; raises OSError once it is gone."""
+        return "{}:{}".format(*self._connection.getpeername()[:2])
+
     def wait(self, events: int, seconds: float | None) -> int:
         """Wait for poll `events`; returns those that came. Raises TimeoutError after `seconds` (None: never)."""
         poller = select.poll()

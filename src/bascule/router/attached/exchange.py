@@ -12,6 +12,7 @@ import httpx
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from bascule.errors import UNREADABLE
 from bascule.types import SamplingParams
 
 MAX_EVENT = 16 << 20
@@ -204,7 +205,7 @@ async def _error_text(response: httpx.Response) -> str:
                     break
     try:
         fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return _short(body) or "(nothing)"
     return _message(fields.get("error", fields)) if isinstance(fields, dict) else _short(body)
 

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 from msgspec import UNSET, Struct
 
-from bascule.errors import ConfigError
+from bascule.errors import UNREADABLE, ConfigError
 from bascule.router.attached.client import Served
 from bascule.router.attached.exchange import Chunk, Trouble, completion_body, converse, refusal
 from bascule.router.attached.output import Output
@@ -94,7 +94,7 @@ async def find_model(http: httpx.AsyncClient, url: str, name: str) -> _Entry:
         body = await response.aread()
     try:
         models = msgspec.json.decode(body, type=_Models)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise Refused(f"{url} is no OpenAI-compatible server: /v1/models cannot be read ({error})") from None
     entries = [entry for entry in models.data if entry.parent is None]
     if not entries:

@@ -1,0 +1,110 @@
+"""What a worker on this host would meet at a router: asked of the router itself, without joining."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from typing import Any
+
+from bascule import __version__
+from bascule.cli.fitness import Finding, Level, found
+from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
+from bascule.reach import CONNECT_S, first_unreachable
+from bascule.router.skew import MOST_S, skewed
+from bascule.types import Epoch
+from bascule.wire import VERSION, Probe, Probed, RouterMessage
+from bascule.worker.link import RouterSocket
+
+_ANSWER_S = 3 * CONNECT_S
+"""The router tries one address meanwhile; a wrong key is known for sure after some 3 s."""
+
+
+def check_join(join: str) -> None:
+    """Raises ConfigError for what is no address."""
+    if not re.fullmatch(r"(tcp|ipc)://\S+", join):
+        raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
+
+
+async def joining(join: str, host: str, key: ClusterKey | None, vocabulary: str) -> list[Finding]:
+    """Findings about the router at `join` as a worker at `host` with `key` meets it.
+
+    `vocabulary` is the digest of the worker's tokenizer; empty if it is not known.
+    """
+    try:
+        listening = await asyncio.start_server(lambda _, writer: writer.close(), host, 0)
+    except OSError as error:
+        what = f"cannot listen for peers on {host}: {error.strerror}"
+        return [Finding(Level.WRONG, what, "give --host an address of this machine")]
+    async with listening:
+        address = f"{host}:{listening.sockets[0].getsockname()[1]}"
+        answer = await _ask(join, key, Probe(VERSION, (address,)))
+        here = time.time()
+    if isinstance(answer, Finding):
+        return [answer]
+    findings = [
+        Finding(Level.OK, f"the router at {join} lets us in"),
+        found(
+            answer.version == VERSION,
+            f"protocol version {VERSION} here, {answer.version} there",
+            "run the same release of bascule on both",
+        ),
+        found(
+            answer.release == __version__,
+            f"bascule {__version__} here, {answer.release} there",
+            "run the same release on all hosts",
+            Level.DOUBT,
+        ),
+        found(
+            not answer.unreachable,
+            f"the router connects back to {host}"
+            if not answer.unreachable
+            else f"the router cannot connect to this host at {answer.unreachable}",
+            "give --host an address of this machine that the others reach, and let them through in its firewall",
+        ),
+        _clock(answer.clock - here),
+    ]
+    if vocabulary and answer.tokenizer:
+        same = vocabulary == answer.tokenizer
+        what = f"the router's vocabulary is {'that' if same else 'not that'} of this model"
+        findings.append(found(same, what, "start router and workers with the same model"))
+    return findings
+
+
+def _clock(behind_s: float) -> Finding:
+    if abs(behind_s) > MOST_S:
+        return Finding(Level.DOUBT, skewed("this host", behind_s))
+    return Finding(Level.OK, f"this host's clock is {abs(behind_s):.1f} s off the router's")
+
+
+async def _ask(join: str, key: ClusterKey | None, probe: Probe) -> Probed | Finding:
+    """The router's answer, or why there is none."""
+    if join.startswith("tcp://") and (why := await first_unreachable([join])) is not None:
+        mend = "start it, mend --join, or let this host through to it in its firewall"
+        return Finding(Level.WRONG, f"the router at {why} cannot be reached", mend)
+    link = RouterSocket(join, Epoch(f"doctor-{uuid.uuid4().hex[:12]}"), key)
+    answered: asyncio.Future[Probed] = asyncio.get_running_loop().create_future()
+
+    def hear(message: RouterMessage) -> None:
+        if isinstance(message, Probed) and not answered.done():
+            answered.set_result(message)
+
+    reading = asyncio.create_task(link.serve(hear))
+    refused = asyncio.create_task(link.turned_away())
+    try:
+        link.send(probe)
+        either: set[asyncio.Future[Any]] = {answered, refused}
+        await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+        if answered.done():
+            return answered.result()
+        if refused.done():
+            return Finding(Level.WRONG, str(refused.exception()))
+        mend = "is it a router of this release, with its address in --bind?"
+        return Finding(Level.WRONG, f"what listens at {join} does not answer as a router", mend)
+    finally:
+        for task in (reading, refused):
+            task.cancel()
+        await asyncio.gather(reading, refused, return_exceptions=True)
+        link.close()

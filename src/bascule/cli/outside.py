@@ -1,0 +1,61 @@
+"""What `doctor` asks of the servers that others run: those of the KV store's remote tier, and attached ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import httpx
+
+from bascule.cli.fitness import Finding, Level, found
+from bascule.config import AttachConfig, StoreConfig
+from bascule.kv.store.base import Fault
+from bascule.kv.store.server import Server, fault_of
+from bascule.kv.store.targets import Target, parse_remote
+from bascule.router.attached.exchange import Trouble
+from bascule.router.attached.probe import Refused, find_model
+
+ANSWER_S = 2.0
+_WHY = {
+    Fault.DENIED: "refuses us",
+    Fault.SLOW: f"gave no answer within {ANSWER_S:g} s",
+    Fault.GONE: "cannot be connected to",
+}
+_MEND_STORE = "start it, or mend the URL and its password; until then its blocks are computed again"
+
+
+def of_servers(store: StoreConfig, attach: AttachConfig, model: str) -> Iterator[Finding]:
+    """A finding for each; `model` is the name that requests call ours by. Raises ConfigError for a malformed URL."""
+    for target in parse_remote(store.kv_remote) if store.kv_remote is not None else ():
+        why = _unusable(target)
+        what = f"the KV store's server {target.label} {why or 'answers'}"
+        yield found(not why, what, _MEND_STORE, Level.DOUBT)
+    for url in attach.urls:
+        yield asyncio.run(_attached(url, model))
+
+
+def _unusable(target: Target) -> str:
+    """Why a server of the store takes and gives nothing now; empty if it would."""
+    server = Server(target, connections=1, connect_s=ANSWER_S, timeout_s=ANSWER_S)
+    try:
+        server.ping()
+    except Exception as error:  # whatever a server that is none can make redis-py raise
+        return _WHY.get(fault_of(error), "is no Redis or Valkey server that works")
+    finally:
+        server.close()
+    return ""
+
+
+async def _attached(url: str, model: str) -> Finding:
+    """Whether a server is there and has the model; its tokens are compared when it is attached."""
+    try:
+        async with asyncio.timeout(ANSWER_S), httpx.AsyncClient(base_url=url) as http:
+            entry = await find_model(http, url, model)
+    except Refused as refused:
+        return Finding(Level.WRONG, str(refused))
+    except Trouble as trouble:
+        return Finding(Level.DOUBT, f"{url} {trouble.message}", "requests wait, or go elsewhere, until it serves")
+    except (TimeoutError, httpx.HTTPError) as error:
+        why = str(error) or f"no answer within {ANSWER_S:g} s"
+        return Finding(Level.DOUBT, f"{url} does not answer ({why})", "start it, or mend the URL of --attach")
+    return Finding(Level.OK, f"{url} serves {entry.id}")

@@ -1,0 +1,67 @@
+"""What a router and a worker say of the links to other workers; `wire` has all other messages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from bascule.types import Count, Epoch, Seconds, Size, WorkerId
+
+LINK_TRANSPORTS = ("shm", "tcp")
+MOST_RUNS = 50
+MOST_LINK_BYTES = 64 << 20
+"""Of one push, which streams on both workers may have to wait for."""
+
+
+class PeerAddress(Struct, frozen=True):
+    """Where a worker listens for its peers' handoff messages, and which incarnation of it is meant."""
+
+    worker: WorkerId
+    epoch: Epoch
+    address: str
+
+
+class Neighbour(Struct, frozen=True):
+    """Another worker, and all addresses at which its peers reach it."""
+
+    worker: WorkerId
+    addresses: tuple[str, ...]
+
+
+class Neighbours(Struct, frozen=True, tag=True):
+    """Other workers of the cluster that have come, all of them at first, and those that are gone."""
+
+    come: tuple[Neighbour, ...] = ()
+    gone: tuple[WorkerId, ...] = ()
+
+
+class MeasureLink(Struct, frozen=True, tag=True, kw_only=True):
+    """Push blocks to another worker, which forgets them; answered by `LinkMeasured`."""
+
+    probe: Annotated[str, Meta(max_length=64)]
+    """Names the answer."""
+    target: PeerAddress
+    transport: str
+    blocks: Size
+    """Of one push, at most."""
+    runs: Annotated[int, Meta(ge=1, le=MOST_RUNS)]
+
+
+class LinkMeasured(Struct, frozen=True, tag=True, kw_only=True):
+    """What the pushes took; without any where there is a reason."""
+
+    worker: WorkerId
+    epoch: Epoch
+    probe: str
+    blocks: Count = 0
+    """Of one push."""
+    reserve_s: tuple[Seconds, ...] = ()
+    """From asking for the blocks until they were reserved."""
+    block_s: tuple[Seconds, ...] = ()
+    """Of pushing one block."""
+    push_s: tuple[Seconds, ...] = ()
+    """Of pushing them all, checksums taken."""
+    reason: str = ""
+    busy: bool = False
+    """Why it was not measured will pass."""

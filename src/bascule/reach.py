@@ -1,0 +1,33 @@
+"""Whether an address that a process offers answers: a TCP connection to it, made and closed, within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+
+CONNECT_S = 2.0
+"""How long an address may take to answer; a packet that is lost once is sent again after a second."""
+
+
+async def first_unreachable(addresses: Iterable[str], within_s: float = CONNECT_S) -> str | None:
+    """The first of the addresses (`tcp://host:port` or `host:port`) that does not answer, and why; None if all do."""
+    for address in addresses:
+        if (why := await _why_not(address, within_s)) is not None:
+            return f"{address} ({why})"
+    return None
+
+
+async def _why_not(address: str, within_s: float) -> str | None:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        async with asyncio.timeout(within_s):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except TimeoutError:
+        return f"no answer within {within_s:g} s"
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno is not None and error.errno > 0 else str(error)
+    except (ValueError, OverflowError, UnicodeError):
+        return "that is no address"
+    writer.close()
+    return None

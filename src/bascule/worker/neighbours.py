@@ -1,0 +1,71 @@
+"""Whether this worker can connect to the others: tried as they come, and again for as long as one cannot be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from bascule.reach import first_unreachable
+from bascule.types import WorkerId
+from bascule.wire import Neighbour, Neighbours
+
+log = logging.getLogger(__name__)
+
+_AGAIN_S = 5.0
+_AT_ONCE = 8
+
+
+class Reach:
+    """Runs in the asyncio loop. A worker that has not been tried yet, or is not known, counts as reached."""
+
+    def __init__(self) -> None:
+        self.unreachable: dict[WorkerId, str] = {}
+        """The address that does not answer, and why."""
+        self._known: dict[WorkerId, Neighbour] = {}
+        self._untried: dict[WorkerId, Neighbour] = {}
+        self._news = asyncio.Event()
+
+    def told(self, message: Neighbours) -> None:
+        """Workers have come, or gone."""
+        for gone in message.gone:
+            self._forget(gone)
+        for neighbour in message.come:
+            self._forget(neighbour.worker)
+            self._known[neighbour.worker] = self._untried[neighbour.worker] = neighbour
+        self._news.set()
+
+    def forget_all(self) -> None:
+        """The router is another one, and will tell anew."""
+        for worker in list(self._known):
+            self._forget(worker)
+
+    def _forget(self, worker: WorkerId) -> None:
+        for kept in (self._known, self._untried, self.unreachable):
+            kept.pop(worker, None)
+
+    async def watch(self) -> None:
+        """Try those who are new, and now and then those who could not be reached, until cancelled."""
+        while True:
+            if not self._untried:
+                self._news.clear()
+                try:
+                    async with asyncio.timeout(_AGAIN_S if self.unreachable else None):
+                        await self._news.wait()
+                except TimeoutError:
+                    self._untried = {worker: self._known[worker] for worker in self.unreachable}
+            batch = [self._untried.pop(worker) for worker in list(self._untried)[:_AT_ONCE]]
+            await self._try(batch)
+
+    async def _try(self, batch: Sequence[Neighbour]) -> None:
+        found = await asyncio.gather(*(first_unreachable(neighbour.addresses) for neighbour in batch))
+        for neighbour, why in zip(batch, found, strict=True):
+            if self._known.get(neighbour.worker) is not neighbour:
+                continue
+            before = self.unreachable.pop(neighbour.worker, None)
+            if why is not None:
+                self.unreachable[neighbour.worker] = why
+                if before is None:
+                    log.warning("cannot connect to worker %s at %s", neighbour.worker, why)
+            elif before is not None:
+                log.info("worker %s can be reached now", neighbour.worker)

@@ -1,0 +1,40 @@
+"""`bascule serve` with workers that commit faults to order, and that are started again however often they end.
+
+`python -m chaos.faulty_serve FOLDER told serve MODEL ...`: a folder for sockets, whether the router is told of a
+process that has ended (`told`) or has to miss its heartbeats (`untold`, as where workers are started apart; another is
+started only when it has missed them), and the command line of `bascule`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from bascule.cli.main import main
+from bascule.control.actuators import process
+from bascule.control.actuators.process import ProcessActuator, WorkerPlan
+from chaos.schedule import DEAD_S
+
+
+def run() -> None:
+    folder, told = sys.argv[1:3]
+    command, init = WorkerPlan.command, ProcessActuator.__init__
+
+    def faulty(self: WorkerPlan, model: str, join: str) -> list[str]:
+        python, _, _, *words = command(self, model, join)
+        return [python, "-m", "chaos.faulty_worker", folder, self.worker, *words]
+
+    def deaf(self: ProcessActuator, *args: Any) -> None:
+        init(self, *args[:-1], lambda worker, how: None)
+
+    WorkerPlan.command = faulty  # type: ignore[method-assign]
+    process._STEADY_S = 0.0
+    if told == "untold":
+        ProcessActuator.__init__ = deaf  # type: ignore[method-assign]
+        process._PAUSE_S = DEAD_S + 1.0
+    sys.argv = ["bascule", *sys.argv[3:]]
+    main()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,344 @@
+"""One fault at a time, done to one request in a certain phase of its life, and how long it waits for its next token.
+
+`python -m chaos.recovery --rounds 5` prints tables (about ten minutes); exit code 1 if a token was wrong or late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import psutil
+
+from bascule.config import EngineConfig
+from bascule.types import SamplingParams
+from chaos.clients import PATIENCE_S, VOCAB, Asked, Clients, Ended, Mark
+from chaos.orders import EXPIRES_S, Order, Report, give, reports_address
+from chaos.schedule import DEAD_S, LEASE_S, STEP_S, SUSPECT_S, TOKEN_S
+from support.cluster import Cluster, serve
+
+PROMPT, OUTPUT, OTHERS_OUTPUT = 400, 40, 100
+"""Tokens of the request that the fault is done to (and output of the streams beside it)."""
+OTHERS = 4
+_BACK_S = 60.0
+SPLIT = ("--policy", "disaggregated", "--prefill", "2", "--decode", "2", "--devices", "cpu:0,cpu:1,cpu:0,cpu:1")
+WHOLE = ("--policy", "replicated", "--mixed", "2", "--devices", "cpu:0,cpu:1")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of a request's life, as one of its two workers sees it."""
+
+    name: str
+    side: str
+    at: str
+    """As the orders of `chaos.phases` call it."""
+
+
+PHASES = (
+    Phase("queued", "prefill", "queued"),
+    Phase("prefilling", "prefill", "prefilling"),
+    Phase("transferring", "prefill", "transferring"),
+    Phase("transferring", "decode", "written"),
+    Phase("committed", "prefill", "accepted"),
+    Phase("committed", "decode", "committed"),
+    Phase("decoding", "decode", "decoding"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault in a phase."""
+
+    phase: str
+    whose: str
+    """The worker that it befalls, by its part in the request; or the connection."""
+    fault: str
+    order: str
+    at: str
+    bound_s: float
+    """What it may cost, beside computing again: generous, for machines that do other things too."""
+    seconds: float = 0.0
+
+    @property
+    def is_felt(self) -> bool:
+        """Whether the request cannot go on where it is. Once accepted, it may no longer need its prefill worker; that
+        may go on alone while blocks are written."""
+        return self.at not in ("accepted", "written") and (self.fault in (KILLED, DEAD) or self.order == "drop")
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.phase, self.whose, self.fault]).replace(" ", "_")
+
+
+KILLED, BRIEFLY, DEAD = "kill -9", "paused briefly", "paused until dead"
+_SLACK_S = 8.0
+
+
+def _cases() -> Iterator[Case]:
+    for fault, order, bound_s, seconds in (
+        (KILLED, "die", 2.0, 0.0),
+        (BRIEFLY, "sleep", 2.0, 0.4),
+        (DEAD, "sleep", DEAD_S + 2.0, DEAD_S + 2.0),
+    ):
+        for phase in PHASES:
+            yield Case(phase.name, phase.side, fault, order, phase.at, bound_s + _SLACK_S, seconds)
+    for name, whose, fault, order, at, bound_s in (
+        ("queued", "router link", "submission lost", "drop", "queued", 5.0),
+        ("transferring", "transfer", "connection cut", "cut", "transferring", 2.0),
+        ("committed", "peer link", "Accepted lost", "lose", "Accepted", 2.0),
+        ("decoding", "router link", "token lost", "drop", "decoding", 6.0),
+        ("decoding", "router link", "last token lost", "drop", "ending", 5.0),
+    ):
+        yield Case(name, whose, fault, order, at, bound_s + _SLACK_S)
+
+
+CASES = tuple(_cases())
+NOTES = {phase.at: Case(phase.name, phase.side, "none", "note", phase.at, _SLACK_S) for phase in PHASES}
+"""What a request waits at each point without a fault."""
+
+
+@dataclass
+class Outcome:
+    """What a fault has done."""
+
+    one: Ended
+    others: list[Ended]
+    struck: Report | None = None
+    wait_s: float = 0.0
+    """The longest that the request waited for a token since the fault."""
+    others_s: list[float] = field(default_factory=list)
+    """The same of each stream that ran beside it on other workers."""
+
+    @property
+    def wrong(self) -> list[dict[str, Any]]:
+        return [each.explain() for each in (self.one, *self.others) if each.verdict != "exact"]
+
+
+class Bench:
+    """A served cluster, and clients for it; runs in one asyncio loop."""
+
+    def __init__(self, cluster: Cluster, folder: Path, workers: int) -> None:
+        self.cluster = cluster
+        self._folder = folder
+        self._workers = workers
+        host, port = cluster.url.removeprefix("http://").split(":")
+        self._clients = Clients(0, host, int(port), cluster.model)
+        self._draw = Random(time.time_ns())
+        self._numbers = 0
+        self._post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._post.setblocking(False)
+        self._post.bind(reports_address(folder))
+        self._reported: asyncio.Future[Report] = asyncio.Future()
+        asyncio.get_running_loop().add_reader(self._post, self._read)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._post)
+        self._post.close()
+        os.unlink(reports_address(self._folder))
+
+    def _read(self) -> None:
+        report = msgspec.msgpack.decode(self._post.recv(1 << 16), type=Report)
+        if report.number == self._numbers and not self._reported.done():
+            self._reported.set_result(report)
+
+    def _asked(self, name: str, output: int) -> Asked:
+        draw = self._draw
+        return Asked(
+            id=name,
+            prompt=[draw.randrange(VOCAB) for _ in range(PROMPT)],
+            sampling=SamplingParams(max_tokens=output, temperature=draw.choice((0.0, 1.0)), seed=draw.getrandbits(63)),
+            stream=True,
+            manner="plain",
+            limit_s=PATIENCE_S,
+            leaves_after_s=0.0,
+            half=0.0,
+        )
+
+    async def befall(self, case: Case) -> Outcome:
+        """Start some streams, then the request, do the fault to it, and wait for the end of them all."""
+        await self.settled()
+        self._numbers += 1
+        self._reported = asyncio.Future()
+        name = f"{case.id}-{self._numbers}"
+        others = [
+            asyncio.create_task(self._clients.ask(self._asked(f"{name}-{i}", OTHERS_OUTPUT))) for i in range(OTHERS)
+        ]
+        await asyncio.sleep(0.4)
+        self._order(case, name)
+        asking = asyncio.create_task(self._clients.ask(self._asked(name, OUTPUT)))
+        outcome = Outcome(None, [])  # type: ignore[arg-type]
+        watching = asyncio.create_task(self._strike(case, name, outcome))
+        outcome.one = await asking
+        outcome.others = list(await asyncio.gather(*others))
+        if not self._reported.done():
+            watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        return outcome
+
+    async def _strike(self, case: Case, name: str, outcome: Outcome) -> None:
+        """Once the fault is done: note what waits for it, and wake who sleeps."""
+        report = outcome.struck = await self._reported
+        now = time.monotonic()
+        for ended in self._clients.under_way:
+            if ended.asked.id == name:
+                ended.marks.append(Mark(now, lambda wait: setattr(outcome, "wait_s", wait)))
+            elif ended.tokens and report.worker not in ended.route.split(";", 1)[1]:
+                ended.marks.append(Mark(now, outcome.others_s.append))
+        if case.order == "sleep":
+            await asyncio.sleep(case.seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(report.pid, signal.SIGCONT)
+
+    def _order(self, case: Case, name: str) -> None:
+        order = Order(self._numbers, case.order, self._numbers, time.monotonic() + EXPIRES_S, what=f"{case.at} {name}")
+        for worker in self.cluster.state()["workers"]:
+            give(order, self._folder, worker["id"], self._post)
+
+    async def settled(self) -> None:
+        """Every worker is there, and nothing runs, waits or is leased anywhere."""
+
+        def there(state: dict[str, Any]) -> bool:
+            alive = [worker for worker in state["workers"] if psutil.pid_exists(worker["pid"])]  # and not yet missed
+            return [worker["state"] for worker in alive] == ["ready"] * self._workers
+
+        await asyncio.to_thread(self.cluster.wait, there, "every worker is ready", _BACK_S)
+        await asyncio.to_thread(self.cluster.wait_idle, _BACK_S)
+
+    def attempts(self, ended: Ended) -> int:
+        """How often a request was placed."""
+        answer = self.cluster.http.get(f"{self.cluster.ready['admin_url']}/admin/decisions/{ended.asked.id}")
+        return len(answer.json()["attempts"])
+
+
+@contextlib.contextmanager
+def served(layout: tuple[str, ...] = SPLIT, told: bool = True) -> Iterator[tuple[Cluster, Path]]:
+    """`bascule serve` with faulty workers, and the folder of their sockets."""
+    with tempfile.TemporaryDirectory(prefix="bascule-recovery-") as name:
+        folder = Path(name)
+        (folder / "cost.json").write_text(json.dumps({"step_s": STEP_S, "token_s": TOKEN_S}))
+        flags = ["--engine", "mock", "--cost-model", str(folder / "cost.json"), "--kv-memory", "4MiB"]
+        flags += ["--chunk-tokens", "128", "--transfer", "tcp", "--log-level", "warning"]
+        flags += [f"--suspect-after={SUSPECT_S}", f"--dead-after={DEAD_S}"]
+        flags += [f"--handoff-timeout={LEASE_S}", "--reserve-timeout=2"]
+        program = ("chaos.faulty_serve", name, "told" if told else "untold")
+        with serve("smollm2", *layout, *flags, program=program) as cluster:
+            yield cluster, folder
+
+
+@contextlib.asynccontextmanager
+async def bench(cluster: Cluster, folder: Path) -> AsyncIterator[Bench]:
+    made = Bench(cluster, folder, len(cluster.ready["workers"]))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Figures:
+    """Waits by case, over several rounds."""
+
+    def __init__(self) -> None:
+        self.waits: dict[str, list[float]] = defaultdict(list)
+        self.others: dict[str, list[float]] = defaultdict(list)
+        self.faults: list[str] = []
+
+    async def measure(self, bench: Bench, case: Case) -> None:
+        outcome = await bench.befall(case)
+        if outcome.struck is None:
+            self.faults.append(f"{case.id}: the occasion has not come")
+            return
+        self.waits[case.id].append(outcome.wait_s)
+        self.others[case.id].append(max(outcome.others_s, default=0.0))
+        self.faults += [f"{case.id}: {wrong}" for wrong in outcome.wrong]
+        if outcome.wait_s > case.bound_s:
+            self.faults.append(f"{case.id}: {outcome.wait_s:.1f} s without a token")
+        print(f"  {case.id}: {outcome.wait_s:.2f} s", file=sys.stderr, flush=True)
+
+    def recovery(self, case: Case) -> str:
+        """Beyond what is usual there."""
+        usual = statistics.median(self.waits[NOTES[case.at].id]) if case.at in NOTES else 0.0
+        waits = [max(0.0, wait - usual) for wait in self.waits[case.id]]
+        return f"{statistics.median(waits):.2f} ({max(waits):.2f})" if waits else "-"
+
+
+async def _rounds(layout: tuple[str, ...], told: bool, cases: tuple[Case, ...], rounds: int) -> Figures:
+    figures = Figures()
+    with served(layout, told) as (cluster, folder):
+        async with bench(cluster, folder) as made:
+            for number in range(rounds):
+                print(f"round {number + 1}", file=sys.stderr, flush=True)
+                for case in cases:
+                    await figures.measure(made, case)
+    return figures
+
+
+def by_phase(told: Figures, untold: Figures) -> Iterator[str]:
+    """Phases and workers down, faults across."""
+    yield f"| phase | worker | kill -9 | kill -9, nobody tells | {BRIEFLY} | {DEAD} |"
+    yield "|---|---|---|---|---|---|"
+    of = {(case.at, case.fault): case for case in CASES}
+    for phase in PHASES:
+        cells = [told.recovery(of[phase.at, KILLED]), untold.recovery(of[phase.at, KILLED])]
+        cells += [told.recovery(of[phase.at, fault]) for fault in (BRIEFLY, DEAD)]
+        yield f"| {phase.name} | {phase.side} | {' | '.join(cells)} |"
+
+
+def of_links(figures: Figures) -> Iterator[str]:
+    yield "| phase | fault | recovery |"
+    yield "|---|---|---|"
+    for case in CASES:
+        if case.order not in ("die", "sleep"):
+            yield f"| {case.phase} | {case.fault} | {figures.recovery(case)} |"
+
+
+def of_others(figures: Figures) -> Iterator[str]:
+    """What streams on the worker that is left notice of the other's death, whose requests it computes again."""
+    tokens = EngineConfig().step_tokens
+    alone_ms, full_ms = 1000 * STEP_S, 1000 * (STEP_S + tokens * TOKEN_S)
+    yield f"A step of streams takes {alone_ms:.0f} ms alone, {full_ms:.0f} ms with {tokens} prompt tokens."
+    yield ""
+    yield "| | longest gap of the other streams, median | most |"
+    yield "|---|---|---|"
+    for case in (NOTES["decoding"], CASES[len(PHASES) - 1]):
+        gaps = [1000 * gap for gap in figures.others[case.id]]
+        yield f"| {case.fault} | {statistics.median(gaps):.0f} ms | {max(gaps):.0f} ms |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m chaos.recovery", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    killed = tuple(case for case in CASES if case.fault == KILLED)
+    notes = tuple(NOTES.values())
+    told = asyncio.run(_rounds(SPLIT, True, notes + CASES, rounds))
+    untold = asyncio.run(_rounds(SPLIT, False, notes + killed, rounds))
+    whole = asyncio.run(_rounds(WHOLE, True, (NOTES["decoding"], killed[-1]), 2 * rounds))
+    print(f"\nseconds of recovery, median of {rounds} (most):\n")
+    print("\n".join([*by_phase(told, untold), "", *of_links(told), "", *of_others(whole)]))
+    faults = told.faults + untold.faults + whole.faults
+    print("\n".join(["", *faults]))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
