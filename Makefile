@@ -30,7 +30,7 @@ $(VENV)/.dev: $(VENV)/.engine
 serve: setup
 	$(BIN)/bascule serve smollm2 --host 127.0.0.1 --port 8000
 
-# Two processes: one has the tests that start servers, one after the other, the other one all the rest.
+# Two processes: each begins with a line of tests that start servers, and takes all other tests in turn (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 test: dev

@@ -15,12 +15,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _WITH_SERVERS = ("tests/chaos/", "tests/e2e/", "tests/parity/")
+_LIGHT = ("attached", "bench_compare", "bench_front", "bench_handoff", "doctor", "drain", "explain")
+_LIGHT += ("plug_in", "probe", "router_restart", "security")
+_WITH_LIGHT_SERVERS = tuple(f"tests/e2e/test_{name}.py" for name in _LIGHT)
+"""Servers of a mock engine nearly all, and nothing that compares times: these may run beside any others."""
 
 
 class ServersApart(LoadScopeScheduling):
-    """Spreads tests over processes, but for those that start servers: one process has these, one after the other."""
+    """Spreads tests over processes, but for those that start servers: these run one after the other, in two lines."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(_WITH_LIGHT_SERVERS):
+            return "light servers"
         return "servers" if nodeid.startswith(_WITH_SERVERS) else nodeid
 
 

@@ -97,6 +97,8 @@ def quick_disk() -> Iterator[Path]:
 
 @pytest.mark.timeout(400)
 def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Reference], quick_disk: Path) -> None:
+    # A tier that is slow for a moment costs one long prompt its load, which is then computed, as it should be.
+    most = sum(len(one.prompt) for one in asked) - max(len(one.prompt) for one in asked) - 500
     with redis_process() as redis, serve("smollm2", *FLAGS, *store_flags(quick_disk, redis)) as cluster:
         clear("--host")
         ask_all(cluster, asked)
@@ -106,7 +108,7 @@ def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Refere
         kill_workers(cluster)
         clear("--host")
         loaded = ask_all(cluster, asked)
-        assert loaded["disk"] > 3000
+        assert loaded["disk"] > most
         wait_saved(cluster)
 
         kill_workers(cluster)
@@ -116,7 +118,7 @@ def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Refere
             data[len(data) // 2] ^= 1
             file.write_bytes(data)
         loaded = ask_all(cluster, asked)
-        assert loaded["remote"] > 3000
+        assert loaded["remote"] > most
         assert loaded["disk"] == 0
         assert metrics(cluster)["bascule_kv_store_invalid_total", "disk", "checksum"] > 100
         cluster.wait_idle()

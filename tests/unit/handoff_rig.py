@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, LoopbackSender
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.peer_wire import Accepted, HandoffRefused, PeerMessage, Reserved
+from bascule.peer_wire import Accepted, HandoffRefused, PeerMessage, Reserved, Written
 from bascule.types import CostModel, Epoch, RequestId, Slo, TicketId, WorkerId
 from bascule.wire import PeerAddress, Submit
 from bascule.worker.decode_side import DecodeSide
@@ -35,6 +36,7 @@ OWN_SLO = Slo(1.0, 0.05, 0.15)
 SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
 TARGET = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
 KEY = Key(RequestId("r"), 1)
+_PATIENCE = 1000
 
 Tamper = Callable[["Pair", PeerMessage], PeerMessage | None]
 """Sees each message to the decode side before it is delivered, and may change or lose it."""
@@ -76,8 +78,19 @@ class Pair:
         reserved = [message for message in self.to_prefill if isinstance(message, Reserved)]
         return reserved[-1].blocks[0]
 
+    def _behind(self) -> bool:
+        """Whether a chunk of a prompt that is being computed has still to be announced."""
+        handoff = self.prefill._by_key.get(KEY)
+        if handoff is None or handoff.first_token is not None or not handoff.computed:
+            return False
+        announced = [one for one in self.sent(Written) if isinstance(one, Written) and one.ticket == handoff.ticket]
+        return not announced or announced[-1].blocks < handoff.computed
+
     async def run(self) -> list[int]:
-        """Hand one request over and decode it to its end; all its tokens, wherever they came from."""
+        """Hand one request over and decode it to its end; all its tokens, wherever they came from.
+
+        On a machine that is busy with other things the prompt's next chunk waits for the handoff of the one before.
+        """
         self.prefill.begin(
             Submit(
                 request=KEY.request, attempt=KEY.attempt, prompt=PROMPT, generated=(), sampling=SAMPLING, slo=OWN_SLO
@@ -86,9 +99,12 @@ class Pair:
         )
         self.source.submit(work("r", PROMPT, SAMPLING, handoff=True))
         tokens: list[int] = []
-        for _ in range(500):
+        behind = 0
+        for _ in range(4000):
             for engine in (self.source, self.target):
                 if not engine.has_work():
+                    continue
+                if engine is self.source and self._behind() and (behind := behind + 1) < _PATIENCE:
                     continue
                 result = engine.step()
                 for progress in result.progress:
@@ -185,6 +201,9 @@ def pair(
         )
         grants.receivers = receivers
         yield both
+        patience = time.monotonic() + 20  # for the receiver, which tells from its own thread that nothing is written now
+        while any(book.counts.held or book.counts.quarantined for book in books) and time.monotonic() < patience:
+            loop.run_until_complete(asyncio.sleep(0.01))
         grants.close()
         for sender in senders.values():
             sender.close()

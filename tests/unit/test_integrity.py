@@ -107,7 +107,11 @@ def test_a_router_with_requests_does_not_audit_and_one_without_does() -> None:
         if busy:
             service._flights["r"] = None  # type: ignore[index,assignment]
         watch = asyncio.create_task(bench.membership._watch())
-        await asyncio.sleep(0.5)
+        turns = range(50 if busy else 2000)
+        for _ in turns:
+            await asyncio.sleep(0.01)
+            if bench.view.audit.violations:
+                break
         watch.cancel()
         service._flights.clear()
         return len(bench.view.audit.violations)

@@ -59,7 +59,8 @@ class Rig:
                     await asyncio.sleep(0.005)
                 if self.probe._task is not None:
                     await self.probe._task
-            await asyncio.sleep(0.05)
+                while self.both.decode.promised or self.both.target._books.counts.quarantined:
+                    await asyncio.sleep(0.005)
             await self.both.prefill.close()
             return self.told[-1]
 
@@ -154,7 +155,8 @@ def test_a_worker_that_ends_in_the_middle_of_a_probe_leaves_no_block_behind(monk
                 rig.probe._task.cancel()
                 await asyncio.gather(rig.probe._task, return_exceptions=True)
             await rig.probe.close()
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(20):
+                while both.decode.promised:
+                    await asyncio.sleep(0.01)
 
         both.loop.run_until_complete(run())
-        assert both.decode.promised == 0
