@@ -205,7 +205,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="exit code -9"), serve("smollm2", *MOCK) as cluster:
         pids = [worker["pid"] for worker in cluster.state()["workers"]]
         cluster.process.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(_alive(pid) for pid in pids):
             assert time.monotonic() < deadline, "a worker outlived its launcher"
             time.sleep(0.05)

@@ -16,7 +16,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.types import FinishReason, RequestId, SamplingParams
 
 PROMPT = tuple(range(100, 130))
-WAIT = 10.0
+WAIT = 20.0
 
 
 def test_one_request_gets_the_reference_tokens_and_leaves_nothing_behind() -> None:

@@ -17,7 +17,7 @@ from bascule.wire import Failed, StepTokens, Submit, TokenItem, WorkerMessage
 
 SERVED = Served(model="theirs", context=fake.CONTEXT, vocab=fake.VOCAB, eos=frozenset({fake.END}))
 PROMPT = (10, 20, 30)
-WAIT = 5.0
+WAIT = 20.0
 
 
 class Rig:

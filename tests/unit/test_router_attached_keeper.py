@@ -51,7 +51,7 @@ class Rig:
     def member(self) -> Member | None:
         return self.service.view.members.get(WorkerId("attached-0"))
 
-    async def until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
         """Looks in every turn of the event loop: what is waited for may be over after a few."""
         async with asyncio.timeout(seconds):
             while not condition():
@@ -218,7 +218,7 @@ def test_a_server_that_has_another_model_all_at_once_is_let_go_until_it_has_the_
     async def test(rig: Rig) -> None:
         await rig.until(lambda: rig.member)
         rig.server.models = _models({"id": "other", "max_model_len": CONTEXT})
-        await rig.until(lambda: rig.member is None, 1.5)
+        await rig.until(lambda: rig.member is None)
         asked = len(rig.server.bodies)
         await rig.until(lambda: len(rig.server.bodies) >= asked + 2)
         await asyncio.sleep(0.1)
