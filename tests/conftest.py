@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from support.oracle import LONG_OUTPUT_TOKENS, OUTPUT_TOKENS, Reference, generate, kept, prompts, reference_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 _WITH_SERVERS = ("tests/chaos/", "tests/e2e/", "tests/parity/")
 _LIGHT = ("attached", "bench_compare", "bench_front", "bench_handoff", "doctor", "drain", "explain", "lifecycle")

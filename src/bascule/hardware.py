@@ -104,7 +104,7 @@ class MemoryFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: Count
     kv_token: Count
     kv: Count
-    """All KV memory, which `at_start` and `under_load` have in them as far as it was touched."""
+    """All KV memory; it is shared, and not in `at_start` and `under_load`."""
     at_start: Count
     """Resident, before the first step."""
     under_load: Count
@@ -214,17 +214,22 @@ class Hardware(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             median(one.latency_s for one in fastest.values()), median(one.bytes_per_s for one in fastest.values())
         )
 
+    @property
+    def served(self) -> str | None:
+        """The model that all of it is of; None where nobody said."""
+        return self.model or next((one.model for one in self.classes if one.model), None)
+
     def require_model(self, model: str, fingerprint: str | None, path: Path) -> None:
         """Raises ConfigError where this was measured with another model, or the same one in another number format."""
         if fingerprint is not None and self.fingerprint is not None:
             same = _weights(fingerprint) == _weights(self.fingerprint)
         else:
-            same = self.model in (None, model)
+            same = self.served in (None, model)
         if same:
             return
-        form = " in another number format, or with other weights" if model == self.model else ""
+        form = " in another number format, or with other weights" if model == self.served else ""
         raise ConfigError(
-            f"{path} was measured with the model {self.model}{form}, and this is {model}; give another file, or "
+            f"{path} was measured with the model {self.served}{form}, and this is {model}; give another file, or "
             "measure this model into one of its own"
         )
 
@@ -233,7 +238,7 @@ class Hardware(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for another model. `path` is where this is from."""
         if new.model is not None:
             self.require_model(new.model, new.fingerprint, path)
-        model = self.model or new.model
+        model = self.served or new.model
         classes = {one.name: msgspec.structs.replace(one, model=model) for one in (*self.classes, *new.classes)}
         transfers = {_way(one): one for one in (*self.measured.links, *new.measured.links)}
         return Hardware(
@@ -328,6 +333,8 @@ def add_to_file(path: Path, new: Hardware) -> Hardware:
     Raises ConfigError where the file is of another model, is damaged, or cannot be written.
     """
     found = read_hardware(path).adding(new, path) if path.exists() else new
+    for one in found.classes:
+        _require_time(one, path)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
         )
         until(lambda: "the clock of worker late is" in told(logs[0]), "nobody is told of its clock", logs)
         admin = told(logs[0]).split("admin API at ")[1].split()[0]
-        [one] = httpx.get(f"{admin}/admin/state").json()["workers"]
+        [one] = httpx.get(f"{admin}/admin/state", timeout=START_S).json()["workers"]
     assert 49 < one["clock_skew_s"] < 52
     assert "worker late is of bascule 0.0.1" in told(logs[0])
     assert let_in.returncode == 0, let_in.stdout
@@ -105,7 +106,8 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
     [version] = wrong(other.stdout)
     assert version.endswith("there; run the same release of bascule on both")
     assert "0.0.1 there; run the same release on all hosts" in doubted(other.stdout)
-    assert "the clock of this host is 100.0 s behind the router's" in doubted(other.stdout)
+    # Less what lies between the router's answer and the look at the clock.
+    assert re.search(r"the clock of this host is (99|100)\.\d s behind the router's", doubted(other.stdout))
     assert refused.returncode == 1 and "worker w speaks protocol version" in refused.stderr
 
 

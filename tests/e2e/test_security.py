@@ -104,15 +104,16 @@ class Sniffer(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._stopping.is_set():
+        while True:
             try:
                 self._heard.append(self._socket.recv(1 << 17))
             except TimeoutError:
-                continue
+                if self._stopping.is_set():  # and all is read that came before
+                    return
 
     def stop(self) -> bytes:
         self._stopping.set()
-        self.join(10)
+        self.join(60)
         self._socket.close()
         return b"".join(self._heard)
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -104,10 +105,10 @@ def store_handoffs(cluster: Apart) -> int:
 
 def test_a_link_is_as_fast_as_it_is_told_to_be(cable: Cable) -> None:
     cable.limit(20e6)
-    slow = cable.measured(0.5)
+    slow = median(cable.measured(0.5) for _ in range(5))
     cable.limit(200e6)
     assert 10e6 < slow < 22e6
-    assert cable.measured(0.5) > 3 * slow
+    assert median(cable.measured(0.5) for _ in range(5)) > 3 * slow
 
 
 def test_hosts_reach_each_other_and_nobody_else(cable: Cable) -> None:

@@ -188,7 +188,7 @@ def live(folder: Path) -> Iterator[Live]:
     log, worker_log, ready_file = folder / "router.log", folder / "worker.log", folder / "ready"
     bascule, environment = [sys.executable, "-m", "bascule"], os.environ | {"COLUMNS": "200"}
     flags = ["--port", "0", "--bind", "tcp://127.0.0.1:*", "--policy", "single", "--ready-file", str(ready_file)]
-    flags += ["--dead-after", str(WAIT_S)]
+    flags += ["--suspect-after", str(WAIT_S / 2), "--dead-after", str(WAIT_S)]
     with contextlib.ExitStack() as stack:
         router = _start(stack, [*bascule, "router", "smollm2", *flags], log, environment)
         between = Between(_address(router, log))

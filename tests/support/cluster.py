@@ -102,6 +102,12 @@ class Cluster:
         return self.process.wait(STOP_S)
 
 
+def patient(flags: Sequence[str]) -> list[str]:
+    """`flags`, with patience for workers that a busy machine lets stand still, unless they say how much there is."""
+    silence = () if any("-after" in flag for flag in flags) else ("--suspect-after=30", "--dead-after=60")
+    return [*silence, *flags]
+
+
 @contextlib.contextmanager
 def serve(model: str | Path, *flags: str, program: Sequence[str] = ("bascule",)) -> Iterator[Cluster]:
     """Run `bascule serve` until the block ends; the log is shown when something fails.
@@ -111,7 +117,7 @@ def serve(model: str | Path, *flags: str, program: Sequence[str] = ("bascule",))
     with tempfile.TemporaryDirectory(prefix="bascule-test-") as folder:
         log, ready_file = Path(folder, "log"), Path(folder, "ready")
         command = [sys.executable, "-m", *program, "serve", str(model), "--port", "0"]
-        command += ["--ready-file", str(ready_file), *flags]
+        command += ["--ready-file", str(ready_file), *patient(flags)]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:
@@ -140,7 +146,7 @@ def ready_of(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> d
     return content
 
 
-def run_cli(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "bascule", *arguments],
@@ -151,7 +157,7 @@ def run_cli(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProce
     )
 
 
-def run_clis(*commands: Sequence[str], timeout: float = 60.0) -> list[subprocess.CompletedProcess[str]]:
+def run_clis(*commands: Sequence[str], timeout: float = 240.0) -> list[subprocess.CompletedProcess[str]]:
     """Run several commands to their ends, as many at once as there are cores; their results are in order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda command: run_cli(*command, timeout=timeout), commands))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bascule.bench.apart import OURS, started
 from bascule.bench.namespaces import Cable, Host
+from support.cluster import patient
 
 MOCK = ("--engine", "mock")
 START_S = 60.0
@@ -36,7 +37,7 @@ def router_on(
 ) -> Iterator[tuple[Path, Path]]:
     """The ready file and the log of a router at whose address `join` workers join."""
     ready, log = folder / "ready", folder / "router.log"
-    command = ("router", "smollm2", "--bind", join, "--port=0", "--ready-file", str(ready), *flags)
+    command = ("router", "smollm2", "--bind", join, "--port=0", "--ready-file", str(ready), *patient(flags))
     with started(host, log, *command, begin=begin):
         yield ready, log
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -60,15 +61,20 @@ def prompts(encode: Any) -> list[list[int]]:
 
 
 def kept(config: pytest.Config, name: str, question: Any, make: Callable[[], Any]) -> Any:
-    """What `make` says to `question`, asked once and then kept in pytest's cache between runs; both go into JSON."""
+    """What `make` says to `question`, asked once and then kept in pytest's cache between runs; both go into JSON.
+
+    A process that wants it while another one makes it waits for that.
+    """
+    if config.cache is None:
+        return make()
     key = f"bascule/{name}"
-    found = config.cache.get(key, None) if config.cache is not None else None
-    if found is not None and found["question"] == question:
-        return found["answer"]
-    answer = make()
-    if config.cache is not None:
-        config.cache.set(key, {"question": question, "answer": answer})
-    return answer
+    with config.cache.mkdir("bascule-locks").joinpath(name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = config.cache.get(key, None)
+        if found is None or found["question"] != question:
+            found = {"question": question, "answer": make()}
+            config.cache.set(key, found)
+    return found["answer"]
 
 
 @cache

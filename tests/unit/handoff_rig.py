@@ -201,7 +201,9 @@ def pair(
         )
         grants.receivers = receivers
         yield both
-        patience = time.monotonic() + 20  # for the receiver, which tells from its own thread that nothing is written now
+        patience = (
+            time.monotonic() + 20
+        )  # for the receiver, which tells from its own thread that nothing is written now
         while any(book.counts.held or book.counts.quarantined for book in books) and time.monotonic() < patience:
             loop.run_until_complete(asyncio.sleep(0.01))
         grants.close()

@@ -10,12 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 from cli_rig import Run, runner
+from msgspec.structs import replace
 from planning_rig import COST, KV_TOKEN_BYTES
 
+from bascule.analytic.predictor import Basis, Expected
 from bascule.cli.main import app
 from bascule.cli.serve import plan_workers
 from bascule.config import PoolConfig, RoutingConfig
 from bascule.planning.candidates import Candidate, Share
+from bascule.planning.classes import Analytic
 from bascule.planning.commands import commands
 from bascule.planning.fluid import Links
 from bascule.types import Role, Slo
@@ -89,6 +92,32 @@ def test_the_commands_that_are_printed_are_taken(
     else:
         assert names == ["cluster_key", "router", *["worker"] * sum(counts)]
         assert {told["role"] for name, told in parsed if name == "worker"} == {Role.PREFILL, Role.DECODE}
+        places = [
+            (line.split("machine ")[1], str(told["device"]))
+            for line, (name, told) in zip(started.commands, parsed, strict=True)
+            if name == "worker"
+        ]
+        assert len(set(places)) == 12, "no two on one device"
+        assert {machine for machine, _ in places} == {"0", "1"}
+
+
+def test_the_commands_start_the_engine_and_the_servers_that_were_simulated() -> None:
+    from planning_rig import a_class
+
+    links, slo = Links(between=1e9, within=1e9, machine_devices=8), Slo(1.0, 0.06, 0.2)
+    core = a_class()
+    gpu = replace(core, kind=replace(core.kind, chunk_tokens=2048, max_sequences=256), device="cuda")
+    [line] = commands(Candidate("replicated", (Share(Role.MIXED, gpu, 2),)), "m", slo, links).commands
+    assert "--devices cuda:0,cuda:1" in line and "--chunk-tokens 2048 --max-sequences 256" in line
+    wide = replace(gpu, devices=4, analytic=Analytic(Basis.SEEN, Expected(0.1, 0.1), "sglang", "fp8"))
+    started = commands(Candidate("replicated", (Share(Role.MIXED, wide, 3),)), "m", slo, links)
+    assert [line[: line.index(" vllm")] for line in started.commands[:-1]] == [
+        "CUDA_VISIBLE_DEVICES=0,1,2,3",
+        "CUDA_VISIBLE_DEVICES=4,5,6,7",
+        "CUDA_VISIBLE_DEVICES=0,1,2,3",
+    ]
+    assert "http://MACHINE-0:8001,http://MACHINE-0:8002,http://MACHINE-1:8003" in started.commands[-1]
+    assert "sglang with fp8 weights" in started.note
 
 
 def test_a_profile_of_traffic_and_a_trace_are_planned_for_and_repeat(run: Run, core: Path, tmp_path: Path) -> None:

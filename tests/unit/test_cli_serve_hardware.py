@@ -67,6 +67,20 @@ def test_a_link_is_that_of_the_workers_then_of_their_classes_then_a_typical_one(
     assert rates(file, "auto", worker_class="cpu-1")["prefill-1", "decode-0"] == 3e9
 
 
+def test_a_link_between_two_machines_says_nothing_of_workers_on_one(tmp_path: Path) -> None:
+    path = tmp_path / "hw.json"
+    apart = LinkFile(
+        source="prefill-0",
+        target="decode-0",
+        transport="tcp",
+        latency_s=0.1,
+        bytes_per_s=1e7,
+        same_machine=False,
+    )
+    add_to_file(path, Hardware(classes=CLASSES, links=(apart, *LINKS[2:])))
+    assert rates(path, "auto")["prefill-0", "decode-0"] == 2e9
+
+
 def test_without_links_in_the_file_or_without_a_file_nothing_is_expected(file: Path, tmp_path: Path) -> None:
     assert known_links(HardwareConfig(), PLANS, "auto") == {}
     path = tmp_path / "classes.json"

@@ -144,11 +144,11 @@ def test_a_clear_crossover_is_found_where_it_is_and_an_unclear_one_has_a_wide_in
         return mean_draws((factor * np.exp(drawn)).tolist(), [1.0] * 6)
 
     levels = [1.0, 2.0, 4.0, 8.0]
-    clear = crossover(levels, [draws(factor, 0.02) for factor in (0.5, 0.7, 1.5, 2.0)])
+    clear = crossover(levels, [draws(factor, 0.02) for factor in (0.5, 0.7, 1.5, 2.0)], 8)
     assert clear == {"value": 4.0, "lo": 4.0, "hi": 4.0, "share": 1.0}
-    never = crossover(levels, [draws(factor, 0.02) for factor in (0.5, 0.7, 1.5, 0.6)])
+    never = crossover(levels, [draws(factor, 0.02) for factor in (0.5, 0.7, 1.5, 0.6)], 8)
     assert never == {"value": None, "lo": None, "hi": None, "share": 0.0}
-    vague = crossover(levels, [draws(factor, 0.5) for factor in (0.5, 0.9, 1.1, 2.0)])
+    vague = crossover(levels, [draws(factor, 0.5) for factor in (0.5, 0.9, 1.1, 2.0)], 8)
     assert vague["lo"] is not None
     assert vague["hi"] is None or vague["hi"] > vague["lo"]
 

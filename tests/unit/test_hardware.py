@@ -128,6 +128,23 @@ def test_a_file_that_cannot_be_read_or_written_says_why(tmp_path: Path) -> None:
         add_to_file(tmp_path / "none" / "hw.json", HARDWARE)
 
 
+def test_a_model_that_only_the_classes_name_counts_too(tmp_path: Path) -> None:
+    path = written(tmp_path / "hw.json", {"classes": [{"name": "h100", "model": "8B", "cost": COST}]})
+    with pytest.raises(ConfigError, match="was measured with the model 8B, and this is smollm2"):
+        add_to_file(path, HARDWARE)
+    with pytest.raises(ConfigError, match="was measured with the model 8B"):
+        read_hardware(path).require_model("smollm2", None, path)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "hw.json"
+    add_to_file(path, HARDWARE)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="steps take no time"):
+        add_to_file(path, Hardware(classes=(ClassFile(name="idle", cost=CostModel(step_s=0.1)),)))
+    assert path.read_bytes() == before
+
+
 def test_classes_are_found_by_name_and_by_device() -> None:
     assert HARDWARE.fitting("cpu", 2).name == "cpu-2"
     with pytest.raises(ConfigError, match=r"no class of workers on cpu with 3 cores.*cpu-1 .cpu, cores: 1.*profile"):

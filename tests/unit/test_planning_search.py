@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -12,12 +14,12 @@ from bascule.analytic.catalogue import load_catalogue
 from bascule.analytic.predictor import Predictor
 from bascule.errors import ConfigError
 from bascule.planning.answer import answer, require_possible
-from bascule.planning.candidates import ARCHITECTURES, Budget, candidates, largest
+from bascule.planning.candidates import ARCHITECTURES, Budget, Candidate, candidates, largest
 from bascule.planning.classes import WorkerClass, catalogue_classes
 from bascule.planning.fluid import Links, Scale
-from bascule.planning.insight import crossing
-from bascule.planning.search import Ask, Found, Search
-from bascule.planning.trial import Trials
+from bascule.planning.insight import _brief, crossing
+from bascule.planning.search import Ask, Found, Search, _levels
+from bascule.planning.trial import Result, Setting, Trials
 from bascule.sim.cluster import Cluster, Pool
 from bascule.types import CostModel, Role, Slo
 
@@ -75,6 +77,50 @@ def test_the_cheapest_that_keeps_the_slo_is_as_cheap_as_any_that_does() -> None:
         if trials.result(one, ask.setting, ask.seeds, "").met >= ask.attainment
     ]
     assert decision.keeps and decision.pick.candidate.money == min(keeping)
+
+
+def test_what_keeps_the_slo_by_two_seeds_only_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third seed finds one worker wanting, and two are within the budget."""
+    real = Trials._run
+
+    def harder(self: Trials, candidate: Candidate, setting: Setting, seed: int, why: str) -> dict[str, Any]:
+        run = real(self, candidate, setting, seed, why)
+        return run | {"slo_met": 0.0} if seed == 3 and candidate.devices == 1 else run
+
+    monkeypatch.setattr(Trials, "_run", harder)
+    ask = an_ask(demand("chat", rate=1.0), budget=Budget(devices=2), requests=30, seeds=(1, 2, 3))
+    decision = found(ask)
+    assert decision.keeps and decision.pick.candidate.devices == 2
+
+
+def test_dear_candidates_that_keep_the_slo_come_before_cheaper_ones_that_do_not() -> None:
+    search = Search(an_ask(demand("chat", rate=1.0), a_class(price=100.0), attainment=0.995), Trials())
+    one, two = (next(each for each in search.all if each.devices == count) for count in (1, 2))
+    figures = {"goodput_per_s": 1.0, "slo_met": 0.994}
+    cheap, dear = Result(one, (figures,)), Result(two, (figures | {"slo_met": 0.996},))
+    assert [each.candidate for each in search.ranked([cheap, dear])] == [two, one]
+
+
+def test_prices_that_lie_close_together_are_no_single_price() -> None:
+    classes = (a_class("dear", price=2.7), a_class("cheap", price=1.4))
+    every = candidates(classes, Budget(per_hour=100.0), ARCHITECTURES)
+    levels = _levels(every)
+    assert all(
+        money <= 1.03 * min(one.money for one in every if one.money > below) for below, money in pairwise(levels)
+    )
+    assert levels[-1] == max(one.money for one in every)
+
+
+def test_money_and_devices_are_not_compared() -> None:
+    every = candidates((a_class("priced", price=2.7), a_class("not", price=None)), Budget(devices=4), ARCHITECTURES)
+    assert all(one.money == one.devices for one in every)
+
+
+def test_a_closed_loop_is_simulated_with_more_requests_than_clients() -> None:
+    setting = replace(an_ask(demand("chat", clients=1000)).setting, requests=0)
+    assert setting.count >= 2000 and _brief(setting).count >= 2000
+    few = replace(setting, demand=demand("chat", clients=8))
+    assert _brief(few).count == few.count == 80
 
 
 def test_splitting_is_advised_where_prompts_would_stop_streams_for_longer_than_the_slo_allows() -> None:

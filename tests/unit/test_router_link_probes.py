@@ -55,7 +55,7 @@ def test_the_first_worker_is_asked_and_its_answer_is_made_of_medians() -> None:
     assert epoch == "a-1" and wish.target.worker == "b" and (wish.blocks, wish.runs, wish.transport) == (10, 3, "tcp")
     assert (report.source, report.target, report.bytes) == ("a", "b", 10 * BLOCK)
     assert report.latency_s == pytest.approx(0.003)
-    assert report.bytes_per_s == pytest.approx(10 * BLOCK / 0.2)
+    assert report.bytes_per_s == pytest.approx(9 * BLOCK / (0.2 - 0.001))
     assert report.kv_token_bytes * 16 == BLOCK and report.model == CARD.name and report.same_machine
 
 
@@ -107,6 +107,33 @@ def test_links_that_are_none_or_cannot_be_measured_now_are_refused_at_once() -> 
             asyncio.run(ask(bench, *ends))
         assert told.value.code == code
     assert asked(bench) == []
+
+
+@pytest.mark.parametrize(
+    ("worker", "load", "code"),
+    [
+        (A, WorkerLoad(unreachable={B: "tcp://10.0.0.9:1 (no answer within 2 s)"}), "not_measured"),
+        (B, WorkerLoad(promised=1), "busy"),
+        (B, WorkerLoad(kv_blocks_leased=10_000), "busy"),
+    ],
+    ids=["out of reach", "handoffs wait", "full"],
+)
+def test_a_worker_out_of_reach_or_without_room_is_not_asked(worker: WorkerId, load: WorkerLoad, code: str) -> None:
+    bench = Bench("a", "b")
+    bench.hear(Heartbeat(worker, Epoch(f"{worker}-1"), load))
+    with pytest.raises(Conflict) as told:
+        asyncio.run(ask(bench))
+    assert told.value.code == code and asked(bench) == []
+
+
+def test_the_way_there_and_back_is_not_in_the_rate() -> None:
+    bench = Bench("a", "b")
+    far = {"blocks": 101, "block_s": (0.031,), "push_s": (0.131,), "reserve_s": (0.03,)}
+    assert measured(bench, lambda wish: bench.hear(answered(wish, **far))).bytes_per_s == pytest.approx(
+        100 * BLOCK / 0.1
+    )
+    one = {"blocks": 1, "block_s": (0.05,), "push_s": (0.04,), "reserve_s": (0.03,)}
+    assert measured(bench, lambda wish: bench.hear(answered(wish, **one))).bytes_per_s == pytest.approx(BLOCK / 0.04)
 
 
 def test_a_worker_that_leaves_or_says_nothing_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from bascule.sim.cluster import Cluster, Pool
 from bascule.sim.figures import over_seeds
 from bascule.sim.sweep import Task, Traffic
-from bascule.sim.verdict import crossover, verdict
+from bascule.sim.verdict import cells_of, crossover, verdict
 from bascule.sim.worker import Kind
 from bascule.types import CostModel, Role
 
@@ -38,6 +38,28 @@ def test_the_crossover_is_where_splitting_begins_to_stay_ahead() -> None:
         "lo": 16.0,
         "hi": 32.0,
     }
+
+
+def test_the_order_in_which_levels_are_given_is_no_matter() -> None:
+    goodputs = {"replicated": [[1.0, 1.0, 1.0]], "disaggregated": [[2.0, 0.5, 0.5]]}
+    told = crossover(*found(["32", "8", "1"], goodputs))
+    assert told is not None and told["value"] == 32.0
+
+
+def test_a_class_without_a_price_leaves_the_cost_open() -> None:
+    other = Kind(name="other", cost=KIND.cost, kv_tokens=1000)
+    pools = (Pool(Role.PREFILL, KIND, 1), Pool(Role.DECODE, other, 1))
+    task = Task(
+        architecture="disaggregated",
+        cluster=Cluster(policy="disaggregated", pools=pools),
+        traffic=Traffic(),
+        level="1",
+        seed=1,
+    )
+    figures = {"output_tokens_per_s": 10.0, "rate_offered": None}
+    key = "cost_per_million_output_tokens"
+    assert key not in cells_of([task], [figures], {"core": 1.0})[0]
+    assert cells_of([task], [figures], {"core": 1.0, "other": 2.6})[0][key]["median"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from engine_rig import CARD, greedy, named, work
-from handoff_rig import PROMPT, SOURCE, TARGET, Pair, deliver, pair
+from engine_rig import CARD, greedy, named, reference, work
+from handoff_rig import PROMPT, SAMPLING, SOURCE, TARGET, Pair, deliver, pair, verdicts
 
 from bascule.link_wire import LinkMeasured, MeasureLink
 from bascule.peer_wire import Abort, PeerMessage, Prepare
@@ -69,7 +71,8 @@ class Rig:
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp", "sealed"])
-def test_every_run_is_told_and_the_other_worker_is_as_it_was(transport: str) -> None:
+def test_every_run_is_told_and_the_other_worker_is_as_it_was(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_probe, "_LONGEST_S", 60.0)
     with pair(transport) as both:
         found = Rig(both).measure(named(transport)[0])
         assert (found.reason, found.busy, found.blocks) == ("", False, BLOCKS)
@@ -93,7 +96,7 @@ def test_a_handoff_beside_a_probe_has_its_tokens() -> None:
             return tokens
 
         tokens = both.loop.run_until_complete(run())
-        assert rig.told[0].reason == "" and len(tokens) == 4
+        assert rig.told[0].reason == "" and tokens == reference(PROMPT, SAMPLING) and "accepted" in verdicts(both)
 
 
 def test_a_worker_with_prompts_before_it_refuses_and_sends_nothing() -> None:
@@ -139,6 +142,42 @@ def test_a_transport_that_the_two_do_not_have_is_named() -> None:
     with pair("tcp") as both:
         found = Rig(both).measure("shm")
         assert not found.busy and "do not both use shm; check --transfer" in found.reason
+
+
+def test_a_probe_that_is_cancelled_while_its_session_closes_still_gives_its_blocks_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closing, may = threading.Event(), threading.Event()
+    with pair("tcp") as both:
+        rig = Rig(both)
+        opened = link_probe.open_session
+
+        def slow_to_close(*args: Any) -> Any:
+            session = opened(*args)
+            close = session.close
+
+            def held() -> None:
+                closing.set()
+                may.wait(20)
+                close()
+
+            monkeypatch.setattr(session, "close", held)
+            return session
+
+        monkeypatch.setattr(link_probe, "open_session", slow_to_close)
+
+        async def run() -> None:
+            rig.probe.measure(rig.wish("tcp"))
+            assert await asyncio.to_thread(closing.wait, 20)
+            assert rig.probe._task is not None
+            rig.probe._task.cancel()
+            await asyncio.gather(rig.probe._task, return_exceptions=True)
+            assert both.sent(Abort) == [], "it may still be written"
+            may.set()
+            await rig.probe.close()
+
+        both.loop.run_until_complete(run())
+        assert len(both.sent(Abort)) == len(both.sent(Prepare)) == 1
 
 
 def test_a_worker_that_ends_in_the_middle_of_a_probe_leaves_no_block_behind(monkeypatch: pytest.MonkeyPatch) -> None:

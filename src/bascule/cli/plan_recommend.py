@@ -149,7 +149,7 @@ def recommend(
     for name in (hardware or "").split(","):
         if name.endswith(".json") or (name and Path(name).exists()):
             read.file(Path(name))
-    names = [name for name in (hardware or "").split(",") if name and name not in read.files]
+    names = [name for name in (hardware or "").split(",") if name and str(Path(name)) not in read.files]
     if names:
         if model is None:
             raise ConfigError(f"--hardware {','.join(names)} needs --model, a name in the catalogue")

@@ -71,11 +71,11 @@ def profile(
     json
         File to write what was measured to, `-` for standard output.
     config
-        TOML file with the same keys as these flags.
+        TOML file with the keys of the model and the engine.
     """
     plans = _plans(model, cores, device, name, quick, model_config, engine_config)
     before = read_hardware(out) if out is not None and out.exists() else None
-    if out is not None and not os.access(out if out.exists() else out.parent, os.W_OK):
+    if out is not None and not os.access(out.parent, os.W_OK):  # a new file takes its place
         raise ConfigError(f"--out {out} cannot be written; give a file in a directory that is there and yours")
 
     def check(ready: Ready) -> None:
@@ -122,6 +122,8 @@ def _plans(
     if place.kind != "cpu" and cores is not None:
         raise ConfigError(f"--cores is for workers on a CPU; leave it out with --device {device}")
     usable = place.cores
+    if name == "":
+        raise ConfigError("--name is empty; give the class a name, or leave it out")
     numbers = [len(usable)] if cores is None else _numbers(cores, len(usable))
     found = []
     for number in numbers:

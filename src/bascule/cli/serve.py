@@ -179,7 +179,7 @@ def known_links(
     costs: dict[tuple[WorkerId, WorkerId], LinkCost] = {}
     for source, target in permutations(names, 2):
         link = hardware.link(names[source], names[target], *ways)
-        if (cost := link.cost if link is not None else typical) is not None:
+        if (cost := link.cost if link is not None and link.same_machine else typical) is not None:
             costs[source, target] = cost
     return costs
 

@@ -157,6 +157,8 @@ def why_not(search: Search, other: Result, found: Found) -> str:
         return f"{'keeps it too, and costs' if keeps else 'costs'} {ratio:.3g} times as much" + (
             "" if keeps else f"; it {why_behind(other)}"
         )
+    if search.ask.objective == "cost" and found.keeps and not keeps:
+        return f"keeps it for {other.met:.1%} only; it {why_behind(other)}"
     if keeps or other.goodput >= pick.goodput * (1 - EQUAL):
         if other.goodput >= pick.goodput * (1 - EQUAL):
             return "as good for the same money; the pick is simpler, or ahead by less than counts"

@@ -34,6 +34,8 @@ class Candidate(Struct, frozen=True):
 
     architecture: str
     shares: tuple[Share, ...]
+    by_price: bool = True
+    """Whether candidates are compared by price: not where any class has none, as devices are no money."""
 
     def __str__(self) -> str:
         return f"{self.architecture} ({', '.join(map(str, self.shares))})"
@@ -57,8 +59,8 @@ class Candidate(Struct, frozen=True):
 
     @property
     def money(self) -> float:
-        """What candidates are compared by: their price, or their devices where one of them has none."""
-        return float(self.devices) if self.price is None else self.price
+        """What candidates are compared by: their price, or their devices where a class has none."""
+        return float(self.devices) if self.price is None or not self.by_price else self.price
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -117,7 +119,9 @@ class Budget(Struct, frozen=True, kw_only=True):
 
 def candidates(classes: Sequence[WorkerClass], budget: Budget, architectures: Sequence[str]) -> list[Candidate]:
     """All that the budget holds."""
-    return [one for name in architectures for one in _of(name, classes, budget) if budget.holds(one)]
+    priced = all(one.price_per_hour is not None for one in classes)
+    every = (one for name in architectures for one in _of(name, classes, budget) if budget.holds(one))
+    return [one if priced else replace(one, by_price=False) for one in every]
 
 
 def largest(found: Sequence[Candidate]) -> list[Candidate]:

@@ -32,6 +32,9 @@ class Analytic(Struct, frozen=True):
     basis: Basis
     expected: Expected
     """Mean relative errors of the predictor where it was held against measurements that it had not seen."""
+    framework: str
+    weights: str
+    """A key of `NUMBER_BYTES`."""
 
 
 class WorkerClass(Struct, frozen=True, kw_only=True):
@@ -160,7 +163,7 @@ def _analytic_class(deployment: Deployment, predictor: Predictor) -> WorkerClass
         device="cuda",
         model=deployment.model,
         parameters=shape.parameters,
-        analytic=Analytic(basis, predictor.calibration.expected[basis]),
+        analytic=Analytic(basis, predictor.calibration.expected[basis], deployment.framework, deployment.weights),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from bascule.config import SloConfig
+from bascule.config import EngineConfig, SloConfig
 from bascule.planning.candidates import Candidate, Share
 from bascule.planning.fluid import Links
 from bascule.types import Role, Slo
@@ -31,27 +31,51 @@ def commands(candidate: Candidate, model: str, slo: Slo, links: Links) -> Starte
     """
     model = shlex.quote(model)
     if any(share.of.device == "cuda" and share.of.devices > 1 for share in candidate.shares):
-        return _attached(candidate, model, slo)
+        return _attached(candidate, model, slo, links)
     note = ""
     if any(share.of.device == "cuda" for share in candidate.shares):
         note = "Bascule's CUDA path is written and has not been run on a GPU yet; try one worker first"
     hardware = {share.of.hardware for share in candidate.shares}
-    memories = {_memory(share) for share in candidate.shares}
-    if len(hardware) == 1 and len(memories) == 1 and candidate.devices <= links.machine_devices:
-        return Started(commands=(_serve(candidate, model, slo, memories.pop()),), note=note)
+    engines = {_engine(share) for share in candidate.shares}
+    if len(hardware) == 1 and len(engines) == 1 and candidate.devices <= links.machine_devices:
+        return Started(commands=(_serve(candidate, model, slo, links),), note=note)
     return Started(commands=tuple(_apart(candidate, model, slo, links)), note=note)
 
 
-def _serve(candidate: Candidate, model: str, slo: Slo, memory: str) -> str:
-    counts = " ".join(f"--{share.role} {share.count}" for share in candidate.shares)
-    devices, taken = [], 0
+class _Placed(Struct, frozen=True, kw_only=True):
+    """A worker where it is to run."""
+
+    share: Share
+    number: int
+    """Of its pool."""
+    machine: int
+    first: int
+    """Of its devices there."""
+
+    @property
+    def device(self) -> str:
+        if self.share.of.device == "cuda":
+            return f"cuda:{self.first}"
+        return "cpu:" + "+".join(str(self.first + core) for core in range(self.share.of.devices))
+
+
+def _placed(candidate: Candidate, links: Links) -> Iterator[_Placed]:
+    """All workers: a machine is filled before the next one is begun, as in the simulations."""
+    machine, taken, hardware = -1, links.machine_devices, ""
     for share in candidate.shares:
-        for _ in range(share.count):
-            devices.append(_device(share, taken))
+        for number in range(share.count):
+            if share.of.hardware != hardware or taken + share.of.devices > links.machine_devices:
+                machine, taken, hardware = machine + 1, 0, share.of.hardware
+            yield _Placed(share=share, number=number, machine=machine, first=taken)
             taken += share.of.devices
+
+
+def _serve(candidate: Candidate, model: str, slo: Slo, links: Links) -> str:
+    counts = " ".join(f"--{share.role} {share.count}" for share in candidate.shares)
+    devices = ",".join(placed.device for placed in _placed(candidate, links))
     return _joined(
         f"bascule serve {model} --policy {candidate.architecture} {counts}",
-        f"--devices {','.join(devices)} --kv-memory {memory}",
+        f"--devices {devices} {_engine(candidate.shares[0])}",
         _bounds(slo),
     )
 
@@ -61,21 +85,16 @@ def _apart(candidate: Candidate, model: str, slo: Slo, links: Links) -> Iterator
     yield _joined(
         f"bascule router {model} --bind tcp://0.0.0.0:8100 --policy {candidate.architecture} {_KEY}", _bounds(slo)
     )
-    for share in candidate.shares:
-        fit = max(1, links.machine_devices // share.of.devices)
-        for first in range(0, share.count, fit):
-            for number in range(first, min(first + fit, share.count)):
-                device = _device(share, (number - first) * share.of.devices)
-                name = f"{share.role}-{number}"
-                machine = f"{share.of.hardware} machine {first // fit}"
-                yield _joined(
-                    f"bascule worker {model} --join tcp://ROUTER:8100 --host THIS-MACHINE --id {name}",
-                    f"--role {share.role} --device {device} --kv-memory {_memory(share)} {_KEY}",
-                    _bounds(slo) + f"    # on {machine}",
-                )
+    for placed in _placed(candidate, links):
+        share = placed.share
+        yield _joined(
+            f"bascule worker {model} --join tcp://ROUTER:8100 --host THIS-MACHINE --id {share.role}-{placed.number}",
+            f"--role {share.role} --device {placed.device} {_engine(share)} {_KEY}",
+            _bounds(slo) + f"    # on {share.of.hardware} machine {placed.machine}",
+        )
 
 
-def _attached(candidate: Candidate, model: str, slo: Slo) -> Started:
+def _attached(candidate: Candidate, model: str, slo: Slo, links: Links) -> Started:
     if any(share.role is not Role.MIXED for share in candidate.shares):
         return Started(
             commands=(),
@@ -83,25 +102,32 @@ def _attached(candidate: Candidate, model: str, slo: Slo) -> Started:
             "of several GPUs cannot be started yet; its figures say what it would be worth",
         )
     [share] = candidate.shares
-    ports = [8001 + number for number in range(share.count)]
-    lines = [f"vllm serve {model} --tensor-parallel-size {share.of.devices} --port {port}" for port in ports]
-    urls = ",".join(f"http://HOST:{port}" for port in ports)
+    servers = list(_placed(candidate, links))
+    lines = [
+        f"CUDA_VISIBLE_DEVICES={','.join(str(one.first + gpu) for gpu in range(share.of.devices))} "
+        f"vllm serve {model} --tensor-parallel-size {share.of.devices} --port {8001 + one.number}"
+        f"    # on machine {one.machine}"
+        for one in servers
+    ]
+    urls = ",".join(f"http://MACHINE-{one.machine}:{8001 + one.number}" for one in servers)
     policy = "replicated" if candidate.architecture == "single" else candidate.architecture
     lines.append(_joined(f"bascule router {model} --policy {policy} --attach {urls}", _bounds(slo)))
-    return Started(
-        commands=tuple(lines),
-        note="workers of several GPUs are servers with tensor parallelism, started apart and attached",
+    note = "workers of several GPUs are servers with tensor parallelism, started apart and attached"
+    if (known := share.of.analytic) is not None:
+        note += f"; the figures are of {known.framework} with {known.weights} weights: give a MODEL in that form"
+    return Started(commands=tuple(lines), note=note)
+
+
+def _engine(share: Share) -> str:
+    """Flags of the engine that the figures are of."""
+    kind, default = share.of.kind, EngineConfig()
+    given = (
+        ("chunk-tokens", kind.chunk_tokens, default.chunk_tokens),
+        ("step-tokens", kind.step_tokens, default.step_tokens),
+        ("max-sequences", kind.max_sequences, default.max_sequences),
     )
-
-
-def _device(share: Share, first: int) -> str:
-    if share.of.device == "cuda":
-        return f"cuda:{first}"
-    return "cpu:" + "+".join(str(first + core) for core in range(share.of.devices))
-
-
-def _memory(share: Share) -> str:
-    return f"{-(-share.of.kind.kv_tokens * share.of.kv_token_bytes // 2**20)}MiB"
+    memory = f"--kv-memory {-(-kind.kv_tokens * share.of.kv_token_bytes // 2**20)}MiB"
+    return " ".join([memory, *(f"--{name} {value}" for name, value, usual in given if value != usual)])
 
 
 def _bounds(slo: Slo) -> str:

@@ -137,7 +137,7 @@ def _goodputs(search: Search, setting: Setting, money: float, name: str) -> tupl
 
 
 def _brief(setting: Setting) -> Setting:
-    return replace(setting, requests=min(setting.count, _BRIEF))
+    return replace(setting, requests=max(min(setting.count, _BRIEF), setting.least))
 
 
 def _promise(scale: Scale, one: Candidate) -> tuple[float, float]:

@@ -141,7 +141,7 @@ class Search:
         if self.ask.objective == "goodput":
             return result.goodput
         if self.keeps(result):
-            return 1.0 + 1.0 / (1.0 + result.candidate.money)
+            return 2.0 + 1.0 / (1.0 + result.candidate.money)  # by more than counts as equal
         return min(result.met, 1.0)
 
     def _simplicity(self, result: Result) -> tuple[int, float]:
@@ -153,10 +153,10 @@ class Search:
     def _cheapest(self) -> list[Result]:
         """The cheapest that keep the SLO, and the best of each architecture for that money."""
         able = [one for one in self.all if self.scale.of(one).may_keep(self.ask.attainment)]
-        money = self._least_money(able, _levels(able))
-        if money is None:
+        first = self._first(able)
+        if first is None:
             return self._halved(self._promising(largest(self.all), _TRIED))
-        keepers = self._keepers(able, money)
+        money, keepers = first
         others = self.best_of_each(money)
         others += [
             one
@@ -167,8 +167,18 @@ class Search:
         last = list(dict.fromkeys([*keepers, *others]))
         return self.ranked(self._results(last, self.ask.seeds, f"the last {len(last)} candidates"))
 
+    def _first(self, able: Sequence[Candidate]) -> tuple[float, list[Candidate]] | None:
+        """The lowest price at which something keeps the SLO by all seeds, and what does; None where nothing does."""
+        levels = _levels(able)
+        while (money := self._least_money(able, levels)) is not None:
+            tried = self._results(self._keepers(able, money), self.ask.seeds, f"candidates at {money:.3g}")
+            if kept := [one.candidate for one in tried if self.keeps(one)]:
+                return money, kept
+            levels = [one for one in levels if one > money]
+        return None
+
     def _least_money(self, able: Sequence[Candidate], levels: Sequence[float]) -> float | None:
-        """The lowest price at which something keeps the SLO: searched for in growing steps from below, then halved."""
+        """The lowest price at which something keeps the SLO by two seeds: in growing steps from below, then halved."""
         low, high, step = -1, 0, 1
         while high < len(levels) and not self._keepers(able, levels[high]):
             low, high, step = high, high + step, 2 * step
@@ -199,9 +209,8 @@ class Search:
             budget = self.ask.budget.times(factor)
             more = candidates(self.ask.classes, budget, self.ask.architectures)
             able = [one for one in more if self.scale.of(one).may_keep(self.ask.attainment) and one not in self.all]
-            money = self._least_money(able, _levels(able))
-            if money is not None:
-                return self._keepers(able, money)[0]
+            if (first := self._first(able)) is not None:
+                return first[1][0]
         return None
 
     # ------------------------------------------------------------ inside
@@ -246,9 +255,11 @@ def decided(one: Result, other: Result, figure: Callable[[Result], Sequence[floa
 def _levels(able: Sequence[Candidate]) -> list[float]:
     """Prices, those that are nearly equal as one."""
     levels: list[float] = []
+    least = 0.0
     for money in sorted(one.money for one in able):
-        if not levels or money > levels[-1] * (1 + EQUAL):
+        if not levels or money > least * (1 + EQUAL):
             levels.append(money)
+            least = money
         else:
             levels[-1] = money
     return levels

@@ -20,6 +20,8 @@ _LEAST, _MOST = 80, 360
 _SECONDS = 30.0
 _PER_CLIENT = 4
 """Requests of a simulation: so many seconds of arrivals, or so many of each client, within the first two."""
+_EACH = 2
+"""Every client of a closed loop has so many at the least: with fewer, it would be a burst."""
 _OVERHEADS = Overheads(step_s=0.0, stream_s=0.0)
 """Those of a step are in the classes' own costs: catalogue ones were fitted with them."""
 Heard = Callable[[str], None]
@@ -41,7 +43,12 @@ class Setting(Struct, frozen=True, kw_only=True):
             return self.requests
         demand = self.demand
         wanted = _PER_CLIENT * demand.clients if demand.clients is not None else _SECONDS * (demand.rate or 0.0)
-        return int(min(max(wanted, _LEAST), _MOST))
+        return max(int(min(max(wanted, _LEAST), _MOST)), self.least)
+
+    @property
+    def least(self) -> int:
+        """Fewer requests would not be this load."""
+        return _EACH * (self.demand.clients or 0)
 
     def cluster(self, candidate: Candidate) -> Cluster:
         """As the simulator takes it."""

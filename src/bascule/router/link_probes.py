@@ -16,6 +16,8 @@ from bascule.wire import RouterMessage
 
 ANSWER_S = 8.0
 """A worker answers within 5 s, unless it cannot be reached."""
+_BEYOND = 0.1
+"""By so much of one block's time all must take longer, or the difference is chance."""
 
 
 class LinkProbes:
@@ -36,7 +38,7 @@ class LinkProbes:
             probe=uuid.uuid4().hex,
             target=target.registration.peer,
             transport=transport,
-            blocks=max(1, min(size // layout.block_bytes, target.registration.kv_blocks // 2)),
+            blocks=max(1, min(size // layout.block_bytes, target.registration.kv_blocks // 2, _room(target))),
             runs=runs,
         )
         self._wish, self._ends = wish, (source.id, target.id)
@@ -88,6 +90,10 @@ class LinkProbes:
         for member in (source, target):
             if member.suspect:
                 raise Conflict(f"Worker {member.id} sends no heartbeats; try again once it does.", code="busy")
+        if (why := source.load.unreachable.get(target.id)) is not None:
+            raise Conflict(f"{source.id} does not reach {target.id} at {why}.", code="not_measured")
+        if target.load.promised or _room(target) < 1:
+            raise Conflict(f"{target.id} has no room for KV now; try again later.", code="busy")
         step = target.load.step
         if step is not None and step.prefilling:
             raise Conflict(f"{target.id} has {step.prefilling} prompts to compute; try again later.", code="busy")
@@ -107,7 +113,7 @@ def _report(source: Member, target: Member, transport: str, found: LinkMeasured)
         block_s=found.block_s,
         push_s=found.push_s,
         latency_s=median(found.reserve_s) + median(found.block_s),
-        bytes_per_s=size / max(median(found.push_s), 1e-9),
+        bytes_per_s=_rate(size, found),
         model=card.name,
         fingerprint=card.fingerprint,
         context=card.context,
@@ -115,3 +121,16 @@ def _report(source: Member, target: Member, transport: str, found: LinkMeasured)
         chunk_tokens=registration.chunk_tokens,
         cost=source.load.cost or registration.cost,
     )
+
+
+def _room(target: Member) -> int:
+    """Blocks that nothing holds, as of its latest heartbeat: more would wait, and what comes behind it too."""
+    return target.registration.kv_blocks - target.load.kv_blocks_leased - target.load.kv_blocks_quarantined
+
+
+def _rate(size: int, found: LinkMeasured) -> float:
+    """Bytes/s: what further blocks took beyond the first, which has the way there and back in it, as all have."""
+    block_s, push_s = median(found.block_s), median(found.push_s)
+    if found.blocks > 1 and push_s > (1 + _BEYOND) * block_s:
+        return size * (1 - 1 / found.blocks) / (push_s - block_s)
+    return size / max(push_s, 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -101,12 +102,21 @@ def simulate_all(tasks: Sequence[Task], jobs: int, heard: Heard) -> list[dict[st
     if jobs < 2 or len(tasks) < 2:
         return [simulate(task, partial(heard, number)) for number, task in enumerate(tasks)]
     found: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        numbers = {pool.submit(simulate, task): number for number, task in enumerate(tasks)}
-        for done in as_completed(numbers):
-            number = numbers[done]
-            found[number] = done.result()
-            heard(number, found[number]["requests"])
+    deaf = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+    with ProcessPoolExecutor(
+        min(jobs, len(tasks)), multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=deaf
+    ) as pool:
+        try:
+            numbers = {pool.submit(simulate, task): number for number, task in enumerate(tasks)}
+            for done in as_completed(numbers):
+                number = numbers[done]
+                found[number] = done.result()
+                heard(number, found[number]["requests"])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return [found[number] for number in range(len(tasks))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +24,9 @@ def cells_of(tasks: Sequence[Task], found: Sequence[dict[str, Any]], prices: dic
     for (architecture, workers, level), numbers in groups.items():
         slo = tasks[numbers[0]].cluster.slo
         per_seed = [dict(found[number]) for number in numbers]
-        hourly = sum(prices.get(pool.kind.name, 0.0) * pool.count for pool in tasks[numbers[0]].cluster.pools)
-        if hourly:
+        pools = tasks[numbers[0]].cluster.pools
+        hourly = sum(prices.get(pool.kind.name, math.nan) * pool.count for pool in pools)
+        if hourly > 0:  # every class has a price
             for each in per_seed:
                 each["cost_per_million_output_tokens"] = hourly / 3600 / max(each["output_tokens_per_s"], 1e-12) * 1e6
         rates = [each.pop("rate_offered") for each in per_seed]
@@ -56,7 +58,7 @@ def crossover(tasks: Sequence[Task], found: Sequence[dict[str, Any]]) -> dict[st
     kinds = {level_of(task.level).clients is None for task in tasks if task.level}
     if len(kinds) != 1 or not {"replicated", "disaggregated"} <= {task.architecture for task in tasks}:
         return None
-    levels = list(dict.fromkeys(task.level for task in tasks))
+    levels = sorted({task.level for task in tasks}, key=_number)
     values: list[float] = []
     for seed in dict.fromkeys(task.seed for task in tasks):
         split, whole = ([goodput[name, level, seed] for level in levels] for name in ("disaggregated", "replicated"))

@@ -22,7 +22,7 @@ from bascule.kv.transfer.select import open_session
 from bascule.link_wire import LinkMeasured, MeasureLink
 from bascule.peer_wire import Abort, HandoffRefused, PeerMessage, Prepare, Reserved
 from bascule.types import ModelCard, RequestId, SamplingParams, TicketId
-from bascule.worker.outgoing import close_late
+from bascule.worker.outgoing import Endings, close_late
 from bascule.worker.parts import Identity
 from bascule.worker.peers import Peers
 
@@ -63,7 +63,9 @@ class LinkProbe:
         self._send = send
         self._task: asyncio.Task[None] | None = None
         self._answers: dict[TicketId, asyncio.Future[Reserved]] = {}
-        self._thread = ThreadPoolExecutor(1, "kv-probe")
+        self._endings = Endings()
+        self._thread: ThreadPoolExecutor
+        """Of the probe under way: one that hangs in a connection holds up no later one."""
 
     def measure(self, wish: MeasureLink) -> None:
         """Answers in any case; says that this worker is busy where it has prompts before it, or another probe."""
@@ -92,7 +94,7 @@ class LinkProbe:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        await self._endings.close()
 
     def _answer(self, wish: MeasureLink, **found: object) -> None:
         identity = self._identity
@@ -101,12 +103,15 @@ class LinkProbe:
     async def _run(self, wish: MeasureLink) -> None:
         runs: list[tuple[float, float, float]] = []
         reason, blocks = "", 1
+        self._thread = ThreadPoolExecutor(1, "kv-probe")
         try:
             async with asyncio.timeout(BUDGET_S):
                 await self._once(wish, 1)  # which also connects
                 _, block_s, _ = await self._once(wish, 1)
-                blocks = self._most_blocks(wish, block_s)
-                await self._once(wish, blocks)
+                few = self._most_blocks(wish, block_s)
+                _, block_s, push_s = await self._once(wish, few)
+                # Over a link where most of the first was the way there and back, more go into the same time.
+                blocks = max(few, self._most_blocks(wish, max(push_s - block_s, 0.0) / (few - 1))) if few > 1 else few
                 while len(runs) < wish.runs:
                     await asyncio.sleep(_PAUSE_S)
                     runs.append(await self._once(wish, blocks))
@@ -117,6 +122,8 @@ class LinkProbe:
         except Exception as error:
             log.exception("a link could not be measured")
             reason = f"{type(error).__name__}: {error}"
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
         if reason:
             self._answer(wish, reason=reason)
             return
@@ -146,11 +153,16 @@ class LinkProbe:
             raise _Refused(f"{wish.transport}: {error}") from error
         finally:
             self._answers.pop(ticket, None)
+            await self._endings.run(self._end(wish, ticket, session))
+        return reserve_s, block_s, push_s
+
+    async def _end(self, wish: MeasureLink, ticket: TicketId, session: Session | None) -> None:
+        try:
             if session is not None:
                 # A push under way in the thread ends with an error, and writes nothing after this.
-                await asyncio.shield(asyncio.to_thread(session.close))
+                await asyncio.to_thread(session.close)
+        finally:
             self._peers.send(wish.target, Abort(ticket))
-        return reserve_s, block_s, push_s
 
     async def _reserve(self, wish: MeasureLink, ticket: TicketId, secret: bytes, blocks: int) -> Reserved:
         size, vocab = self._card.layout.block_size, self._card.vocab

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from threading import Lock
 from time import perf_counter
@@ -80,6 +80,24 @@ class Sent(Struct, frozen=True):
     wire_bytes: int
     link_s: float
     """Seconds in which the link had something to send."""
+
+
+class Endings:
+    """What is done to its end, though who began it is cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, work: Coroutine[None, None, None]) -> None:
+        """Returns at the end of `work`, or when the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Until all is done."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Pusher:

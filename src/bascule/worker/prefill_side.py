@@ -41,7 +41,7 @@ from bascule.types import ModelCard, TicketId, WorkerId
 from bascule.wire import PeerAddress, Submit
 from bascule.worker.deadlines import Deadlines
 from bascule.worker.learning import Links
-from bascule.worker.outgoing import Outgoing, Pusher, close_late
+from bascule.worker.outgoing import Endings, Outgoing, Pusher, close_late
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class PrefillSide:
         self._pusher = Pusher(arena)
         self._by_key: dict[Key, Outgoing] = {}
         self._by_ticket: dict[TicketId, Outgoing] = {}
+        self._endings = Endings()
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="push")
 
     # ------------------------------------------------------------ what the worker tells
@@ -175,6 +176,7 @@ class PrefillSide:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._endings.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------ one handoff
@@ -234,9 +236,14 @@ class PrefillSide:
             self.links.handed_over(handoff.decode.worker, handoff.late_bytes, exposed)
         finally:
             self._by_ticket.pop(ticket, None)
+            await self._endings.run(self._end(handoff, ticket, session, accepted))
+
+    async def _end(self, handoff: Outgoing, ticket: TicketId, session: Session | None, accepted: bool) -> None:
+        try:
             if session is not None:
                 # A push that is under way in a thread sees the closed session and stops; no write comes after this.
-                await asyncio.shield(asyncio.to_thread(session.close))
+                await asyncio.to_thread(session.close)
+        finally:
             if not accepted:
                 self._peers.send(handoff.decode, Abort(ticket))
 

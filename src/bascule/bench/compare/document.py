@@ -65,6 +65,7 @@ _STYLE = """
 td[class], td:first-child, th { white-space: nowrap; padding-right: 10px; }
 h3 { font-size: 14px; margin: 18px 0 4px; } body { max-width: 1000px; }
 .win { font-weight: 600; } .open, .below { color: var(--muted); } .below { font-size: 12px; font-weight: 400; }
+.open .below { white-space: normal; }
 .chip { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 6px; }
 pre { font-size: 12px; overflow-x: auto; background: var(--faint-fill); padding: 10px 12px; border-radius: 6px; }
 """

@@ -110,17 +110,22 @@ class Compared:
                 made[metric.key, level] = table
         return made
 
+    @cached_property
+    def counted(self) -> list[int]:
+        """The levels of which chance is known, as they have several seeds; all where none has."""
+        return [level for level in self.levels if len(self.found.cells(level)) > 1] or self.levels
+
     def overall(self, ours: str, theirs: str) -> Ratio:
-        """Of the goodput, averaged over all levels, each of which counts alike."""
+        """Of the goodput, averaged over the levels that count, each of which counts alike."""
         mine, other = (
-            [[self._share(GOODPUT, run) for run in self.runs(name, level)] for level in self.levels]
+            [[self._share(GOODPUT, run) for run in self.runs(name, level)] for level in self.counted]
             for name in (ours, theirs)
         )
         return strata_ratio(list(zip(mine, other, strict=True)))
 
     def mean_goodput(self, name: str) -> float:
-        """Requests/s, averaged over all levels."""
-        shares = ([self._share(GOODPUT, run) for run in self.runs(name, level)] for level in self.levels)
+        """Requests/s, averaged over the levels that count."""
+        shares = ([self._share(GOODPUT, run) for run in self.runs(name, level)] for level in self.counted)
         return statistics.fmean(sum(one.count for one in level) / sum(one.over for one in level) for level in shares)
 
     def _share(self, metric: Metric, run: Run) -> Share:
@@ -132,12 +137,12 @@ class Compared:
         """From which level on `ours` has more goodput; levels at which neither has any say nothing."""
         levels: list[float] = []
         draws = []
-        for level in self.levels:
+        for level in self.counted:
             mine, other = ([self._share(GOODPUT, run) for run in self.runs(name, level)] for name in (ours, theirs))
             if any(share.count for share in (*mine, *other)):
                 levels.append(level)
                 draws.append(share_draws(mine, other))
-        found = crossover(levels, draws)
+        found = crossover(levels, draws, min((len(self.found.cells(level)) for level in self.counted), default=0))
         return {"metric": GOODPUT.key, "architecture": ours, "over": theirs, **found}
 
     def crossovers(self) -> list[dict[str, Any]]:

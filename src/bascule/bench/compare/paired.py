@@ -143,7 +143,8 @@ def strata_ratio(strata: Sequence[tuple[Sequence[Share], Sequence[Share]]], leas
     """Of the sums of our and their rates over several levels, whose seeds are drawn apart from each other.
 
     Each level of two seeds or more is as many witnesses as it has seeds; of how much they know together, Welch and
-    Satterthwaite tell. Levels of one seed are left out.
+    Satterthwaite tell. Levels of one seed are left out; where there are no others, they give a ratio without an
+    interval.
     """
     ours, theirs = np.zeros(DRAWS), np.zeros(DRAWS)
     found: list[tuple[int, float, float, Numbers, Numbers]] = []
@@ -160,7 +161,9 @@ def strata_ratio(strata: Sequence[tuple[Sequence[Share], Sequence[Share]]], leas
         found.append((len(mine), float(whole[0]), float(whole[1]), parts[:, 0], parts[:, 1]))
         ours, theirs = ours + parts[:, 0], theirs + parts[:, 1]
     if not found:
-        return UNKNOWN
+        once = [(a, b) for mine, other in strata for a, b in zip(mine, other, strict=True)]
+        rows = _rates(np.array([(a.count, a.over, b.count, b.over) for a, b in once], float).reshape(-1, 4), least)
+        return Ratio(float(rows[:, 0].sum() / rows[:, 1].sum()), 0.0, math.inf, 1) if once else UNKNOWN
     value = sum(a for _, a, _, _, _ in found) / sum(b for _, _, b, _, _ in found)
     variances = [(seeds, float(np.var(a - value * b))) for seeds, _, _, a, b in found]
     total = sum(variance for _, variance in variances)
@@ -228,14 +231,17 @@ def first_ahead(levels: Sequence[float], ahead: Sequence[bool]) -> float:
     return first
 
 
-def crossover(levels: Sequence[float], draws: Sequence[tuple[float, Numbers]]) -> dict[str, float | None]:
+def crossover(levels: Sequence[float], draws: Sequence[tuple[float, Numbers]], seeds: int) -> dict[str, float | None]:
     """`value`, `lo` and `hi` of the level from which on one side stays ahead; None for none in this range.
 
-    `draws` are of the logarithm of its ratio to the other at each level; `share` is of the draws that have a crossover.
+    `draws` are of the logarithm of its ratio to the other at each level; `share` is of the draws that have a crossover,
+    None where a level has one `seeds`, which says nothing of chance.
     """
     if not levels:
         return {"value": None, "lo": None, "hi": None, "share": 0.0}
     value = first_ahead(levels, [middle > 0 for middle, _ in draws])
+    if seeds < 2:
+        return {"value": _finite(value), "lo": None, "hi": None, "share": None}
     firsts = np.array(
         [first_ahead(levels, row) for row in (np.stack([found for _, found in draws], axis=1) > 0).tolist()]
     )

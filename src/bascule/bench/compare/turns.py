@@ -202,8 +202,8 @@ class Comparison:
             if self.stop.is_set():
                 return
             if self._time_for(self._expected(level)):
-                await self._group(Cell(level, seed))
-                if seed == 1 and self._hopeless(level):
+                counts = await self._group(Cell(level, seed))
+                if counts and seed == 1 and self._hopeless(level, "would be worse and were not measured"):
                     break
 
     async def _widen(self, done: int) -> None:
@@ -218,15 +218,16 @@ class Comparison:
                 for seed in range(1, done + 1):
                     await self._group(Cell(level, seed))
 
-    async def _group(self, cell: Cell) -> None:
-        """All systems with the same requests, in a random order; counts only if none is stopped."""
+    async def _group(self, cell: Cell) -> bool:
+        """All systems with the same requests, in a random order; counts, and is True, only if none is stopped."""
         begin, runs = time.monotonic(), {}
         for system in self._order(cell.seed, cell.level):
             if self.stop.is_set() or (run := await self._turn(system, cell)) is None:
-                return
+                return False
             runs[system.name, cell] = run
         self.took[cell.level] = time.monotonic() - begin
         self.found.runs.update(runs)
+        return True
 
     def _expected(self, level: int) -> float:
         """Seconds that a level takes: as long as the last time, else as estimated, by how far estimates were off."""
@@ -251,7 +252,7 @@ class Comparison:
         self.took[0] = time.monotonic() - begin
         self.found.runs.update(runs)
         if seed == 1:
-            any(self._hopeless(level) for level in self._to_measure)
+            any(self._hopeless(level, "have one run each, and no more") for level in self._to_measure)
 
     _last: int = 0
     """The highest level that is still worth measuring."""
@@ -260,9 +261,9 @@ class Comparison:
     def _to_measure(self) -> list[int]:
         return [level for level in self.found.plan.levels if level <= self._last]
 
-    def _hopeless(self, level: int) -> bool:
-        """Whether the sweep ends with this level, after the first seed; says so."""
-        so_far = [each for each in self.found.plan.levels if each <= level]
+    def _hopeless(self, level: int, higher_ones: str) -> bool:
+        """Whether the sweep ends with this level, after the first seed; says so, and what of the higher ones."""
+        so_far = [each for each in self.found.levels if each <= level]
         at = [[(name, run) for (name, cell), run in self.found.runs.items() if cell.level == each] for each in so_far]
         met = [{name: sum(record.meets(self.slo) for record in run.records) for name, run in runs} for runs in at]
         output = [{name: run.output_tokens_per_s for name, run in runs} for runs in at]
@@ -272,7 +273,7 @@ class Comparison:
         self._last = level
         words = (
             f"the sweep ends at {level} clients: no request met the SLO there, with any architecture; "
-            f"{', '.join(map(str, higher))} would be worse and were not measured"
+            f"{', '.join(map(str, higher))} {higher_ones}"
         )
         self.found.notes.append(words)
         self.hearer.says(words)

@@ -64,8 +64,9 @@ def _split_words(compared: Compared, decided: Mapping[str, Any]) -> str:
         return f"Nothing can be said of splitting: {decided['why']}."
     split, whole = decided["best_split"], decided["best_whole"]
     overall = _times(compared.overall(split, whole))
+    over = "all levels" if compared.counted == compared.levels else _levels(compared.counted)
     figure = (
-        f"over all levels {split} has {overall} the goodput of {whole} "
+        f"over {over} {split} has {overall} the goodput of {whole} "
         f"({compared.mean_goodput(split):.3g} against {compared.mean_goodput(whole):.3g} requests/s)"
     )
     pays, loses = decided["pays_at"], decided["loses_at"]
@@ -99,6 +100,9 @@ def crossover_words(crossed: Mapping[str, Any], levels: Sequence[int]) -> str:
     ours, over = crossed["architecture"], crossed["over"]
     if len(levels) < 2:
         return f"{ours} over {over}: cannot be told from one level"
+    if crossed["share"] is None:
+        told = "nowhere" if crossed["value"] is None else f"from {crossed['value']:g} clients on"
+        return f"{ours} over {over}: ahead {told} with the one seed there was, which decides nothing"
     share = f"{100 * crossed['share']:.0f} % of the bootstrap draws"
     if crossed["value"] is None:
         return f"{ours} over {over}: none in this range ({levels[0]} to {levels[-1]} clients; {share} have one)"
