@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from time import monotonic, sleep
 
 import pytest
 from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, value_of
 
+from bascule.clock import VirtualClock
 from bascule.kv.store.base import Fault
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
@@ -284,7 +285,8 @@ def test_two_processes_on_one_directory_keep_the_bound_together(tmp_path: Path) 
 
 
 def test_a_directory_that_somebody_keeps_locked_takes_no_more_than_its_bound(tmp_path: Path, stack: ExitStack) -> None:
-    store = stack.enter_context(closing(DirectoryStore(tmp_path, 4500, timeout_s=0.5)))
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 4500, timeout_s=PATIENT)))
+    store._patience_s = 0.25  # for room, of which there is none
     names = [name_of(number) for number in range(20)]
     with (tmp_path / "v1" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -304,17 +306,22 @@ def test_a_smaller_bound_than_before_is_come_down_to(tmp_path: Path, stack: Exit
 
 
 def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = DirectoryStore(tmp_path, ROOM, timeout_s=0.3)
-    store.put({A: b"a"})
+    with closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)) as first:
+        first.put({A: b"a"})
+    store, free, took = DirectoryStore(tmp_path, ROOM, timeout_s=1.0), Event(), []
+
+    def hang(*_: object) -> None:
+        assert free.wait(PATIENT)
+
     with monkeypatch.context() as hung:
-        hung.setattr(store._folder, "read", lambda *_: sleep(2))
-        hung.setattr(store._folder, "check", lambda: sleep(2))
-        took = []
+        hung.setattr(store._folder, "read", hang)
+        hung.setattr(store._folder, "check", hang)
         for _ in range(4):
             began = monotonic()
             assert store.get([A, B]) == [None, None]
             took.append(monotonic() - began)
-        assert sum(took[1:]) < 3 * 0.3
+        assert sum(took[1:]) < 3 * 1.0
+    free.set()
     assert store.stats().errors == {Fault.SLOW: 2, Fault.SKIPPED: 6}
     wait_until(lambda: store.get([A]) == [b"a"], "the file system")
     store.close()
@@ -323,13 +330,16 @@ def test_a_file_system_that_hangs_costs_one_timeout(tmp_path: Path, monkeypatch:
 def test_a_large_folder_takes_long_to_list_and_is_not_slow_for_that(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=0.5)))
+    """By a clock that stands still but for the listing: all of it takes 1.7 s, and a step 0.2 s at most."""
+    store, clock = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=0.5))), VirtualClock()
+    store._reads._clock = store._writes._clock = clock
     names = [BlockHash(bytes([number]) * 16) for number in range(16)]
     assert store.put(dict.fromkeys(names, b"a")) == 16
     scandir = os.scandir
 
     def slow(path: str) -> Iterator[os.DirEntry[str]]:
-        sleep(0.05)
+        clock.advance(0.1)
+        sleep(0.05)  # 0.85 s in all: whoever waits for 0.5 s looks at the clock
         return scandir(path)
 
     with monkeypatch.context() as patch:

@@ -77,9 +77,10 @@ def test_a_split_cluster_never_hands_kv_to_an_attached_server(direct: Cluster) -
     with serve("smollm2", *MOCK, "--prefill", "1", "--decode", "1", "--attach", direct.url) as both:
         routes = {both.complete([index, 5, 6], max_tokens=3)["route"] for index in range(8)}
         assert routes == {"remote;prefill=prefill-0;decode=decode-0"}
-        for worker in ("prefill-0", "decode-0"):
-            os.kill(both.pid(worker), signal.SIGKILL)
-        both.wait(lambda state: len(state["workers"]) < 3, "the workers are gone")
+        pids = {both.pid(worker) for worker in ("prefill-0", "decode-0")}
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        both.wait(lambda state: not pids & {worker["pid"] for worker in state["workers"]}, "the workers are gone")
         assert len(both.complete([1, 5, 6], max_tokens=3)["choices"][0]["token_ids"]) == 3
 
 
@@ -87,6 +88,7 @@ def test_a_killed_server_costs_no_greedy_request_and_a_sampled_one_says_why_it_e
     died = pytest.raises(AssertionError, match=f"exit code -{signal.SIGKILL.value}")
     with died, serve("smollm2", *slow, "--policy", "single") as server:
         flags = [*slow, "--policy", "replicated", "--mixed", "1", "--balance", "round-robin", "--attach", server.url]
+        flags += ["--suspect-after=3", "--dead-after=10"]
         with serve("smollm2", *flags) as both:
             expected = both.complete([1, 2, 3], max_tokens=LONG)["choices"][0]["token_ids"]
             greedy: list[list[int]] = []

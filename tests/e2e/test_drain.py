@@ -207,7 +207,7 @@ def test_with_all_workers_drained_requests_wait_and_ready_says_so(cluster: Clust
 
 
 def test_a_second_signal_ends_a_worker_at_once_and_its_requests_go_elsewhere(cluster: Cluster) -> None:
-    body = {**bodies(cluster.model)[1], "max_tokens": 200}
+    body = {**bodies(cluster.model)[1], "max_tokens": 400}
     seen = len(cluster.log.read_text())
     with ThreadPoolExecutor(2) as pool:
         streams = [pool.submit(stream, cluster.url, body) for _ in range(2)]
@@ -219,7 +219,7 @@ def test_a_second_signal_ends_a_worker_at_once_and_its_requests_go_elsewhere(clu
         cluster.wait(lambda state: one(state, "decode-0")["state"] == "draining", "it drains")
         os.kill(pid, signal.SIGTERM)
         moved, stayed = (future.result(60) for future in streams)
-    assert moved == stayed and len(moved) == 200
+    assert moved == stayed and len(moved) == 400
     assert cluster.log.read_text()[seen:].count("is placed again") == 1
     cluster.wait(lambda state: len(state["workers"]) == 3, "it is back", 60)
     cluster.wait_idle()

@@ -48,7 +48,8 @@ def complete(cluster: Cluster, headers: dict[str, str] | None = None, **fields: 
 
 
 def test_a_request_is_explained_by_the_id_that_its_client_has(cluster: Cluster) -> None:
-    request_id, route = complete(cluster)
+    # Tokens that arrive together after a moment's standstill are few among so many.
+    request_id, route = complete(cluster, max_tokens=300)
     shown = run_cli("explain", request_id)
     assert shown.returncode == 0, shown.stderr
     assert re.search(rf"chosen.*{route}", shown.stdout) and "TTFT" in shown.stdout
@@ -57,7 +58,7 @@ def test_a_request_is_explained_by_the_id_that_its_client_has(cluster: Cluster) 
     assert route in [candidate["placement"] for candidate in record["candidates"]]
     assert all(candidate["predicted"].keys() == TERMS for candidate in record["candidates"])
     actual = record["actual"]
-    assert (actual["output_tokens"], actual["finish"]) == (20, "length")
+    assert (actual["output_tokens"], actual["finish"]) == (300, "length")
     assert 0 < actual["ttft_s"] < actual["e2e_s"] and 0.005 < actual["tpot_s"] <= actual["gap_s"]
 
 

@@ -23,6 +23,7 @@ from support.oracle import Reference
 from support.redis_server import RedisProcess, redis_process, wait_until
 
 OUTPUT = 6
+TRIES = 3
 SECRET = "open-sesame"
 FLAGS = ["--policy", "adaptive", "--mixed", "2", "--dtype", "float32", "--kv-memory", "72MiB"]
 
@@ -95,32 +96,53 @@ def quick_disk() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.timeout(400)
+def damage(folder: Path, at: int) -> None:
+    """Another byte in each try: one that is changed twice is what it was."""
+    for file in folder.glob("v1/??/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2 + at] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.timeout(600)
 def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Reference], quick_disk: Path) -> None:
+    """A tier that is slow for a moment takes and gives nothing for a while: what it lacks then is saved in one try and
+    found in the next. A tier that never gives its blocks fails all tries."""
     # A tier that is slow for a moment costs one long prompt its load, which is then computed, as it should be.
     most = sum(len(one.prompt) for one in asked) - max(len(one.prompt) for one in asked) - 500
+    invalid = ("bascule_kv_store_invalid_total", "disk", "checksum")
     with redis_process() as redis, serve("smollm2", *FLAGS, *store_flags(quick_disk, redis)) as cluster:
+
+        def ask_new_workers(damaged_at: int | None = None) -> Load:
+            kill_workers(cluster)
+            clear("--host")
+            if damaged_at is not None:
+                damage(quick_disk, damaged_at)
+            loaded = ask_all(cluster, asked)
+            wait_saved(cluster)
+            return loaded
+
         clear("--host")
         ask_all(cluster, asked)
         wait_saved(cluster)
-        assert ask_all(cluster, asked)["host"] > 1000, "evicted blocks come from the host"
-
-        kill_workers(cluster)
-        clear("--host")
-        loaded = ask_all(cluster, asked)
-        assert loaded["disk"] > most
+        given = [ask_all(cluster, asked)["host"]]
+        while given[-1] <= 1000 and len(given) < TRIES:
+            wait_saved(cluster)
+            given.append(ask_all(cluster, asked)["host"])
+        assert given[-1] > 1000, f"evicted blocks come from the host: {given}"
         wait_saved(cluster)
 
-        kill_workers(cluster)
-        clear("--host")
-        for file in quick_disk.glob("v1/??/*"):
-            data = bytearray(file.read_bytes())
-            data[len(data) // 2] ^= 1
-            file.write_bytes(data)
-        loaded = ask_all(cluster, asked)
-        assert loaded["remote"] > most
-        assert loaded["disk"] == 0
-        assert metrics(cluster)["bascule_kv_store_invalid_total", "disk", "checksum"] > 100
+        given = [ask_new_workers()["disk"]]
+        while given[-1] <= most and len(given) < TRIES:
+            given.append(ask_new_workers()["disk"])
+        assert given[-1] > most, given
+
+        found: list[tuple[int, float]] = []
+        while not found or (len(found) < TRIES and not (found[-1][0] > most and found[-1][1] > 100)):
+            loaded = ask_new_workers(damaged_at=len(found))
+            assert loaded["disk"] == 0
+            found.append((loaded["remote"], metrics(cluster).get(invalid, 0)))
+        assert found[-1][0] > most and found[-1][1] > 100, found
         cluster.wait_idle()
     assert not any((Path("/dev/shm") / f"bascule-{os.getuid()}" / "v1").glob("??/*")), "memory is given back"
 
@@ -134,12 +156,23 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mocked() -> Iterator[dict[tuple[int, ...], list[int]]]:
-    """Prompts and what the mock engine, whose tokens depend on every byte of KV, says to them without a store."""
+def rounds() -> list[dict[tuple[int, ...], list[int]]]:
+    """Prompts and what the mock engine, whose tokens depend on every byte of KV, says to them without a store: in each
+    round the same lengths, and nothing in common."""
     draw = Random(1)
-    prompts = [tuple(draw.randrange(100, 40_000) for _ in range(length)) for length in range(100, 1000, 90)]
+    lengths = range(100, 1000, 90)
+    drawn = [[tuple(draw.randrange(100, 40_000) for _ in range(length)) for length in lengths] for _ in range(TRIES)]
     with serve("smollm2", "--engine", "mock", "--policy", "single") as cluster:
-        yield {prompt: tokens_of(cluster.complete(list(prompt), max_tokens=OUTPUT)) for prompt in prompts}
+        return [
+            {prompt: tokens_of(cluster.complete(list(prompt), max_tokens=OUTPUT)) for prompt in prompts}
+            for prompts in drawn
+        ]
+
+
+@pytest.fixture(scope="module")
+def mocked(rounds: list[dict[tuple[int, ...], list[int]]]) -> dict[tuple[int, ...], list[int]]:
+    """Those of the first round."""
+    return rounds[0]
 
 
 def tokens_of(answer: dict[str, Any]) -> list[int]:
@@ -159,7 +192,7 @@ def check_mocked(cluster: Cluster, mocked: dict[tuple[int, ...], list[int]]) -> 
         assert list(pool.map(ask, mocked)) == list(mocked.values())
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_server_that_hangs_dies_or_lies_costs_no_answer(
     mock: list[str], mocked: dict[tuple[int, ...], list[int]]
 ) -> None:
@@ -168,15 +201,25 @@ def test_a_server_that_hangs_dies_or_lies_costs_no_answer(
         with serve("smollm2", *mock, "--policy", "single", "--kv-remote", url) as cluster:
             for worker in cluster.state()["workers"]:
                 assert SECRET not in " ".join(Process(worker["pid"]).cmdline())
-            check_mocked(cluster, mocked)
-            wait_saved(cluster)
             client = Redis(port=redis.port, password=SECRET)
+
+            # The device has room for less than half of the prompts: each time the others are loaded, or computed and
+            # saved, anew. That counts only while the server is not taken for slow, hence as often as it takes.
+            def saved() -> bool:
+                check_mocked(cluster, mocked)
+                wait_saved(cluster)
+                return len(client.keys("bascule:*")) > 200
+
+            def caught() -> bool:
+                check_mocked(cluster, mocked)
+                wait_saved(cluster)
+                return any("store_invalid" in key[0] for key in metrics(cluster))
+
+            wait_until(saved, "the KV to be saved")
             names = client.keys("bascule:*")
-            assert len(names) > 200
             for name, other in zip(names, [*names[1:], names[0]], strict=True):
                 client.copy(name, other, replace=True)
-            check_mocked(cluster, mocked)
-            wait_until(lambda: any("store_invalid" in key[0] for key in metrics(cluster)), "the lies to be counted")
+            wait_until(caught, "the lies to be counted")
             redis.pause()
             try:
                 check_mocked(cluster, mocked)
@@ -189,21 +232,39 @@ def test_a_server_that_hangs_dies_or_lies_costs_no_answer(
             assert SECRET not in cluster.log.read_text()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_kv_is_handed_over_by_way_of_the_store(
-    mock: list[str], mocked: dict[tuple[int, ...], list[int]], tmp_path: Path
+    mock: list[str], rounds: list[dict[tuple[int, ...], list[int]]], tmp_path: Path, quick_disk: Path
 ) -> None:
+    """All that is asked goes by way of the store, and of one round of prompts most is found there: of a round in which
+    the disk is slow for a moment, less."""
     # Computing takes long enough for prompts to wait for what is loaded, on a busy machine too.
     (tmp_path / "cost.json").write_text('{"token_s": 2e-3}')
     slow = [*mock[:-1], str(tmp_path / "cost.json")]
-    flags = [*slow, "--policy", "disaggregated", "--handoff", "store", "--kv-disk", f"{tmp_path / 'kv'}:1GiB"]
+    flags = [*slow, "--policy", "disaggregated", "--handoff", "store", "--kv-disk", f"{quick_disk}:1GiB"]
     with serve("smollm2", *flags) as cluster:
-        check_mocked(cluster, mocked)
-        cluster.wait_idle()
-        wait_until(lambda: metrics(cluster)["bascule_kv_hit_tokens_total", "disk", ""] > 3000, "the KV to be loaded")
+        hits, asked = [0.0], 0
+        for fresh in rounds:
+            check_mocked(cluster, fresh)
+            cluster.wait_idle()
+            asked += len(fresh)
+            hits.append(told(cluster, ("bascule_kv_hit_tokens_total", "disk", "")))
+            if hits[-1] - hits[-2] > 3000:
+                break
+        assert hits[-1] - hits[-2] > 3000, hits
         found = metrics(cluster)
-        assert found["bascule_store_handoffs_total", "", ""] == len(mocked)
+        assert found["bascule_store_handoffs_total", "", ""] == asked
         assert not any(key[0] == "bascule_handoff_bytes_total" for key in found)
+
+
+def told(cluster: Cluster, key: tuple[str, str, str]) -> float:
+    """A metric, once the workers have told what it is: it stays for a while."""
+    value, since = metrics(cluster).get(key, 0.0), time.monotonic()
+    while time.monotonic() - since < 2.0:
+        time.sleep(0.2)
+        if (now := metrics(cluster).get(key, 0.0)) != value:
+            value, since = now, time.monotonic()
+    return value
 
 
 def store_flags(directory: Path, redis: RedisProcess) -> list[str]:

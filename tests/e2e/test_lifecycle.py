@@ -170,14 +170,14 @@ def test_sigterm_lets_requests_end_and_leaves_no_process(tmp_path: Path) -> None
         answers: list[int] = []
 
         def complete() -> None:
-            answers.append(len(cluster.complete([1, 2, 3], max_tokens=100)["choices"][0]["token_ids"]))
+            answers.append(len(cluster.complete([1, 2, 3], max_tokens=300)["choices"][0]["token_ids"]))
 
         thread = threading.Thread(target=complete)
         thread.start()
         cluster.wait(lambda state: state["active"] == 1, "the request is under way")
         assert cluster.stop() == 0
         thread.join(10)
-        assert answers == [100]
+        assert answers == [300]
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
         assert not cluster.log.with_name("ready").exists()
 
@@ -194,6 +194,10 @@ def test_a_second_sigterm_stops_at_once_and_tells_the_client(tmp_path: Path) -> 
         thread.start()
         cluster.wait(lambda state: state["active"] == 1, "the request is under way")
         cluster.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while "finishing 1 requests; once more to stop at once" not in cluster.log.read_text():
+            assert time.monotonic() < deadline, "the first SIGTERM was not heard"
+            time.sleep(0.05)
         time.sleep(0.3)
         assert cluster.process.poll() is None, "the first SIGTERM drains"
         assert cluster.stop() == 0

@@ -15,6 +15,7 @@ from support.cluster import Cluster, serve
 from support.oracle import Reference
 
 OUTPUT = 6
+TRIES = 5
 IN_TURN = ["--policy", "round-robin", "--mixed", "2"]
 
 
@@ -33,14 +34,23 @@ def ask(cluster: Cluster, reference: Reference) -> dict[str, Any]:
 def test_workers_in_turn_compute_a_prompt_once_and_one_that_hangs_or_dies_loses_nothing(
     references: list[Reference],
 ) -> None:
-    """The router still counts on a peer that has just been paused or killed, and has it asked for the prefix."""
-    third, second, first = [reference for reference in references if 200 <= len(reference.prompt) <= 600][:3]
+    """The router still counts on a peer that has just been paused or killed, and has it asked for the prefix.
+
+    A prompt waits for its fetch only for a tenth of what computing it takes, so on a busy machine one may be computed.
+    """
+    third, second, *fresh = [reference for reference in references if 200 <= len(reference.prompt) <= 700]
+    assert len(fresh) == TRIES
     with serve("smollm2", *IN_TURN, "--dtype", "float32", "--kv-memory", "128MiB") as cluster:
-        answers = [ask(cluster, first) for _ in range(2)]
-        assert answers[0]["route"] != answers[1]["route"]
-        assert [fetched(answer) > 0 for answer in answers] == [False, True]
+        total = 0
+        for first in fresh:
+            answers = [ask(cluster, first) for _ in range(2)]
+            assert answers[0]["route"] != answers[1]["route"]
+            assert fetched(answers[0]) == 0
+            if total := fetched(answers[1]):
+                break
+        assert total > 0, "no prompt was fetched"
         cluster.wait(
-            lambda state: sum(each["fetches"]["hit_tokens"] for each in state["workers"]) == fetched(answers[1]),
+            lambda state: sum(each["fetches"]["hit_tokens"] for each in state["workers"]) == total,
             "the fetch in the figures",
         )
         hung = cluster.pid(ask(cluster, second)["route"].rpartition("=")[2])
@@ -70,8 +80,13 @@ def test_peers_fetch_over_tcp_and_not_at_all_where_they_are_told_not_to(
     cost = tmp_path / "cost.json"
     cost.write_bytes(msgspec.json.encode(CostModel(step_s=0.001, token_s=0.001)))
     with serve("smollm2", *IN_TURN, "--engine", "mock", "--cost-model", str(cost), *flags) as cluster:
-        prompt = list(range(500, 1500))
-        answers = [cluster.complete(prompt, max_tokens=OUTPUT, ignore_eos=True) for _ in range(2)]
-        assert answers[0]["choices"][0]["token_ids"] == answers[1]["choices"][0]["token_ids"]
-        assert (fetched(answers[1]) > 900) == fetches
+        counts: list[int] = []
+        for start in range(500, 500 + 2000 * TRIES, 2000):
+            prompt = list(range(start, start + 1000))
+            answers = [cluster.complete(prompt, max_tokens=OUTPUT, ignore_eos=True) for _ in range(2)]
+            assert answers[0]["choices"][0]["token_ids"] == answers[1]["choices"][0]["token_ids"]
+            counts.append(fetched(answers[1]))
+            if not fetches or counts[-1] > 900:
+                break
+        assert counts[-1] > 900 if fetches else counts == [0], counts
         cluster.wait_idle()

@@ -47,7 +47,10 @@ def probed(cluster: Cluster, report: Path, **flags: Any) -> dict[str, Any]:
 
 
 def test_workers_are_expected_to_cost_what_the_file_says_before_they_have_taken_a_step(cluster: Cluster) -> None:
-    for worker in cluster.state()["workers"]:
+    state = cluster.wait(
+        lambda state: all(worker["cost"] for worker in state["workers"]), "each has told what it costs"
+    )
+    for worker in state["workers"]:
         assert worker["cost"]["step_s"] == COST.step_s and worker["cost"]["stream_s"] == list(COST.stream_s)
 
 

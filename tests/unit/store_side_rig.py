@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from threading import Semaphore
+from unittest.mock import patch
 
 from engine_rig import BLOCK, Rig, greedy, reference, work
 
@@ -17,6 +18,7 @@ from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
 from bascule.types import BlockHash, CostModel, Tier
 from bascule.wire import Submit
+from bascule.worker.loader import Load
 from bascule.worker.store_side import Brought, StoreSide
 
 HASHER = BlockHasher("mock", BLOCK)
@@ -146,11 +148,25 @@ async def until(true: Callable[[], bool]) -> None:
     await asyncio.sleep(0)  # what the loader has told by now is heard
 
 
+def patient(store: Gated, stack: ExitStack) -> None:
+    """A prompt's patience begins when the store is asked: a thread may take long to get there, and then all would be
+    loaded from the back."""
+    wait = Load.wait
+
+    async def waiting(load: Load, patience_s: float) -> None:
+        while not (store.asked or load.front.is_set()):
+            await asyncio.sleep(0.001)
+        await wait(load, patience_s)
+
+    stack.enter_context(patch.object(Load, "wait", waiting))
+
+
 async def gated(store: Gated, stack: ExitStack, **kind: object) -> Node:
     """A node that knows what computing costs, beside a store with the prompt that lets nothing through."""
     await Node([store], stack).complete(PROMPT)
     store.asked.clear()
     store.open = False
+    patient(store, stack)
     node = Node([store], stack, **kind)
     node.rig.engine.cost = KNOWN
     return node

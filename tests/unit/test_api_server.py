@@ -187,12 +187,29 @@ def test_a_client_that_takes_nothing_is_cut_off_and_its_request_cancelled(
 
 
 def test_a_client_that_is_slow_but_reads_gets_everything(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "STALLED_S", 2.0)
-    rig.backend.script = lambda _: says("x" * 40_000)
+    """However long that takes: the time in which nothing is taken is counted anew whenever something was."""
+    monkeypatch.setattr(connection, "STALLED_S", 10.0)
+    pause, resume = connection.Connection.pause_writing, connection.Connection.resume_writing
+    due, over = [], []
+
+    def pausing(self: connection.Connection) -> None:
+        pause(self)
+        due.append(self._reading_due)
+
+    def resuming(self: connection.Connection) -> None:
+        resume(self)
+        over.append(due[-1].cancelled() and self._reading_due is None)
+
+    monkeypatch.setattr(connection.Connection, "pause_writing", pausing)
+    monkeypatch.setattr(connection.Connection, "resume_writing", resuming)
+    rig.backend.script = lambda _: says("x" * 4_000_000, size=100)
     with rig.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "abc", "stream": True}) as answer:
         lines = 0
         for line in answer.iter_lines():
             lines += line.startswith("data: ")
+            if lines == 1:
+                rig.wait_for(lambda: due)  # there is no more room on the way
             if lines % 4000 == 0:
                 time.sleep(0.05)
     assert lines > 40_000
+    assert over and all(over)

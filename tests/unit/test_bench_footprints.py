@@ -53,7 +53,9 @@ def test_what_is_sampled_is_what_processes_hold() -> None:
     async def work() -> list[Trend]:
         footprints = Footprints(lambda: {"me": footprint_of(psutil.Process())})
         watching = asyncio.create_task(footprints.watch())
-        await asyncio.sleep(2.5)
+        async with asyncio.timeout(20):
+            while len(footprints._samples["me"]) < 3:
+                await asyncio.sleep(0.01)
         watching.cancel()
         return footprints.trends(0.0, 1.0)
 

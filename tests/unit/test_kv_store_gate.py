@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import Event, Lock, current_thread
+from threading import Event, Lock, Semaphore, current_thread
 from time import monotonic, sleep
 
 import pytest
 
-from bascule.clock import VirtualClock
+from bascule.clock import Clock, VirtualClock
 from bascule.kv.store.base import Fault
 from bascule.kv.store.breaker import FIRST_PAUSE_S, MOST_PAUSE_S, Breaker
 from bascule.kv.store.gate import Gate, Job, Step
@@ -19,8 +19,9 @@ WAIT = 20.0
 class Stage:
     """A gate before a place that can be made to hang or to fail."""
 
-    def __init__(self, lanes: int = 2, timeout_s: float = 0.2) -> None:
+    def __init__(self, lanes: int = 2, timeout_s: float = WAIT, clock: Clock | None = None) -> None:
         self.free = Event()
+        self.hanging = Semaphore(0)
         self.well = True
         self.interrupted = 0
         self.probed = Event()
@@ -33,9 +34,11 @@ class Stage:
             classify=lambda error: Fault.GONE if isinstance(error, OSError) else Fault.BROKEN,
             probe=self._probe,
             interrupt=self._interrupt,
+            clock=clock,
         )
 
     def hang(self) -> None:
+        self.hanging.release()
         assert self.free.wait(WAIT)
 
     def note(self, number: int) -> Step:
@@ -64,10 +67,29 @@ class Stage:
 
 @pytest.fixture
 def stage() -> Iterator[Stage]:
-    stage = Stage()
+    """One that waits long, for tests in which nothing hangs."""
+    yield from used(Stage())
+
+
+@pytest.fixture
+def hasty() -> Iterator[Stage]:
+    yield from used(Stage(timeout_s=0.2))
+
+
+def used(stage: Stage) -> Iterator[Stage]:
     yield stage
     stage.free.set()
     stage.gate.close()
+
+
+def dawdling(clock: VirtualClock) -> list[Step]:
+    """Steps that take 0.1 s each by the clock, and some time by which whoever waits for them may look at it."""
+
+    def step() -> None:
+        clock.advance(0.1)
+        sleep(0.05)
+
+    return [step] * 13
 
 
 def test_steps_are_done_in_order(stage: Stage) -> None:
@@ -85,40 +107,44 @@ def test_without_lanes_the_caller_does_the_work() -> None:
     assert stage.done == [1]
 
 
-def test_a_step_that_hangs_is_given_up_and_what_follows_is_not_done(stage: Stage) -> None:
-    job = stage.begin(stage.note(1), stage.hang, stage.note(2))
+def test_a_step_that_hangs_is_given_up_and_what_follows_is_not_done(hasty: Stage) -> None:
+    job = hasty.begin(hasty.note(1), hasty.hang, hasty.note(2))
+    assert hasty.hanging.acquire(timeout=WAIT)
     began = monotonic()
-    assert stage.gate.finish(job) is Fault.SLOW
+    assert hasty.gate.finish(job) is Fault.SLOW
     assert monotonic() - began < WAIT / 2
-    assert (job.completed, stage.interrupted) == (1, 1)
-    stage.free.set()
+    assert (job.completed, hasty.interrupted) == (1, 1)
+    hasty.free.set()
     assert job.done.wait(WAIT)
-    assert stage.done == [1]
+    assert hasty.done == [1]
     assert job.completed == 1
 
 
 def test_a_job_that_progresses_may_take_longer_than_the_timeout() -> None:
-    stage = Stage(timeout_s=1.0)
-    job = stage.begin(*[lambda: sleep(0.1)] * 13)
+    clock = VirtualClock()
+    stage = Stage(timeout_s=0.3, clock=clock)
+    job = stage.begin(*dawdling(clock))
     assert stage.gate.finish(job) is None
     stage.gate.close()
 
 
 def test_a_job_behind_others_that_progress_waits_its_turn() -> None:
-    stage = Stage(lanes=1, timeout_s=1.0)
-    first = stage.begin(*[lambda: sleep(0.1)] * 13)
+    clock = VirtualClock()
+    stage = Stage(lanes=1, timeout_s=0.3, clock=clock)
+    first = stage.begin(*dawdling(clock))
     second = stage.begin(stage.note(1))
     assert stage.gate.finish(second) is None
     assert stage.gate.finish(first) is None
     stage.gate.close()
 
 
-def test_a_job_behind_others_that_hang_is_given_up_too(stage: Stage) -> None:
-    hanging = [stage.begin(stage.hang) for _ in range(2)]
-    behind = stage.begin(stage.note(1))
-    assert stage.gate.finish(behind) is Fault.BUSY
-    assert [stage.gate.finish(job) for job in hanging] == [Fault.SLOW] * 2
-    assert stage.done == []
+def test_a_job_behind_others_that_hang_is_given_up_too(hasty: Stage) -> None:
+    hanging = [hasty.begin(hasty.hang) for _ in range(2)]
+    assert all(hasty.hanging.acquire(timeout=WAIT) for _ in hanging)
+    behind = hasty.begin(hasty.note(1))
+    assert hasty.gate.finish(behind) is Fault.BUSY
+    assert [hasty.gate.finish(job) for job in hanging] == [Fault.SLOW] * 2
+    assert hasty.done == []
 
 
 def test_after_a_failure_nothing_is_tried_until_a_probe_succeeds(stage: Stage) -> None:

@@ -131,7 +131,10 @@ def test_a_full_disk_is_told_once_and_counted(caplog: pytest.LogCaptureFixture) 
 def test_what_cannot_be_written_down_is_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "log")
     log.write(object(), [])  # type: ignore[arg-type]
-    time.sleep(0.2)
+    deadline = time.monotonic() + 20
+    while log.lost == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     log.write(ended(), [])  # type: ignore[arg-type]
     log.close()
     assert log.lost == 1

@@ -190,7 +190,7 @@ def test_a_slow_peer_is_not_waited_for_and_what_it_gives_late_is_used_all_the_sa
         prompt = [*prompt_of(1), 7, 8]
         two.compute(1, prompt)
         rig, name = two.rigs[0], "late"
-        rig.engine.cost = CostModel(token_s=0.05)
+        rig.engine.cost = CostModel(token_s=0.2)  # what comes within 8 s is used
         computed, came = watched(rig), list[Brought]()
         key = Key(RequestId(name), 1)
         await two.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, 10 * BLOCK), came.append)

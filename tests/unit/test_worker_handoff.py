@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
@@ -34,6 +34,12 @@ from bascule.worker.prefill_side import PrefillSide
 SLOTS = 8
 CARD = mock_card(vocab=1000)
 SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 @dataclass
@@ -245,10 +251,7 @@ def test_a_commit_whose_manifest_lies_is_refused_and_its_blocks_given_back(kind:
         }
         commit = Commit(asked.ticket, 5, structs.replace(true, **lies[kind]))
         rigged.side.apply(SOURCE.epoch, commit)
-        for _ in range(200):
-            await asyncio.sleep(0.01)
-            if rigged.answers:
-                break
+        await until(lambda: rigged.answers)
         refusal = rigged.answers.pop()
         assert isinstance(refusal, HandoffRefused) and refusal.kind == kind
         rigged.side.apply(SOURCE.epoch, commit)
@@ -316,21 +319,57 @@ class ClosableSession(FakeSession):
 def test_a_session_that_opens_when_nobody_waits_for_it_any_more_is_closed(ended_by: str) -> None:
     async def scenario(parts: Rig) -> None:
         peers, sender = FakePeers(), SlowSender()
-        config = HandoffConfig(handoff_timeout=0.05 if ended_by == "timeout" else 30.0)
+        config = HandoffConfig(handoff_timeout=1.0 if ended_by == "timeout" else 30.0)
         side = prefill_side(parts, peers, sender, config)
-        await asyncio.sleep(0.01)
+        await until(lambda: peers.sent)
         side.apply(reserved(peers.sent[0]))
         assert await asyncio.to_thread(sender.asked.wait, 20)
         if ended_by == "cancel":
             side.cancel(Key(RequestId("r"), 0))
-        for _ in range(2000):
-            if isinstance(peers.sent[-1], Abort):
-                break
-            await asyncio.sleep(0.01)
-        assert isinstance(peers.sent[-1], Abort) and not sender.session.closed.is_set()
+        await until(lambda: isinstance(peers.sent[-1], Abort))
+        assert not sender.session.closed.is_set()
         sender.may.set()
         assert await asyncio.to_thread(sender.session.closed.wait, 20)
-        await asyncio.wait_for(side.close(), 5)
+        await asyncio.wait_for(side.close(), 20)
+
+    with rig() as parts:
+        asyncio.run(scenario(parts))
+
+
+class HeldSession(FakeSession):
+    """Takes its time to close."""
+
+    def __init__(self) -> None:
+        self.closing, self.may, self.closed = Event(), Event(), False
+
+    def close(self) -> None:
+        self.closing.set()
+        assert self.may.wait(20)
+        self.closed = True
+
+
+def test_a_second_cancel_while_the_session_closes_loses_no_abort() -> None:
+    class Sender(FakeSender):
+        session = HeldSession()
+
+        def open(self, endpoint: Endpoint, ticket: TicketId, secret: bytes) -> FakeSession:
+            return self.session
+
+    async def scenario(parts: Rig) -> None:
+        peers, sender = FakePeers(), Sender()
+        side = prefill_side(parts, peers, sender, HandoffConfig())
+        await until(lambda: peers.sent)
+        side.apply(reserved(peers.sent[0]))
+        key = Key(RequestId("r"), 0)
+        await until(lambda: side._by_key[key].pushing)
+        side.cancel(key)
+        assert await asyncio.to_thread(sender.session.closing.wait, 20)
+        side.cancel(key)
+        await asyncio.sleep(0.01)
+        assert not any(isinstance(message, Abort) for message in peers.sent), "it may still be written"
+        sender.session.may.set()
+        await asyncio.wait_for(side.close(), 20)
+        assert sender.session.closed and isinstance(peers.sent[-1], Abort)
 
     with rig() as parts:
         asyncio.run(scenario(parts))
@@ -344,17 +383,17 @@ def test_a_cancel_around_the_reservation_ends_the_handoff_and_says_so(passes: in
         peers = FakePeers()
         side = prefill_side(parts, peers, FakeSender(), HandoffConfig())
         if passes:
-            await asyncio.sleep(0.01)
+            await until(lambda: peers.sent)
             side.apply(reserved(peers.sent[0]))
             for _ in range(passes - 1):
                 await asyncio.sleep(0)
-        side.cancel(Key(RequestId("r"), 0))
-        await asyncio.sleep(0.2)
+        key = Key(RequestId("r"), 0)
+        side.cancel(key)
+        await until(lambda: key not in side._by_key and (not passes or isinstance(peers.sent[-1], Abort)))
         before = len(peers.sent)
         side.renew()
         assert len(peers.sent) == before, "an ended handoff is still renewed"
-        assert not passes or isinstance(peers.sent[-1], Abort)
-        await asyncio.wait_for(side.close(), 5)
+        await asyncio.wait_for(side.close(), 20)
 
     with rig() as parts:
         asyncio.run(scenario(parts))

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from engine_rig import BLOCK
-from store_side_rig import KNOWN, LENGTH, OUTPUT, Gated, Node, finish, prompt_of, run, until
+from store_side_rig import KNOWN, LENGTH, OUTPUT, Gated, Node, finish, patient, prompt_of, run, until
 from torch_support import BLOCK_SIZE, VOCAB, float_runner, make_model, reference_greedy
 
 from bascule.engine.sequence import Key
@@ -121,6 +121,7 @@ def test_a_real_model_gives_the_same_tokens_whatever_it_loads_on_the_way(stack: 
     async def scenario() -> None:
         await node().complete(prompt)
         store.open = False
+        patient(store, stack)
         second = node()
         second.rig.engine.cost = KNOWN
         key, ready = second.submit(prompt)
