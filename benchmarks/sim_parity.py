@@ -83,7 +83,8 @@ def live(arguments: argparse.Namespace, folder: Path) -> Cells:
             ready = folder / f"ready-{name}"
             command = [sys.executable, "-m", "bascule", "serve", arguments.model, "--port", "0", "--engine", "mock"]
             command += ["--ready-file", str(ready), "--cost-model", str(arguments.cost_model), "--log-level", "warning"]
-            command += ["--kv-memory", str(KV_TOKENS * MOCK_TOKEN_BYTES), *ARCHITECTURES[name]]
+            # Peers' KV is not in the simulation: there a prefix is computed on each worker.
+            command += ["--kv-memory", str(KV_TOKENS * MOCK_TOKEN_BYTES), "--no-peer-fetch", *ARCHITECTURES[name]]
             systems.append(stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log")))
             asyncio.run(offer(systems[-1].url, arguments.model, talks("mixed", WARM_UP, WARM_SEED), WARM_UP))
         for workload, level, seed in cells(arguments):

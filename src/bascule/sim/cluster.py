@@ -43,7 +43,7 @@ class Death(Struct, frozen=True):
 class Overheads(Struct, frozen=True, kw_only=True):
     """What live serving takes beside a model's steps.
 
-    The defaults are those of mock workers on two cores that others use, too: what live serving takes more than
+    The defaults are those of mock workers on two cores that are theirs alone: what live serving takes more than
     `benchmarks/sim_parity.py --bare` says. A step is from TPOT with one client, a stream from TPOT with 32, the way to
     the router from TTFT with one client, a handoff from what workers report of their links.
     """
@@ -52,7 +52,7 @@ class Overheads(Struct, frozen=True, kw_only=True):
     handoffs: HandoffTimes = HandoffTimes()
     submit_s: float = 0.001
     """From a decision until the worker's engine has the request."""
-    step_s: float = 0.0014
+    step_s: float = 0.0008
     """More for each step: planning, bookkeeping, waking up."""
     stream_s: float = 0.00006
     """More for each stream in a step."""
