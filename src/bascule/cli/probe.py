@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -235,17 +236,17 @@ def _show(reports: Sequence[LinkReport], meanings: Sequence[Meaning], missed: Se
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("from", "to", "transport", "machine"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("latency ms", "GB/s", "least", "most", "MB a push"):
+    for heading in ("latency ms", "GB/s", "push ms", "least", "most", "MB a push"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in reports:
-        rates = [one.bytes / seconds / 1e9 for seconds in one.push_s]
         table.add_row(
             one.source,
             one.target,
             one.transport,
             "same" if one.same_machine else "another",
             f"{one.latency_s * 1e3:.2f}",
-            *(f"{rate:.2f}" for rate in (one.bytes_per_s / 1e9, min(rates), max(rates))),
+            f"{one.bytes_per_s / 1e9:.2f}",
+            *(f"{1e3 * seconds:.2f}" for seconds in (median(one.push_s), min(one.push_s), max(one.push_s))),
             f"{one.bytes / 1e6:.1f}",
         )
     print_whole(table)
