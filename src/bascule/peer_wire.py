@@ -8,7 +8,20 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from bascule.types import BlockHash, Count, Epoch, KVLayout, RequestId, SamplingParams, Slo, TicketId, Token, WorkerId
+from bascule.types import (
+    BlockHash,
+    Count,
+    Epoch,
+    KVLayout,
+    RequestId,
+    Salt,
+    SamplingParams,
+    Slo,
+    TicketId,
+    Token,
+    WorkerId,
+    check_salt,
+)
 from bascule.wire import Attempt, PeerAddress, decode
 
 BlockNumber = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -42,6 +55,11 @@ class Prepare(Struct, frozen=True, tag=True, kw_only=True):
     slo: Slo | None = None
     timeout_s: float = math.inf
     """Seconds that the request has left."""
+    salt: Salt = b""
+    """Both sides hash the tokens with it."""
+
+    def __post_init__(self) -> None:
+        check_salt(self.salt)
 
 
 class Reserved(Struct, frozen=True, tag=True, kw_only=True):
@@ -140,6 +158,11 @@ class Fetch(Struct, frozen=True, tag=True, kw_only=True):
     blocks: tuple[BlockNumber, ...]
     """Where the others are to be written, in order."""
     endpoints: tuple[TransferEndpoint, ...]
+    salt: Salt = b""
+    """Both sides hash the tokens with it."""
+
+    def __post_init__(self) -> None:
+        check_salt(self.salt)
 
 
 class Fetched(Struct, frozen=True, tag=True):

@@ -16,6 +16,17 @@ Epoch = NewType("Epoch", str)
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: a keyed hash chained over the prefix, so equal hashes mean equal tokens from position 0 on."""
 
+SALT_BYTES = 32
+Salt = Annotated[bytes, Meta(max_length=SALT_BYTES)]
+"""What keeps a tenant's blocks apart from all others' (`kv.hashing.salt_of`): 32 bytes, none for what all may share."""
+
+
+def check_salt(salt: Salt) -> None:
+    """Raises ValueError for another length: half as many bytes would be taken for a block's hash."""
+    if len(salt) not in (0, SALT_BYTES):
+        raise ValueError(f"a salt has {SALT_BYTES} bytes or none, not {len(salt)}")
+
+
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """How many; a message with any other number is refused when it is decoded, as with all that follow."""
 Size = Annotated[int, Meta(ge=1, le=2**31)]
@@ -308,6 +319,8 @@ class Request(Struct, frozen=True, kw_only=True):
     """The id of the call as its client knows it, which all its outputs share; empty where it is `id`."""
     output: int = 0
     """Its place among the outputs of that call."""
+    salt: Salt = b""
+    """KV of its tokens is found by requests of this salt alone."""
 
 
 class Delta(Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from bascule.types import (
     ModelCard,
     RequestId,
     Role,
+    Salt,
     SamplingParams,
     Size,
     Slo,
@@ -35,9 +36,10 @@ from bascule.types import (
     TokenLogprobs,
     WorkerId,
     WorkerLoad,
+    check_salt,
 )
 
-VERSION = 7
+VERSION = 8
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -299,6 +301,11 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     """Seconds that the request has left."""
     save_to: Tier | None = None
     """Answer `Saved` once the prompt's KV is in that tier of the store."""
+    salt: Salt = b""
+    """Its KV is for requests of the same salt only, wherever it comes to lie."""
+
+    def __post_init__(self) -> None:
+        check_salt(self.salt)
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -14,11 +14,12 @@ import pytest
 from store_rig import PATIENT, ROOM, SHARED_MEMORY, file_of, name_of, run_child
 
 from bascule.errors import ConfigError
+from bascule.kv.hashing import salt_of
 from bascule.kv.store import shelves
 from bascule.kv.store.base import Fault, Store
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.inventory import Holding, audit, forget, models_like, take_stock
-from bascule.kv.store.record import HEAD_BYTES, Payload, model_digest, pack
+from bascule.kv.store.inventory import Holding, audit, forget, models_like, take_stock, tenants_like
+from bascule.kv.store.record import HEAD_BYTES, Payload, model_digest, pack, tenant_digest
 from bascule.kv.store.remote import RemoteStore, key_of
 from bascule.kv.store.shelves import Room, Shelf, disk_shelf, host_shelf, remote_shelves
 from bascule.kv.store.targets import parse_remote
@@ -27,6 +28,7 @@ from support.redis_server import RedisProcess, redis_process
 
 TOKENS = tuple(range(16))
 ONE, TWO = model_digest("one"), model_digest("two")
+ANN, BEN = tenant_digest(salt_of("ann")), tenant_digest(salt_of("ben"))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,10 @@ class Ground:
     directory: Path | None = None
     server: RedisProcess | None = None
 
-    def put(self, number: int, model: str = "one", codec: str = "none", size: int = 5000) -> bytes:
+    def put(self, number: int, model: str = "one", codec: str = "none", size: int = 5000, secret: str = "") -> bytes:
         """Store a block as a worker does; returns its record."""
         data = random.Random(number).randbytes(size)
-        record = pack(name_of(number), model, TOKENS, Payload(codec, data))
+        record = pack(name_of(number), model, TOKENS, Payload(codec, data), salt_of(secret))
         assert self.store.put({name_of(number): record}) == 1
         return record
 
@@ -103,9 +105,9 @@ def test_blocks_are_counted_by_model_and_codec(ground: Ground) -> None:
     ground.put_foreign()
     stock = take_stock(ground.shelf)
     expected = [
-        Holding(ONE.hex(), "none", 2, sizes[0] + sizes[1]),
-        Holding(ONE.hex(), "int8", 1, sizes[2]),
-        Holding(TWO.hex(), "none", 1, sizes[3]),
+        Holding(ONE.hex(), "", "none", 2, sizes[0] + sizes[1]),
+        Holding(ONE.hex(), "", "int8", 1, sizes[2]),
+        Holding(TWO.hex(), "", "none", 1, sizes[3]),
     ]
     assert sorted(stock.holdings, key=str) == sorted(expected, key=str)
     assert (stock.blocks, stock.bytes, stock.faults) == (4, sum(sizes), {})
@@ -208,6 +210,29 @@ def test_a_model_is_found_by_its_fingerprint_or_the_beginning_of_its_digest(grou
     assert models_like([shelf], "three") == set()
 
 
+def test_a_tenants_blocks_are_counted_found_and_forgotten_by_themselves(ground: Ground) -> None:
+    owners = ["", "ann", "ann", "ben"]
+    sizes = [len(ground.put(number, secret=secret)) for number, secret in enumerate(owners)]
+    ground.put(4, model="two", secret="ann")
+    holdings = take_stock(ground.shelf).holdings
+    assert Holding(ONE.hex(), ANN.hex(), "none", 2, sizes[1] + sizes[2]) in holdings
+    assert {(each.model, each.tenant): each.blocks for each in holdings} == {
+        (ONE.hex(), ""): 1,
+        (ONE.hex(), ANN.hex()): 2,
+        (ONE.hex(), BEN.hex()): 1,
+        (TWO.hex(), ANN.hex()): 1,
+    }
+    shelves = [ground.shelf]
+    assert tenants_like(shelves, "ann") == tenants_like(shelves, ANN.hex()[:8].upper()) == {ANN}
+    nobody = ("", "cat", "0" * 32, ANN.hex()[:7])
+    assert [tenants_like(shelves, text) for text in nobody] == 4 * [set()], "what all share is nobody's"
+    assert forget(ground.shelf, ONE, ANN) == 2
+    names = [name_of(number) for number in range(5)]
+    assert ground.store.holds(names) == [True, False, False, True, True]
+    assert forget(ground.shelf, tenant=ANN) == 1
+    assert ground.store.holds(names) == [True, False, False, True, False]
+
+
 def test_looking_changes_nothing(ground: Ground) -> None:
     ground.put(1)
     ground.put(2)
@@ -254,6 +279,7 @@ DENIED = """
 import os, sys
 from pathlib import Path
 from bascule.kv.store.directory import DirectoryStore
+from bascule.kv.hashing import salt_of
 from bascule.kv.store.inventory import audit, take_stock
 from bascule.kv.store.record import Payload, pack
 from bascule.kv.store.shelves import disk_shelf

@@ -57,7 +57,7 @@ class Made:
             inspect.BoolType: lambda _: st.booleans(),
             inspect.NoneType: lambda _: st.none(),
             inspect.StrType: lambda _: self._texts,
-            inspect.BytesType: lambda _: st.one_of(st.binary(max_size=48), st.binary(min_size=16, max_size=16)),
+            inspect.BytesType: self._bytes,
             inspect.EnumType: lambda kind: st.sampled_from([member.value for member in kind.cls]),
             inspect.VarTupleType: lambda kind: st.lists(self._of(kind.item_type), max_size=5),
             inspect.TupleType: lambda kind: st.tuples(*map(self._of, kind.item_types)).map(list),
@@ -83,6 +83,11 @@ class Made:
         kept = [st.integers(max(low, 0), min(high, 40)), st.sampled_from(sorted({low, high})), st.integers(low, high)]
         loose = [st.sampled_from(WILD_INTS), st.integers(-(2**63), 2**64 - 1)]
         return st.one_of(*kept, *(loose if self._wild else ()))
+
+    def _bytes(self, kind: inspect.BytesType) -> Strategy:
+        if kind.max_length is not None and not self._wild:  # a salt: all of it, or none
+            return st.one_of(st.just(b""), st.binary(min_size=kind.max_length, max_size=kind.max_length))
+        return st.one_of(st.binary(max_size=48), st.binary(min_size=16, max_size=16))
 
     def _float(self, kind: inspect.FloatType) -> Strategy:
         if self._wild:

@@ -41,6 +41,7 @@ def work(
     generated: Sequence[int] = (),
     handoff: bool = False,
     slo: Slo | None = None,
+    salt: bytes = b"",
 ) -> Work:
     return Work(
         request=RequestId(name),
@@ -50,6 +51,7 @@ def work(
         generated=tuple(generated),
         handoff=handoff,
         slo=slo,
+        salt=salt,
     )
 
 

@@ -92,6 +92,7 @@ class FakeServer:
             "200 OK", json.dumps({"object": "list", "data": [{"id": "theirs", "max_model_len": CONTEXT}]}).encode()
         )
         self.health: bytes = response("200 OK", b"")
+        self.knows_salts = True
 
     @property
     def url(self) -> str:
@@ -131,6 +132,10 @@ class FakeServer:
             writer.close()
 
     async def _complete(self, body: Body, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if body.get("cache_salt") == "":
+            writer.write(response("400 Bad Request" if self.knows_salts else "200 OK", b"{}"))
+            await writer.drain()
+            return
         self.bodies.append(body)
         for part in self.answer(body):
             if isinstance(part, bytes):

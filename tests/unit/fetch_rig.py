@@ -17,7 +17,7 @@ from bascule.kv.transfer.loopback import LoopbackNetwork, LoopbackReceiver, Loop
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
 from bascule.types import CostModel, Epoch, ModelCard, RequestId, TicketId, WorkerId
-from bascule.wire import FetchFrom, PeerAddress
+from bascule.wire import FetchFrom, PeerAddress, Submit
 from bascule.worker.fetch import Fetches
 from bascule.worker.grants import Grants
 from bascule.worker.learning import Links
@@ -107,23 +107,23 @@ class Two:
         if isinstance(changed, Fetched) and not self.fetches.apply(changed):
             self.grants.closed(changed.ticket)
 
-    def compute(self, at: int, prompt: Sequence[int]) -> int:
+    def compute(self, at: int, prompt: Sequence[int], salt: bytes = b"") -> int:
         """Serve a request on one of the two and check its tokens; returns the prompt tokens that were cached."""
         self.number += 1
         rig, name = self.rigs[at], str(self.number)
-        rig.engine.submit(work(name, prompt, greedy(OUTPUT)))
+        rig.engine.submit(work(name, prompt, greedy(OUTPUT), salt=salt))
         rig.run()
         outputs = next(o for key, o in rig.outputs.items() if key.request == name)
         assert [each.token for each in outputs] == reference(prompt, greedy(OUTPUT))
         return outputs[0].cached_tokens
 
-    async def fetch(self, prompt: Sequence[int], tokens: int) -> int:
+    async def fetch(self, prompt: Sequence[int], tokens: int, salt: bytes = b"") -> int:
         """How many blocks have become cached by it, when it has ended."""
         self.number += 1
-        key, hashes = Key(RequestId(f"fetch {self.number}"), 1), HASHER.chain(prompt[:-1])
+        key, hashes = Key(RequestId(f"fetch {self.number}"), 1), HASHER.chain(prompt[:-1], salt)
         before = self.rigs[0].books.count_cached(hashes)
         async with asyncio.timeout(20):
-            await self.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, tokens), lambda _: None)
+            await self.fetches.bring(submission(key, prompt, salt), FetchFrom(PEER_ADDRESS, tokens), lambda _: None)
             while key in self.fetches._tasks:
                 await asyncio.sleep(0.001)
         self.fetches.give_up(key)
@@ -143,6 +143,17 @@ class Two:
 
     def asked(self) -> list[Fetch]:
         return [message for message in self.said if isinstance(message, Fetch)]
+
+
+def submission(key: Key, prompt: Sequence[int], salt: bytes = b"") -> Submit:
+    return Submit(
+        request=key.request,
+        attempt=key.attempt,
+        prompt=tuple(prompt),
+        generated=(),
+        sampling=greedy(OUTPUT),
+        salt=salt,
+    )
 
 
 def prompt_of(family: int, blocks: int = 10) -> list[int]:

@@ -86,18 +86,24 @@ class Pair:
         announced = [one for one in self.sent(Written) if isinstance(one, Written) and one.ticket == handoff.ticket]
         return not announced or announced[-1].blocks < handoff.computed
 
-    async def run(self) -> list[int]:
+    async def run(self, salt: bytes = b"") -> list[int]:
         """Hand one request over and decode it to its end; all its tokens, wherever they came from.
 
         On a machine that is busy with other things the prompt's next chunk waits for the handoff of the one before.
         """
         self.prefill.begin(
             Submit(
-                request=KEY.request, attempt=KEY.attempt, prompt=PROMPT, generated=(), sampling=SAMPLING, slo=OWN_SLO
+                request=KEY.request,
+                attempt=KEY.attempt,
+                prompt=PROMPT,
+                generated=(),
+                sampling=SAMPLING,
+                slo=OWN_SLO,
+                salt=salt,
             ),
             TARGET,
         )
-        self.source.submit(work("r", PROMPT, SAMPLING, handoff=True))
+        self.source.submit(work("r", PROMPT, SAMPLING, handoff=True, salt=salt))
         tokens: list[int] = []
         behind = 0
         for _ in range(4000):

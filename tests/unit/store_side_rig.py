@@ -53,10 +53,10 @@ class Node:
         )
         self.number = 0
 
-    def submit(self, prompt: Sequence[int], believed: int = 0) -> tuple[Key, asyncio.Task[None]]:
+    def submit(self, prompt: Sequence[int], believed: int = 0, salt: bytes = b"") -> tuple[Key, asyncio.Task[None]]:
         """A request's key, and the task at whose end the engine has it."""
         self.number += 1
-        asked = work(str(self.number), prompt, greedy(OUTPUT))
+        asked = work(str(self.number), prompt, greedy(OUTPUT), salt=salt)
         submission = Submit(
             request=asked.request,
             attempt=asked.attempt,
@@ -64,6 +64,7 @@ class Node:
             generated=(),
             sampling=asked.sampling,
             stored_tokens=believed,
+            salt=salt,
         )
         task = self.side.start(submission, lambda _: self.rig.engine.submit(asked))
         return Key(asked.request, asked.attempt), task
@@ -89,9 +90,9 @@ class Node:
         while self.side.loading or self.side.saving:
             await asyncio.sleep(0.0002)
 
-    async def complete(self, prompt: Sequence[int], believed: int = 0) -> Brought | None:
+    async def complete(self, prompt: Sequence[int], believed: int = 0, salt: bytes = b"") -> Brought | None:
         """Serve one request to its end and check its tokens; what became findable is saved."""
-        key, ready = self.submit(prompt, believed)
+        key, ready = self.submit(prompt, believed, salt)
         await ready
         while self.rig.engine.has_work():
             await asyncio.sleep(0)  # what the loader has told

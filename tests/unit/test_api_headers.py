@@ -9,6 +9,7 @@ from api_rig import SLO, ApiRig
 
 from bascule.api.errors import error_response
 from bascule.errors import Overloaded
+from bascule.kv.hashing import salt_of
 from bascule.types import FinishReason, Request, Slo
 
 
@@ -65,6 +66,21 @@ def test_the_session_is_the_clients_own_word(rig: ApiRig) -> None:
 def test_an_unusable_session_is_refused(rig: ApiRig, given: str) -> None:
     answer = rig.post("/v1/chat/completions", CHAT, headers={"X-Session-Id": given.encode()})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "X-Session-Id"
+
+
+def test_a_salt_is_made_of_cache_salt_and_keeps_it_secret(rig: ApiRig) -> None:
+    plain, one, two = (sent(rig, {}, **fields)[-1] for fields in ({}, {"cache_salt": "ann's"}, {"cache_salt": "ben's"}))
+    assert plain.salt == b"" and one.salt == salt_of("ann's") and len({plain.salt, one.salt, two.salt}) == 3
+    assert "ann's" not in repr(one)
+    answer = rig.post("/v1/chat/completions", {**CHAT, "cache_salt": "ann's"})
+    assert answer.status_code == 200 and rig.backend.requests[-1].salt == one.salt
+    assert {request.salt for request in sent(rig, {}, cache_salt="ann's", n=3)[-3:]} == {one.salt}
+
+
+@pytest.mark.parametrize("given", ["", 3, ["x"], True])
+def test_a_cache_salt_that_is_no_text_is_refused(rig: ApiRig, given: object) -> None:
+    answer = rig.complete(cache_salt=given)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "cache_salt"
 
 
 def test_the_priority_is_a_field_of_the_body(rig: ApiRig) -> None:

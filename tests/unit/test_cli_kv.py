@@ -11,12 +11,14 @@ import msgspec
 import pytest
 from cli_rig import runner
 
+from bascule.kv.hashing import salt_of
 from bascule.kv.store import shelves
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.record import Payload, model_digest, pack
+from bascule.kv.store.record import Payload, model_digest, pack, tenant_digest
 from bascule.types import BlockHash
 
 ONE, TWO = model_digest("one").hex(), model_digest("two").hex()
+ANN = tenant_digest(salt_of("ann")).hex()
 SECRET = "hunter2"
 
 
@@ -53,15 +55,19 @@ def test_stats_tell_tier_model_and_codec(run: Run, tmp_path: Path) -> None:
     files = fill(tmp_path, junk=1)
     ended = run("stats", "--disk", tmp_path)
     assert ended.code == 0
-    for row in (rf"disk +{tmp_path} +{ONE[:12]} +int8 +2 ", rf"{TWO[:12]} +int8 +1 ", r"not a record: format +1"):
+    for row in (
+        rf"disk +{tmp_path} +{ONE[:12]} +- +int8 +2 ",
+        rf"{TWO[:12]} +- +int8 +1 ",
+        r"not a record: format +1",
+    ):
         assert re.search(row, ended.output), ended.output
     assert re.search(rf"disk, {tmp_path}: 4 blocks, 3\.\d KiB; the place has .* free", ended.output)
     [place] = run("stats", "--disk", tmp_path, "--json", "-").places
     size = files[0].stat().st_size
     assert place["holdings"] == sorted(
         [
-            {"model": ONE, "codec": "int8", "blocks": 2, "bytes": 2 * size},
-            {"model": TWO, "codec": "int8", "blocks": 1, "bytes": size},
+            {"model": ONE, "tenant": "", "codec": "int8", "blocks": 2, "bytes": 2 * size},
+            {"model": TWO, "tenant": "", "codec": "int8", "blocks": 1, "bytes": size},
         ],
         key=lambda each: str(each["model"]),
     )
@@ -122,6 +128,28 @@ def test_clear_takes_one_model(run: Run, tmp_path: Path, model: str) -> None:
     assert [file.exists() for file in files] == [False, False, True]
 
 
+@pytest.mark.parametrize("tenant", ["ann", ANN, ANN[:8]])
+def test_stats_show_a_tenant_and_clear_takes_it(run: Run, tmp_path: Path, tenant: str) -> None:
+    files = fill(tmp_path)
+    with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
+        for number, model in ((101, "one"), (102, "two")):
+            name = BlockHash(bytes([number]) * 16)
+            store.put({name: pack(name, model, (1, 2), Payload("int8", bytes(1000)), salt_of("ann"))})
+    ended = run("stats", "--disk", tmp_path)
+    assert re.search(rf"{ONE[:12]} +{ANN[:12]} +int8 +1 ", ended.output), ended.output
+    assert "ann" not in ended.output.replace(str(tmp_path), "")
+    place = ["clear", "--disk", tmp_path, "--yes", "--json", "-"]
+    nobody = run(*place, "--tenant", "ben-secret")
+    assert nobody.places[0]["dropped"] == 0 and "no blocks" in nobody.error and "secret" not in nobody.error
+    assert run(*place, "--tenant", ANN[:7]).places[0]["dropped"] == 0, "may be somebody's whole cache_salt"
+    done = run(*place, "--tenant", tenant, "--model", "one")
+    assert done.places[0]["dropped"] == 1 and f"tenant {ANN}" in done.error
+    assert run(*place, "--tenant", tenant).places[0]["dropped"] == 1
+    assert all(file.exists() for file in files)
+    refused = run(*place, "--tenant", "")
+    assert refused.code == 2 and "--tenant is empty" in refused.error
+
+
 def test_a_model_that_is_not_there_loses_nothing(run: Run, tmp_path: Path) -> None:
     fill(tmp_path)
     assert run("clear", "--disk", tmp_path, "--model", "three", "--yes", "--json", "-").places[0]["dropped"] == 0
@@ -173,3 +201,13 @@ def test_the_host_tier_must_be_this_users_own(run: Run, tmp_path: Path, monkeypa
     ended = run("clear", "--host", "--yes")
     assert ended.code == 2 and "not a folder of this user alone" in ended.error
     assert len(list(directory.glob("v1/??/*"))) == 3
+
+
+def test_a_secret_that_looks_like_digits_is_its_own_tenant_first(run: Run, tmp_path: Path) -> None:
+    """Of two tenants one has chosen as its secret what the other is called by."""
+    with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
+        for number, secret in enumerate(("ann", ANN[:8])):
+            name = BlockHash(bytes([number]) * 16)
+            store.put({name: pack(name, "one", (1, 2), Payload("int8", bytes(1000)), salt_of(secret))})
+    done = run("clear", "--disk", tmp_path, "--yes", "--json", "-", "--tenant", ANN[:8])
+    assert done.places[0]["dropped"] == 1 and ANN not in done.error

@@ -40,7 +40,7 @@ def test_a_tier_holds_smaller_records_and_gives_nearly_the_same_kv(codec: str) -
         with books.acquire([], [], 2) or pytest.fail("no blocks") as lease:
             arena.bytes[:, lease.blocks] = whole
             lease.seal(0, names, TOKENS)
-            assert tiers.save(Tier.HOST, names) == names
+            assert tiers.save(Tier.HOST, names).taken == names
             assert store.stats().bytes < 2 * LAYOUT.block_bytes / {"none": 0.9, "fp8": 3, "int8": 3, "int4": 4.5}[codec]
             [data] = store.get(names[:1])
             assert data is not None and label(data[:256], len(data)).codec == codec

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bascule.kv.hashing import salt_of
 from bascule.kv.store.record import (
     HEAD_BYTES,
     InvalidRecord,
@@ -15,6 +16,7 @@ from bascule.kv.store.record import (
     label,
     model_digest,
     pack,
+    tenant_digest,
     unpack,
 )
 from bascule.types import BlockHash
@@ -26,14 +28,14 @@ PAYLOAD = Payload("int8", bytes(range(256)) * 4)
 RECORD = pack(NAME, "model", TOKENS, PAYLOAD)
 
 
-LABEL = Label(NAME, model_digest("model"), "int8", 4)
+LABEL = Label(NAME, model_digest("model"), bytes(16), "int8", 4)
 
 
 def reason(name: BlockHash = NAME, model: str = "model", tokens: tuple[int, ...] = TOKENS, data: bytes = RECORD) -> str:
     with pytest.raises(InvalidRecord) as caught:
         unpack(name, model, tokens, data)
     assert caught.value.reason in str(caught.value)
-    if caught.value.reason not in ("fingerprint", "tokens"):
+    if caught.value.reason not in ("fingerprint", "tenant", "tokens"):
         with pytest.raises(InvalidRecord, match=caught.value.reason):
             inspect(name, data)
     return caught.value.reason
@@ -59,7 +61,7 @@ def test_each_way_of_being_another_block_has_its_reason() -> None:
     assert reason(tokens=TOKENS[:3]) == "tokens"
     assert reason(data=b"") == "length"
     assert reason(data=bytes(1000)) == "format"
-    assert reason(data=RECORD[:4] + b"\x02" + RECORD[5:]) == "version"
+    assert reason(data=RECORD[:4] + b"\x01" + RECORD[5:]) == "version"
     assert reason(data=RECORD + b"\0") == "length"
     assert reason(data=RECORD[:-1]) == "length"
     assert reason(data=RECORD[:-20] + b"?" + RECORD[-19:]) == "checksum"
@@ -70,13 +72,26 @@ def test_a_block_of_the_same_hash_but_other_tokens_is_refused() -> None:
     assert reason(data=collision) == "tokens"
 
 
+def test_a_tenants_block_is_for_those_who_have_its_salt() -> None:
+    one, two = salt_of("one"), salt_of("two")
+    records = {salt: pack(NAME, "model", TOKENS, PAYLOAD, salt) for salt in (b"", one, two)}
+    for whose, record in records.items():
+        assert unpack(NAME, "model", TOKENS, record, whose) == PAYLOAD
+        assert label(record[:HEAD_BYTES], len(record)).tenant == tenant_digest(whose)
+        for other in records.keys() - {whose}:
+            with pytest.raises(InvalidRecord, match="tenant"):
+                unpack(NAME, "model", TOKENS, record, other)
+    assert len({tenant_digest(salt) for salt in records}) == 3
+    assert one not in records[one] and b"one" not in records[one]
+
+
 def test_what_has_no_room_in_a_record_is_an_error() -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         pack(BlockHash(b"short"), "model", TOKENS, PAYLOAD)
     with pytest.raises(OverflowError):
         pack(NAME, "model", (2**32,), PAYLOAD)
-    with pytest.raises(ValueError, match="at most 204 bytes"):
-        pack(NAME, "model", TOKENS, Payload("x" * 205, b""))
+    with pytest.raises(ValueError, match="at most 188 bytes"):
+        pack(NAME, "model", TOKENS, Payload("x" * 189, b""))
 
 
 def test_a_record_says_what_it_is_without_model_and_tokens() -> None:
@@ -85,10 +100,10 @@ def test_a_record_says_what_it_is_without_model_and_tokens() -> None:
 
 
 def test_the_longest_name_of_a_codec_fits_into_the_head() -> None:
-    record = pack(NAME, "model", TOKENS, Payload("x" * 204, b"data"))
-    assert label(record[:HEAD_BYTES], len(record)).codec == "x" * 204
-    assert unpack(NAME, "model", TOKENS, record) == Payload("x" * 204, b"data")
-    longer = b"".join([record[:6], (205).to_bytes(2, "little"), record[8:52], b"x", record[52:]])
+    record = pack(NAME, "model", TOKENS, Payload("x" * 188, b"data"))
+    assert label(record[:HEAD_BYTES], len(record)).codec == "x" * 188
+    assert unpack(NAME, "model", TOKENS, record) == Payload("x" * 188, b"data")
+    longer = b"".join([record[:6], (189).to_bytes(2, "little"), record[8:68], b"x", record[68:]])
     assert reason(data=longer) == "format"
 
 

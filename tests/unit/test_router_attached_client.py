@@ -9,7 +9,9 @@ import fake_server as fake
 import httpx
 import pytest
 from fake_server import DONE, STREAM, Body, FakeServer, Part, chunk, chunks_of, event, response, streamed, tokens_after
+from msgspec import structs
 
+from bascule.kv.hashing import salt_of
 from bascule.router.attached.client import AttachedClient, Served
 from bascule.router.attached.exchange import MAX_EVENT, Trouble
 from bascule.types import Epoch, FinishReason, RequestId, SamplingParams, TokenLogprobs, WorkerId
@@ -99,6 +101,28 @@ def test_seeds_are_sent_as_signed_numbers_and_never_as_the_one_that_means_none(s
     async def test(rig: Rig) -> None:
         await rig.run(SamplingParams(max_tokens=2, seed=seed))
         assert rig.server.bodies[0]["seed"] == sent
+
+    attached(test)
+
+
+def test_a_salt_is_passed_on_as_a_secret_of_its_own_and_none_is_not() -> None:
+    async def test(rig: Rig) -> None:
+        for salt in (b"", salt_of("ann"), salt_of("ben")):
+            rig.client.submit(structs.replace(submission(greedy()), salt=salt))
+            await rig.idle()
+        sent = [body.get("cache_salt") for body in rig.server.bodies]
+        assert sent == [None, salt_of("ann").hex(), salt_of("ben").hex()]
+
+    attached(test)
+
+
+def test_a_server_that_does_not_look_at_salts_gets_no_request_with_one() -> None:
+    async def test(rig: Rig) -> None:
+        rig.client._served = structs.replace(SERVED, keeps_apart=False)
+        rig.client.submit(structs.replace(submission(greedy()), salt=salt_of("ann")))
+        await rig.idle()
+        assert not rig.server.bodies and not rig.items
+        assert rig.failure is not None and rig.failure.retryable and "cache_salt" in rig.failure.message
 
     attached(test)
 

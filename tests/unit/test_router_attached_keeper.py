@@ -13,7 +13,8 @@ from fake_server import CONTEXT, FakeServer, chunk, chunks_of, response, streame
 
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, RoutingConfig
-from bascule.errors import ConfigError, WorkerFailure
+from bascule.errors import ConfigError, RequestError, WorkerFailure
+from bascule.kv.hashing import salt_of
 from bascule.router.attached import keeper
 from bascule.router.attached.keeper import Attachments
 from bascule.router.attached.probe import OurModel
@@ -59,9 +60,11 @@ class Rig:
             while not condition():
                 await asyncio.sleep(0)
 
-    async def complete(self, name: str = "r", **sampling: Any) -> list[int]:
+    async def complete(self, name: str = "r", salt: bytes = b"", **sampling: Any) -> list[int]:
         values = {"max_tokens": 5, "temperature": 0.0} | sampling
-        request = Request(id=RequestId(name), prompt=(1, 2, 3), sampling=SamplingParams(**values), timeout=20.0)
+        request = Request(
+            id=RequestId(name), prompt=(1, 2, 3), sampling=SamplingParams(**values), timeout=20.0, salt=salt
+        )
         flight = await self.service.start(request)
         tokens = self.outputs[name] = list[int]()
         async for delta in flight:
@@ -115,6 +118,24 @@ def test_an_attached_server_is_a_mixed_worker_with_the_server_s_context_and_our_
         assert rig.server.bodies[-1]["model"] == "theirs"
 
     attached(test)
+
+
+def test_whether_a_server_looks_at_salts_is_found_out() -> None:
+    async def knows(rig: Rig) -> None:
+        await rig.until(lambda: rig.member)
+        assert await rig.complete(salt=salt_of("ann")) == tokens_after((1, 2, 3), 5)
+        assert rig.server.bodies[-1]["cache_salt"] == salt_of("ann").hex()
+
+    async def knows_not(rig: Rig) -> None:
+        await rig.until(lambda: rig.member)
+        asked = len(rig.server.bodies)
+        with pytest.raises(RequestError, match="cache_salt"):
+            await rig.complete(salt=salt_of("ann"))
+        assert len(rig.server.bodies) == asked
+        assert await rig.complete() == tokens_after((1, 2, 3), 5)
+
+    attached(knows)
+    attached(knows_not, lambda server: setattr(server, "knows_salts", False))
 
 
 def _models(*entries: dict[str, object]) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.test_router_service import item, offer
 
+from bascule.kv.hashing import salt_of
 from bascule.router.flight import Flight
 from bascule.router.queries import Queries
 from bascule.router.view import ClusterView
@@ -126,3 +127,25 @@ def test_only_so_many_conversations_are_remembered(monkeypatch: pytest.MonkeyPat
         end(queries, 1, session=name)
     known = [queries.query(flight(session=name), now=5.0).session >= 0 for name in ("one", "two", "three")]
     assert known == [True, False, True]
+
+
+def test_what_is_cached_for_one_tenant_is_not_for_another() -> None:
+    view, queries = cluster()
+    assert view.card is not None
+    size, row = view.card.layout.block_size, view.members[WorkerId("a")].row
+    salts = {name: salt_of(name) for name in ("", "ann", "ben")}
+    asked = {name: flight(3 * size + 1, salt=salt) for name, salt in salts.items()}
+    for each in asked.values():
+        queries.prepare(each)
+    assert len({name for each in asked.values() for name in each.hashes}) == 9
+    place = Placement(WorkerId("a"), WorkerId("a"))
+    view.expect(place, asked["ann"].hashes, 5.0)
+    cached = {name: int(queries.query(each, 5.0).cached[row]) for name, each in asked.items()}
+    assert cached == {"": 0, "ann": 3 * size, "ben": 0}
+
+
+def test_a_conversation_is_its_tenants_whatever_others_call_theirs() -> None:
+    view, queries = cluster()
+    end(queries, 3, "a", session="chat", salt=salt_of("ann"))
+    rows = [queries.query(flight(session="chat", salt=salt_of(name)), 5.0).session for name in ("", "ann", "ben")]
+    assert rows == [-1, view.members[WorkerId("a")].row, -1]

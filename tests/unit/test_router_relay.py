@@ -6,6 +6,7 @@ import asyncio
 
 from test_router_service import Bench, RecordingClient, collect, item, offer, scenario, settle
 
+from bascule.kv.hashing import salt_of
 from bascule.router.relay import PATIENCE_S
 from bascule.types import Epoch, FinishReason, RequestId, Role, Tier, WorkerId
 from bascule.wire import Saved, StorePlace, Submit
@@ -33,7 +34,7 @@ class RelayBench(Bench):
 @scenario
 async def test_the_second_leg_follows_the_first_ones_saved_kv() -> None:
     bench = RelayBench()
-    task = bench.start(tokens=40)
+    task = bench.start(tokens=40, salt=salt_of("ann"))
     await settle()
     [first] = bench.sent("p")
     assert (first.save_to, first.decode, first.sampling.max_tokens) == (Tier.HOST, None, 1)
@@ -46,6 +47,7 @@ async def test_the_second_leg_follows_the_first_ones_saved_kv() -> None:
     [second] = bench.sent("d")
     assert (second.generated, second.sampling.max_tokens, second.save_to) == ((50,), 8, None)
     assert second.stored_tokens == 40
+    assert first.salt == second.salt == salt_of("ann")
     bench.saved()
     assert len(bench.sent("d")) == 1
     bench.tokens("d", *(item(at, 50 + at, finish=FinishReason.LENGTH if at == 7 else None) for at in range(1, 8)))

@@ -92,9 +92,15 @@ class Bench:
     def tokens(self, worker: str, *items: TokenItem) -> None:
         self.service.tokens(StepTokens(WorkerId(worker), Epoch(f"{worker}-1"), items))
 
-    def start(self, name: str = "r", tokens: int = 10, timeout: float = 60.0) -> asyncio.Task[Flight]:
+    def start(
+        self, name: str = "r", tokens: int = 10, timeout: float = 60.0, salt: bytes = b""
+    ) -> asyncio.Task[Flight]:
         request = Request(
-            id=RequestId(name), prompt=tuple(range(tokens)), sampling=SamplingParams(max_tokens=8), timeout=timeout
+            id=RequestId(name),
+            prompt=tuple(range(tokens)),
+            sampling=SamplingParams(max_tokens=8),
+            timeout=timeout,
+            salt=salt,
         )
         return asyncio.create_task(self.service.start(request))
 
@@ -149,7 +155,7 @@ async def test_tokens_out_of_order_are_held_and_repeats_dropped() -> None:
 @scenario
 async def test_tokens_of_an_earlier_attempt_or_a_stranger_are_never_taken() -> None:
     bench = Bench({"p": Role.PREFILL, "d": Role.DECODE, "e": Role.DECODE})
-    starting = bench.start()
+    starting = bench.start(salt=b"s" * 32)
     await settle()
     decode = bench.clients["p"].submitted[0].decode
     assert decode is not None
@@ -159,7 +165,7 @@ async def test_tokens_of_an_earlier_attempt_or_a_stranger_are_never_taken() -> N
     bench.tokens(other, item(1, 66))
     bench.lose(decode.worker)
     again = bench.clients["p"].submitted[1]
-    assert (again.attempt, again.generated) == (1, (7,))
+    assert (again.attempt, again.generated, again.salt) == (1, (7,), b"s" * 32)
     bench.tokens("p", item(1, 55, attempt=0))
     bench.tokens("p", item(1, 8, attempt=1))
     bench.tokens(other, item(2, 9, attempt=1, finish=FinishReason.LENGTH))

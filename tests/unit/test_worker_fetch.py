@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_rig import BLOCK, CARD, greedy, reference, work
-from fetch_rig import ASKER, HASHER, IMPATIENT, OUTPUT, PEER_ADDRESS, Two, play, prompt_of
+from fetch_rig import ASKER, HASHER, IMPATIENT, OUTPUT, PEER_ADDRESS, Two, play, prompt_of, submission
 from msgspec import structs
 from test_engine_late_hits import watched
 
@@ -193,7 +193,7 @@ def test_a_slow_peer_is_not_waited_for_and_what_it_gives_late_is_used_all_the_sa
         rig.engine.cost = CostModel(token_s=0.2)  # what comes within 8 s is used
         computed, came = watched(rig), list[Brought]()
         key = Key(RequestId(name), 1)
-        await two.fetches.bring(key, prompt, FetchFrom(PEER_ADDRESS, 10 * BLOCK), came.append)
+        await two.fetches.bring(submission(key, prompt), FetchFrom(PEER_ADDRESS, 10 * BLOCK), came.append)
         assert not came and (two.fetches.waiting, two.fetches.waiting_tokens) == (0, 0)
         rig.engine.submit(work(name, prompt, greedy(OUTPUT)))
         rig.step()
@@ -221,7 +221,7 @@ def test_a_fetch_ends_when_its_prompt_is_computed() -> None:
         two.rigs[0].engine.cost = CostModel(token_s=10.0)
         key = Key(RequestId("r"), 1)
         task = asyncio.create_task(
-            two.fetches.bring(key, [*prompt_of(1), 7], FetchFrom(PEER_ADDRESS, 10 * BLOCK), lambda _: None)
+            two.fetches.bring(submission(key, [*prompt_of(1), 7]), FetchFrom(PEER_ADDRESS, 10 * BLOCK), lambda _: None)
         )
         while not two.asked():
             await asyncio.sleep(0)

@@ -243,7 +243,7 @@ def test_a_block_that_is_evicted_while_it_is_copied_is_not_saved(stack: ExitStac
                 return rig.arena.bytes
 
         node.tiers._arena = Meddling()  # type: ignore[assignment]
-        assert node.tiers.save(Tier.HOST, HASHER.chain(prompt_of(1))) == []
+        assert node.tiers.save(Tier.HOST, HASHER.chain(prompt_of(1))).taken == []
         assert host.stats().blocks == 0
 
     asyncio.run(run())

@@ -123,7 +123,7 @@ class Recorder(Fields):
         return super().number(name, default, low, high, above_low=above_low)
 
     def text(self, name: str, default: Default) -> str | Default:
-        self.schemas[name] = {"type": ["string", "null"]}
+        self.schemas[name] = _FORMS.get(name, {"type": ["string", "null"]})
         return super().text(name, default)
 
     def items(self, name: str) -> list[object] | None:
@@ -206,6 +206,7 @@ _FORMS: dict[str, Schema] = {
     ),
     "stop": {"anyOf": [_STOP, _list(_STOP, maxItems=MAX_STOPS), {"type": "null"}]},
     "stop_token_ids": _maybe(_list(_COUNT, maxItems=MAX_STOP_TOKENS)),
+    "cache_salt": _maybe(_SOME_TEXT),
     "logit_bias": _maybe(
         {
             "type": "object",

@@ -145,4 +145,5 @@ def _request(call: Call, asked: Asked, prompt: Prompt, choice: int, index: int |
         priority=call.parameters.priority,
         public_id=asked.public_id,
         output=index or 0,
+        salt=call.parameters.salt,
     )

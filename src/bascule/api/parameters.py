@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from bascule.api.fields import Fields, check_integer, check_number, check_text, wrong_type, wrong_value
 from bascule.errors import InvalidRequest, NotFound
-from bascule.types import ModelCard, SamplingParams
+from bascule.kv.hashing import salt_of
+from bascule.types import ModelCard, Salt, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -62,6 +63,8 @@ class Parameters(Struct, frozen=True, kw_only=True):
     delivery: Delivery
     priority: int = 0
     """Of requests that wait, lower ones go first (vLLM's field)."""
+    salt: Salt = b""
+    """Of `cache_salt` (vLLM's field): KV is shared with requests that have the same."""
 
     def sampling_of(self, choice: int, max_tokens: int) -> SamplingParams:
         """Sampling of one choice: choice i draws with seed + i, so choices differ and each can be had again."""
@@ -106,6 +109,7 @@ def read_parameters(fields: Fields, card: ModelCard, *, max_tokens: int | None, 
         include_stop=fields.boolean("include_stop_str_in_output"),
         delivery=_delivery(fields),
         priority=fields.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY),
+        salt=_salt(fields),
     )
 
 
@@ -146,6 +150,13 @@ def _delivery(fields: Fields) -> Delivery:
         continuous_usage=options.boolean("continuous_usage_stats") and include_usage,
         token_ids=token_ids,
     )
+
+
+def _salt(fields: Fields) -> Salt:
+    secret = fields.text("cache_salt", None)
+    if secret == "":
+        raise wrong_value("cache_salt", "is empty; leave it out to share cached prefixes with all who do so.")
+    return salt_of(secret or "")
 
 
 def _stop_strings(fields: Fields) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bascule.cli.report import write_json
 from bascule.errors import ConfigError
-from bascule.kv.store.inventory import Stock, audit, forget, models_like, take_stock
+from bascule.kv.store.inventory import Stock, audit, forget, models_like, take_stock, tenants_like
 from bascule.kv.store.shelves import Room, Shelf, disk_shelf, host_shelf, remote_shelves
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -45,7 +45,7 @@ Json = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 
 @app.command
 def stats(*, places: Where = Places(), json: Json = None) -> None:
-    """Count blocks and bytes by model and codec.
+    """Count blocks and bytes by model, tenant and codec; the blocks of requests with a `cache_salt` are a tenant's.
 
     Only the beginning of each block is read.
 
@@ -98,10 +98,11 @@ def clear(
     *,
     places: Where = Places(),
     model: str | None = None,
+    tenant: str | None = None,
     yes: Annotated[bool, Parameter(negative=())] = False,
     json: Json = None,
 ) -> None:
-    """Forget all blocks, or those of one model. What is not a block of Bascule's stays.
+    """Forget all blocks, or those of one model or tenant. What is not a block of Bascule's stays.
 
     Example: bascule kv clear --disk /var/cache/kv --model 3f9a --yes
 
@@ -109,26 +110,26 @@ def clear(
     ----------
     model
         Forget only the blocks of this model: its fingerprint, or the beginning of what `bascule kv stats` calls it.
+    tenant
+        Forget only the blocks of this tenant: eight or more of the digits that `bascule kv stats` calls it by, or its
+        `cache_salt`.
     yes
         Do it; nothing is asked.
     json
         File to write the figures to, `-` for standard output.
     """
-    if model == "":
-        raise ConfigError("--model is empty; leave it out to forget the blocks of all models")
+    asked = {kind: text for kind, text in (("model", model), ("tenant", tenant)) if text is not None}
+    for kind, text in asked.items():
+        if not text:
+            raise ConfigError(f"--{kind} is empty; leave it out to forget the blocks of all {kind}s")
     with _opened(places) as shelves:
         if not yes:
             listed = ", ".join(f"{shelf.tier} ({shelf.label})" for shelf in shelves)
-            which = "all blocks" if model is None else f"the blocks of model {model}"
+            which = "the blocks of that " + " and ".join(asked) if asked else "all blocks"
             raise ConfigError(f"this would forget {which} of {listed}; add --yes to do it")
-        if model is None:
-            found = [(shelf, forget(shelf)) for shelf in shelves]
-        else:
-            if (meant := _model(shelves, model)) is None:
-                Console(stderr=True).print(
-                    f"there are no blocks of a model {model}; `bascule kv stats` lists the models"
-                )
-            found = [(shelf, 0 if meant is None else forget(shelf, meant)) for shelf in shelves]
+        meant = {kind: _meant(kind, text, shelves) for kind, text in asked.items()}
+        nothing = None in meant.values()
+        found = [(shelf, 0 if nothing else forget(shelf, **meant)) for shelf in shelves]
     if json != "-":
         table = _table("tier", "place", "dropped")
         for shelf, dropped in found:
@@ -155,25 +156,29 @@ def _opened(places: Places) -> Iterator[list[Shelf]]:
         yield shelves
 
 
-def _model(shelves: list[Shelf], text: str) -> bytes | None:
-    """The one model that is meant, None if there are no blocks of it; raises ConfigError if it could be several."""
-    found = models_like(shelves, text)
+def _meant(kind: str, text: str, shelves: list[Shelf]) -> bytes | None:
+    """The one model or tenant that is meant, which is told, None if there are no blocks of it; raises ConfigError if it
+    could be several. A tenant's own secret is not repeated."""
+    found = {"model": models_like, "tenant": tenants_like}[kind](shelves, text)
+    said = f"--model {text}" if kind == "model" else "--tenant"
     if len(found) > 1:
         listed = "".join(f"\n  {digest.hex()}" for digest in sorted(found))
-        raise ConfigError(f"--model {text} could be any of {len(found)} models; write more of its name:{listed}")
-    return next(iter(found), None)
+        raise ConfigError(f"{said} could be any of {len(found)} {kind}s; write more of its name:{listed}")
+    digest = next(iter(found), None)
+    told = f"{kind} {digest.hex()}" if digest else f"there are no blocks of that {kind}; `bascule kv stats` lists them"
+    Console(stderr=True).print(told, markup=False, soft_wrap=True)
+    return digest
 
 
 def _show_stocks(found: list[tuple[Shelf, Stock, Room]]) -> None:
-    table = _table("tier", "place", "model", "codec", "blocks", "size")
+    table = _table("tier", "place", "model", "tenant", "codec", "blocks", "size")
     for shelf, stock, _ in found:
         for holding in stock.holdings:
             codec = holding.codec if holding.codec.isprintable() else ascii(holding.codec)
-            table.add_row(
-                *_names(shelf), holding.model[:_SHOWN_DIGITS], escape(codec), str(holding.blocks), _size(holding.bytes)
-            )
+            whose = (holding.model[:_SHOWN_DIGITS], holding.tenant[:_SHOWN_DIGITS] or "-")
+            table.add_row(*_names(shelf), *whose, escape(codec), str(holding.blocks), _size(holding.bytes))
         for reason, count in stock.faults.items():
-            table.add_row(*_names(shelf), "", f"not a record: {reason}", str(count), "")
+            table.add_row(*_names(shelf), "", "", f"not a record: {reason}", str(count), "")
     console = Console()
     console.print(table)
     for shelf, stock, room in found:

@@ -21,7 +21,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.cost_fit import StepSample, step_sample
-from bascule.types import BlockHash, CostModel, RequestId
+from bascule.types import BlockHash, CostModel, RequestId, Salt
 
 __all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Found", "Output", "Progress", "StepResult", "Work"]
 
@@ -116,15 +116,15 @@ class Engine:
             self._scheduler.adopt(sequence)
 
     def reserve(
-        self, prompt: tuple[int, ...], total_tokens: int, room_tokens: int = 0, *, coming: int = 0
+        self, prompt: tuple[int, ...], total_tokens: int, room_tokens: int = 0, *, coming: int = 0, salt: Salt = b""
     ) -> Lease | None:
         """Blocks for a handoff to this engine: of `total_tokens`, with room foreseen for `room_tokens` more.
 
-        The lease starts with the blocks of `prompt` that are here already (`lease.cached` of them). None if there are
-        not enough now, keeping a block for each running sequence, or if as many sequences run as may, with the `coming`
-        ones that have such a lease already. Release the lease, or give it to `adopt`.
+        The lease starts with the blocks of `prompt` under `salt` that are here already (`lease.cached` of them). None
+        if there are not enough now, keeping a block for each running sequence, or if as many sequences run as may, with
+        the `coming` ones that have such a lease already. Release the lease, or give it to `adopt`.
         """
-        hashes = self._hasher.chain(prompt) if self._hasher else []
+        hashes = self._hasher.chain(prompt, salt) if self._hasher else []
         size = self._books.block_size
         with self._lock:
             if self._scheduler.is_full(coming):

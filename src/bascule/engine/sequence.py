@@ -75,7 +75,7 @@ class Sequence:
         """Tokens drawn since the first."""
         self._block_size = block_size
         self._hasher = hasher
-        self._hashes: list[BlockHash] = hasher.chain(self.tokens) if hasher else []
+        self._hashes: list[BlockHash] = hasher.chain(self.tokens, work.salt) if hasher else []
         self._lease: Lease | None = None
         self._sealed = 0
         """Leading blocks that are full and computed, and findable if there is a hasher."""
@@ -175,7 +175,9 @@ class Sequence:
         """What it goes on with, if it has just been admitted again and some of that has to be computed anew."""
         if self._admissions == 1 or self.computed == self._places * self._block_size:
             return None
-        return Resumed(request=self.key.request, attempt=self.key.attempt, tokens=tuple(self.tokens))
+        return Resumed(
+            request=self.key.request, attempt=self.key.attempt, tokens=tuple(self.tokens), salt=self.work.salt
+        )
 
     def catch_up(self) -> Found | None:
         """Go on behind what has been found next to what is computed, and say what that was. Not while in a step."""
@@ -356,7 +358,7 @@ class Sequence:
         if self._hasher and full > self._sealed:
             if full > len(self._hashes):
                 tail = self.tokens[len(self._hashes) * self._block_size : full * self._block_size]
-                self._hashes += self._hasher.chain(tail, self._hashes[-1] if self._hashes else None)
+                self._hashes += self._hasher.chain(tail, self._hashes[-1] if self._hashes else self.work.salt)
             tokens = self.tokens[self._sealed * self._block_size : full * self._block_size]
-            self.lease.seal(self._sealed, self._hashes[self._sealed : full], tokens)
+            self.lease.seal(self._sealed, self._hashes[self._sealed : full], tokens, self.work.salt)
         self._sealed = full

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from bascule.types import FinishReason, RequestId, SamplingParams, Slo, TokenLogprobs
+from bascule.types import FinishReason, RequestId, Salt, SamplingParams, Slo, TokenLogprobs
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -21,6 +21,8 @@ class Work(Struct, frozen=True, kw_only=True):
     """Prefill here, decode elsewhere."""
     slo: Slo | None = None
     """None for the engine's own."""
+    salt: Salt = b""
+    """Only what has the same shares KV with it."""
 
 
 class Key(NamedTuple):
@@ -73,6 +75,7 @@ class Resumed(Struct, frozen=True, kw_only=True):
     attempt: int
     tokens: tuple[int, ...]
     """All that are known of it."""
+    salt: Salt
 
 
 class Failure(Struct, frozen=True, kw_only=True):

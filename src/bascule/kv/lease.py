@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from msgspec import Struct
 
 from bascule.errors import BasculeError
-from bascule.types import BlockHash
+from bascule.types import BlockHash, Salt
 
 if TYPE_CHECKING:
     from bascule.kv.books import Books
@@ -29,6 +29,7 @@ class CachedBlock(Struct, frozen=True):
     block: int
     hash: BlockHash
     tokens: tuple[int, ...]
+    salt: Salt = b""
 
 
 class LeaseState(StrEnum):
@@ -69,11 +70,12 @@ class Lease:
             books._grow(self, count)
             return True
 
-    def seal(self, start: int, hashes: Sequence[BlockHash], tokens: Sequence[int]) -> None:
+    def seal(self, start: int, hashes: Sequence[BlockHash], tokens: Sequence[int], salt: Salt = b"") -> None:
         """Make the blocks at `start`, `start + 1`, ... of the table findable under `hashes`.
 
-        They must be full, verified and never written again; `tokens` are the `block_size` ids of each of them. A hash
-        that another block already has stays with that block. Sealing a block again under its hash changes nothing.
+        They must be full, verified and never written again; `tokens` are the `block_size` ids of each of them, and
+        `salt` what they were hashed with. A hash that another block already has stays with that block. Sealing a block
+        again under its hash changes nothing.
         """
         books, size = self._books, self._books.block_size
         with books._lock:
@@ -89,7 +91,7 @@ class Lease:
                 if known is not None and known.hash != name:
                     raise LeaseError(f"block {block} is sealed as {known.hash.hex()} and cannot become {name.hex()}")
                 if known is None:
-                    entry = CachedBlock(block, name, tuple(tokens[index * size : (index + 1) * size]))
+                    entry = CachedBlock(block, name, tuple(tokens[index * size : (index + 1) * size]), salt)
                     if name in books._by_hash:
                         self._copies[block] = entry
                     else:

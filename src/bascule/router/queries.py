@@ -10,7 +10,7 @@ from bascule.policies.cost import PrefillPart, step_seconds
 from bascule.policies.snapshot import RouteQuery
 from bascule.router.flight import Flight
 from bascule.router.view import ClusterView
-from bascule.types import Slo, WorkerId
+from bascule.types import Salt, Slo, WorkerId
 
 _REMEMBERED = 256
 """Outputs whose lengths say what the next one's will be."""
@@ -32,7 +32,7 @@ class Queries:
         """Fingerprint that the hasher is made for; that of the first attached server gives way to our own model's."""
         self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
         self._usual = _FIRST_GUESS
-        self._sessions: OrderedDict[str, WorkerId] = OrderedDict()
+        self._sessions: OrderedDict[tuple[Salt, str], WorkerId] = OrderedDict()
 
     def prepare(self, flight: Flight) -> None:
         """Hash what the request's current attempt has to compute."""
@@ -43,13 +43,14 @@ class Queries:
             self._hasher = self._view.hasher(card.fingerprint, card.layout.block_size)
             self._hashed = card.fingerprint
         known = flight.request.prompt + tuple(flight.tokens)
-        flight.hashes = tuple(self._hasher.chain(known)[: (len(known) - 1) // card.layout.block_size])
+        full = (len(known) - 1) // card.layout.block_size
+        flight.hashes = tuple(self._hasher.chain(known, flight.request.salt)[:full])
 
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""
         card = self._view.card
         found = self._view.found(flight.hashes)
-        last = self._view.members.get(self._sessions.get(flight.request.session, WorkerId("")))
+        last = self._view.members.get(self._sessions.get(_session_of(flight), WorkerId("")))
         return RouteQuery(
             request=flight.request.id,
             prompt_tokens=flight.known_tokens,
@@ -92,9 +93,14 @@ class Queries:
         """A request has come to its end: its length and its worker are remembered."""
         self._lengths.append(len(flight.tokens))
         self._usual = float(statistics.median(self._lengths))
-        session = flight.request.session
-        if session:
+        if flight.request.session:
+            session = _session_of(flight)
             self._sessions[session] = flight.placement.decode
             self._sessions.move_to_end(session)
             if len(self._sessions) > _SESSIONS:
                 self._sessions.popitem(last=False)
+
+
+def _session_of(flight: Flight) -> tuple[Salt, str]:
+    """Tenants who give conversations the same name do not mean the same one."""
+    return flight.request.salt, flight.request.session

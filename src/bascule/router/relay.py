@@ -50,6 +50,7 @@ class Relay:
             slo=flight.request.slo,
             stored_tokens=flight.known_tokens - 1,
             timeout_s=flight.deadline - now,
+            salt=flight.request.salt,
         )
 
     def overdue(self, now: float) -> Iterator[Flight]:

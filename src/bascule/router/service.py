@@ -305,6 +305,7 @@ class Service:
             stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
             fetch=self.view.lender(chosen),
             timeout_s=flight.deadline - now,
+            salt=flight.request.salt,
         )
         if chosen.handed_by is not None:
             submission = self.relay.first_leg(flight, submission, chosen.handed_by)

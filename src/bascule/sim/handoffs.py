@@ -129,7 +129,7 @@ class Handoffs:
         submission = handoff.submission
         tokens = submission.prompt + submission.generated
         room = min(FORESEEN_TOKENS, max(0, submission.sampling.max_tokens - len(submission.generated)))
-        handoff.lease = handoff.target.engine.reserve(tokens, len(tokens) + 1, room)
+        handoff.lease = handoff.target.engine.reserve(tokens, len(tokens) + 1, room, salt=submission.salt)
         if handoff.lease is None:
             return False
         handoff.sent_blocks = handoff.lease.cached
@@ -204,6 +204,7 @@ class Handoffs:
             generated=(*submission.generated, 0),
             sampling=submission.sampling,
             slo=submission.slo,
+            salt=submission.salt,
         )
         handoff.target.engine.adopt(work, handoff.lease)
         handoff.lease = None

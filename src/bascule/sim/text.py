@@ -12,7 +12,7 @@ from itertools import repeat
 from typing import overload
 
 from bascule.kv.hashing import HASH_BYTES, BlockHasher
-from bascule.types import BlockHash
+from bascule.types import BlockHash, Salt
 
 _SHORT = 1024
 """Slices up to here, single blocks above all, are tuples that all texts share."""
@@ -61,10 +61,10 @@ class Text(Sequence[int]):
 class Namer(BlockHasher):
     """Names the blocks of a `Text` as it says; those behind them, and all of other tokens, by their hashes."""
 
-    def chain(self, tokens: Sequence[int], previous: BlockHash | None = None) -> list[BlockHash]:
+    def chain(self, tokens: Sequence[int], behind: BlockHash | Salt = b"") -> list[BlockHash]:
         """As of `BlockHasher`."""
         if not isinstance(tokens, Text) or not tokens.names:
-            return super().chain(tokens, previous)
+            return super().chain(tokens, behind)
         full = len(tokens) // self.block_size
         names = list(tokens.names[:full])
         if full > len(names):

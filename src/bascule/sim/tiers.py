@@ -111,7 +111,7 @@ class TierSide:
         """Load what is quicker loaded than computed, then hand the request on."""
         key = Key(submission.request, submission.attempt)
         tokens = submission.prompt + submission.generated
-        names = self._hasher.chain(tokens)[: (len(tokens) - 1) // self._size]
+        names = self._hasher.chain(tokens, submission.salt)[: (len(tokens) - 1) // self._size]
         engine = self._engine()
         here = engine.cached_blocks(names)
         run = self._found(names[here:], expected=submission.stored_tokens // self._size - here)
@@ -141,7 +141,7 @@ class TierSide:
         lease = self._engine().borrow(names, tokens, len(names))
         if lease is not None:
             first = lease.cached
-            lease.seal(first, names[first:], tokens[first * self._size : len(names) * self._size])
+            lease.seal(first, names[first:], tokens[first * self._size : len(names) * self._size], submission.salt)
             lease.release()
         self._ready(brought)
 

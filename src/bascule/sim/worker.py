@@ -224,6 +224,7 @@ class SimWorker:
             sampling=submission.sampling,
             handoff=handoff,
             slo=submission.slo,
+            salt=submission.salt,
         )
         try:
             self.engine.submit(work)

@@ -121,10 +121,9 @@ class Arrivals:
         self._fetches.give_up(key, late=late)
 
     async def _fetch(self, key: Key, submission: Submit, source: FetchFrom) -> None:
-        tokens = (*submission.prompt, *submission.generated)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        await self._fetches.bring(key, tokens, source, partial(self._came, key))
+        await self._fetches.bring(submission, source, partial(self._came, key))
         self._came(key, Brought(seconds=loop.time() - begun))
         del self._fetching[key]
         self._load(submission)
@@ -156,6 +155,7 @@ class Arrivals:
                     sampling=submission.sampling,
                     handoff=submission.decode is not None,
                     slo=submission.slo,
+                    salt=submission.salt,
                 )
             )
         except RequestError as error:

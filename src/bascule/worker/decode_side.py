@@ -222,7 +222,8 @@ class DecodeSide:
         prepare = incoming.prepare
         room = min(_GROWTH_TOKENS, max(0, prepare.sampling.max_tokens - len(prepare.generated)))
         coming = sum(one.stage in (Stage.GRANTED, Stage.CHECKING) for one in self._tickets.values())
-        lease = self._engine.reserve(incoming.tokens, len(incoming.tokens) + 1, room, coming=coming)
+        total = len(incoming.tokens) + 1
+        lease = self._engine.reserve(incoming.tokens, total, room, coming=coming, salt=prepare.salt)
         if lease is None:
             return False
         incoming.lease = lease
@@ -303,6 +304,7 @@ class DecodeSide:
             generated=(*prepare.generated, commit.first_token),
             sampling=prepare.sampling,
             slo=prepare.slo,
+            salt=prepare.salt,
         )
         try:
             self._engine.adopt(work, lease)
@@ -327,7 +329,7 @@ class DecodeSide:
             ("length", manifest.tokens, tokens),
             ("length", manifest.have_blocks, lease.cached),
             ("length", len(manifest.checksums), self._blocks_held(incoming) - lease.cached),
-            ("hashes", manifest.hashes, tuple(self._hasher.chain(incoming.tokens))),
+            ("hashes", manifest.hashes, tuple(self._hasher.chain(incoming.tokens, incoming.prepare.salt))),
         )
         for kind, theirs, ours in agreed:
             if theirs != ours:

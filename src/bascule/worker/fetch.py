@@ -22,8 +22,8 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import SECRET_BYTES
 from bascule.peer_wire import Fetch, Fetched, Revoked
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
-from bascule.types import PEER, BlockHash, CostModel, FetchLoad, ModelCard, TicketId
-from bascule.wire import FetchFrom
+from bascule.types import PEER, BlockHash, CostModel, FetchLoad, ModelCard, Salt, TicketId
+from bascule.wire import FetchFrom, Submit
 from bascule.worker.grants import Grants
 from bascule.worker.loader import LEAST_PATIENCE_S
 from bascule.worker.parts import Brought
@@ -41,6 +41,7 @@ class _Wish:
 
     key: Key
     tokens: Sequence[int]
+    salt: Salt
     hashes: Sequence[BlockHash]
     """Of the full blocks that the peer is said to have."""
     source: FetchFrom
@@ -111,16 +112,18 @@ class Fetches:
         answer.set_result(message)
         return True
 
-    async def bring(self, key: Key, tokens: Sequence[int], source: FetchFrom, came: Callable[[Brought], None]) -> None:
+    async def bring(self, submission: Submit, source: FetchFrom, came: Callable[[Brought], None]) -> None:
         """Have a request's prompt fetched, as far as the peer has it and it is not here. Returns when the engine should
         have the request: when all is here, or at the end of a short patience, while the fetch goes on.
 
         `came` is told all that the engine has found of it, each time that it finds more. The fetch ends, at the latest,
         when computing would have. Never raises for what a peer does.
         """
+        key, tokens = Key(submission.request, submission.attempt), (*submission.prompt, *submission.generated)
         size, model = self._card.layout.block_size, self._engine.cost
         wanted = min(source.tokens, len(tokens) - 1) // size
-        wish = _Wish(key, tokens, self._hasher.chain(tokens[: wanted * size]), source, came)
+        hashes = self._hasher.chain(tokens[: wanted * size], submission.salt)
+        wish = _Wish(key, tokens, submission.salt, hashes, source, came)
         if (cached := self._books.count_cached(wish.hashes)) == wanted:
             return
         behind = len(tokens) - cached * size
@@ -208,7 +211,7 @@ class Fetches:
             self._failed["checksum"] += 1
             return
         self._engine.take_in(blocks)
-        lease.seal(cached, wish.hashes[cached:end], wish.tokens[cached * size : end * size])
+        lease.seal(cached, wish.hashes[cached:end], wish.tokens[cached * size : end * size], wish.salt)
         # A prompt that is being computed by now jumps over what it has not come to yet.
         self._engine.take_found(*wish.key)
         seconds = asyncio.get_running_loop().time() - begun
@@ -236,6 +239,7 @@ class Fetches:
                     have_blocks=lease.cached,
                     blocks=tuple(lease.blocks[lease.cached :]),
                     endpoints=endpoints,
+                    salt=wish.salt,
                 ),
             )
             told: Fetched = await answer

@@ -20,7 +20,7 @@ from bascule.kv.transfer.base import SECRET_BYTES, Endpoint, Move, Pushed, Sende
 from bascule.kv.transfer.coding import Coding
 from bascule.kv.transfer.select import open_session
 from bascule.peer_wire import Fetch, Fetched, PeerMessage
-from bascule.types import Epoch, ModelCard, TicketId
+from bascule.types import Epoch, ModelCard, Salt, TicketId
 from bascule.worker.learning import Links
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _THREADS = 4
 _PIECE = 32
 """Blocks pushed at a time: between two pieces a fetch that is taken back ends."""
 
-Bring = Callable[[Sequence[int]], Awaitable[object]]
+Bring = Callable[[Sequence[int], Salt], Awaitable[object]]
 
 
 class Loan:
@@ -132,9 +132,9 @@ class Lender:
     async def _push(self, loan: Loan) -> str:
         """Push what is cached; returns why nothing was."""
         fetch, begun = loan.fetch, asyncio.get_running_loop().time()
-        hashes = self._hasher.chain(fetch.tokens)
+        hashes = self._hasher.chain(fetch.tokens, fetch.salt)
         if self._bring is not None and self._books.count_cached(hashes) < len(hashes):
-            await self._bring(fetch.tokens)
+            await self._bring(fetch.tokens, fetch.salt)
         have = self._books.count_cached(hashes)
         lease = self._engine.borrow(hashes, fetch.tokens, have) if have > fetch.have_blocks else None
         if lease is None:

@@ -24,7 +24,7 @@ from bascule.policies.load import (
     worth_loading_beside,
 )
 from bascule.policies.snapshot import CHUNK_TOKENS
-from bascule.types import BlockHash, CostModel, KVLayout, Tier
+from bascule.types import BlockHash, CostModel, KVLayout, Salt, Tier
 
 Tell = Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None]
 
@@ -35,11 +35,15 @@ LEAST_PATIENCE_S = 0.01
 class Load:
     """What is looked for and loaded for one prompt. All of it is the asyncio loop's but `late` and `over`."""
 
-    def __init__(self, key: Key, tokens: Sequence[int], hashes: Sequence[BlockHash], believed: int) -> None:
-        """`hashes` are of the blocks that may be loaded; the router takes the first `believed` of them to be there."""
+    def __init__(
+        self, key: Key, tokens: Sequence[int], hashes: Sequence[BlockHash], salt: Salt, believed: int = 0
+    ) -> None:
+        """`hashes` are of the blocks that may be loaded, under `salt`; the router takes the first `believed` of them to
+        be there."""
         self.key = key
         self.tokens = tokens
         self.hashes = hashes
+        self.salt = salt
         self.believed = believed
         self.late = Event()
         """The engine has the request, and computes it from the front."""
@@ -196,7 +200,7 @@ class Loader:
         """Load and seal blocks of a prompt, to the lease's place `at` and behind; returns how many came."""
         size = self._layout.block_size
         wanted = [
-            Wanted(load.hashes[place], tuple(load.tokens[place * size : (place + 1) * size]), block)
+            Wanted(load.hashes[place], tuple(load.tokens[place * size : (place + 1) * size]), block, load.salt)
             for place, block in zip(places, lease.blocks[at:], strict=False)
         ]
         came = self._tiers.load(wanted, tiers)
@@ -205,7 +209,8 @@ class Loader:
         loaded = wanted[: len(came)]
         self._engine.take_in([each.block for each in loaded])
         self._loop.call_soon_threadsafe(self._came, load, places, came)
-        lease.seal(at, [each.name for each in loaded], [token for each in loaded for token in each.tokens])
+        tokens = [token for each in loaded for token in each.tokens]
+        lease.seal(at, [each.name for each in loaded], tokens, load.salt)
         self._engine.take_found(*load.key)
         return len(came)
 

@@ -222,7 +222,7 @@ class PrefillSide:
         try:
             secret = secrets.token_bytes(16)
             # While the first chunk is computed, not when the commit waits for them.
-            handoff.hashes = tuple(self._hasher.chain(handoff.tokens))
+            handoff.hashes = tuple(self._hasher.chain(handoff.tokens, handoff.submission.salt))
             reserved = await self._reserve(handoff, secret)
             self._engine.permit(*handoff.key)
             self._wake()
@@ -264,6 +264,7 @@ class PrefillSide:
                 fingerprint=self._card.fingerprint,
                 layout=self._card.layout,
                 slo=handoff.submission.slo,
+                salt=handoff.submission.salt,
                 timeout_s=self._deadlines.left(handoff.key),
             ),
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from bascule.kv.store.tiers import Saved
 from bascule.types import BlockHash
 
 log = logging.getLogger(__name__)
@@ -17,14 +18,17 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 16
 _NICENESS = 10
 
-Save = Callable[[Sequence[BlockHash]], Sequence[BlockHash]]
+_OFFERED_S = 60.0
+"""What a tier refused is offered again for so long: it may have been slow for a moment."""
+
+Save = Callable[[Sequence[BlockHash]], Saved]
 
 
 class Saver:
     """A line of blocks before a tier, so that a slow one holds up no other. Runs in the asyncio loop."""
 
     def __init__(self, save: Save, saved: Callable[[Sequence[BlockHash]], None], most: int) -> None:
-        """`save`, called in the thread, returns what was taken, which `saved` is told in the loop.
+        """`save` is called in the thread; what was taken, `saved` is told in the loop.
 
         Of more than `most` blocks in the line the first are left out: they will have been evicted by then.
         """
@@ -32,6 +36,8 @@ class Saver:
         self._saved = saved
         self._most = most
         self._line: dict[BlockHash, None] = {}
+        self._refused: dict[BlockHash, float] = {}
+        """When for the first time; not forgotten where it is in the line again."""
         self._busy: Sequence[BlockHash] = ()
         self._batch_done = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -47,6 +53,13 @@ class Saver:
             del self._line[next(iter(self._line))]
         if self._line and self._task is None:
             self._task = asyncio.create_task(self._run())
+
+    def again(self) -> None:
+        """Offer what was refused once more, if nothing else is to be saved; to be called now and then."""
+        if self._task is None and self._refused:
+            oldest = asyncio.get_running_loop().time() - _OFFERED_S
+            self._refused = {name: at for name, at in self._refused.items() if at > oldest}
+            self.add(list(self._refused))
 
     async def passed(self, names: Sequence[BlockHash]) -> None:
         """Wait until none of these blocks is in the line or being saved."""
@@ -70,15 +83,28 @@ class Saver:
                 for name in names:
                     del self._line[name]
                 self._busy = names
-                taken = await loop.run_in_executor(self._thread, self._save, names)
-                if taken:
-                    self._saved(taken)
+                done = await loop.run_in_executor(self._thread, self._save, names)
+                self._note(names, done, loop.time())
                 self._end_batch()
         except Exception:
             log.exception("KV store: computed blocks could not be saved")
         finally:
             self._task = None
             self._end_batch()
+
+    def _note(self, names: Sequence[BlockHash], done: Saved, now: float) -> None:
+        if done.taken:
+            self._saved(done.taken)
+        refused = {name: self._refused.get(name, now) for name in done.refused}
+        for name in names:
+            self._refused.pop(name, None)
+        if refused:
+            # The others would be refused, too: they are offered again together.
+            refused |= {name: self._refused.get(name, now) for name in self._line}
+            self._line.clear()
+        self._refused |= refused
+        while len(self._refused) > self._most:
+            del self._refused[next(iter(self._refused))]
 
     def _end_batch(self) -> None:
         self._busy = ()

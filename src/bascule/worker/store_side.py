@@ -23,7 +23,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
-from bascule.types import BlockHash, CostModel, KVLayout, RequestId, StoreLoad, Tier
+from bascule.types import BlockHash, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
 from bascule.worker.parts import Brought
@@ -116,8 +116,9 @@ class StoreSide:
         return key in self._starting
 
     async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit], None]) -> None:
-        tokens = (*submission.prompt, *submission.generated)
-        load = Load(key, tokens, self._hasher.chain(tokens[:-1]), submission.stored_tokens // self._layout.block_size)
+        tokens, salt = (*submission.prompt, *submission.generated), submission.salt
+        believed = submission.stored_tokens // self._layout.block_size
+        load = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt, believed)
         if (cached := self._books.count_cached(load.hashes)) < len(load.hashes):
             self._loads[key] = load
             await self._wait_for(load, cached)
@@ -144,7 +145,8 @@ class StoreSide:
         """Load what a preempted sequence has lost, as far as that is quicker, while it is computed from the front."""
         key = Key(resumed.request, resumed.attempt)
         self._give_up(key)
-        load = self._loads[key] = Load(key, resumed.tokens, self._hasher.chain(resumed.tokens[:-1]), 0)
+        tokens, salt = resumed.tokens, resumed.salt
+        load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt)
         load.late.set()
         self._begin(load)
 
@@ -158,7 +160,8 @@ class StoreSide:
         if saver is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
-                    await saver.passed(self._hasher.chain((*submission.prompt, *submission.generated)))
+                    tokens = (*submission.prompt, *submission.generated)
+                    await saver.passed(self._hasher.chain(tokens, submission.salt))
         self._on_saved(key)
 
     def cancel(self, key: Key) -> None:
@@ -204,9 +207,9 @@ class StoreSide:
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
-    async def bring(self, tokens: Sequence[int]) -> None:
+    async def bring(self, tokens: Sequence[int], salt: Salt) -> None:
         """Have loaded what of these tokens, of full blocks, is quicker loaded than computed, for no request here."""
-        load = Load(_NOBODYS, (*tokens, 0), self._hasher.chain(tokens), 0)
+        load = Load(_NOBODYS, (*tokens, 0), self._hasher.chain(tokens, salt), salt)
         try:
             await self._run(load)
         finally:
@@ -285,6 +288,8 @@ class StoreSide:
         """Ask the stores now and then what they hold, for `loads`, and look whether some of it is whole."""
         while True:
             self._stats = await self._loop.run_in_executor(self._askers, self._tiers.stats)
+            for saver in self._savers.values():
+                saver.again()
             if not (self.saving or self.loading):
                 dropped = await self._loop.run_in_executor(self._askers, self._tiers.scrub, _SCRUBBED)
                 for tier, names in dropped.items():

@@ -1,6 +1,7 @@
 """A stored block as bytes that say what they are: whose KV, of which tokens, in which codec, and a checksum over all.
 
-    magic 4 | version 2 | codec length 2 | tokens 4 | payload length 8 | block hash 16 | fingerprint digest 16
+    magic 4 | version 2 | codec length 2 | tokens 4 | payload length 8
+    block hash 16 | digest of the model's fingerprint 16 | digest of the tenant's salt 16
     codec | token ids, 4 bytes each | payload | xxh3_128 of everything before, 16
 
 Numbers are little-endian. The checksum finds accidents, not forgers: a tier's operator is trusted.
@@ -19,13 +20,13 @@ from msgspec import Struct
 
 from bascule.errors import BasculeError
 from bascule.kv.store.base import Blob
-from bascule.types import BlockHash
+from bascule.types import BlockHash, Salt
 
 _MAGIC = b"BKVR"
-_VERSION = 1
+_VERSION = 2
 _HASH_BYTES = 16
 _CHECKSUM_BYTES = 16
-_HEADER = struct.Struct(f"<4sHHIQ{_HASH_BYTES}s16s")
+_HEADER = struct.Struct(f"<4sHHIQ{_HASH_BYTES}s16s16s")
 HEAD_BYTES = 256
 """The beginning of a record that `label` needs, codec included."""
 _LONGEST_CODEC = HEAD_BYTES - _HEADER.size
@@ -33,7 +34,7 @@ _LONGEST_CODEC = HEAD_BYTES - _HEADER.size
 
 class InvalidRecord(BasculeError):
     """Bytes that are not the block asked for; `reason` is one word: `format`, `version`, `length`, `checksum`, `name`,
-    `fingerprint` or `tokens`."""
+    `fingerprint`, `tenant` or `tokens`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"not a valid record of this block: {reason}")
@@ -48,16 +49,18 @@ class Payload(Struct, frozen=True):
 
 
 class Label(Struct, frozen=True):
-    """What a record says of itself; `model` is what `model_digest` makes of the fingerprint."""
+    """What a record says of itself; `model` and `tenant` are digests: `model_digest`, `tenant_digest`."""
 
     name: BlockHash
     model: bytes
+    tenant: bytes
     codec: str
     tokens: int
 
 
-def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payload) -> bytes:
-    """The record of the block `name` of the model with `fingerprint`, which holds the KV of `tokens` (its own ids).
+def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payload, salt: Salt = b"") -> bytes:
+    """The record of the block `name` of the model with `fingerprint`, which holds the KV of `tokens` (its own ids) for
+    those who have `salt`.
 
     Raises ValueError if `name` is not 16 bytes or the codec's is too long, OverflowError for a token id that has no
     room in four.
@@ -68,7 +71,8 @@ def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payl
     if len(codec) > _LONGEST_CODEC:
         raise ValueError(f"a codec's name has at most {_LONGEST_CODEC} bytes, not {len(codec)}")
     data = memoryview(payload.data).cast("B")
-    header = _HEADER.pack(_MAGIC, _VERSION, len(codec), len(tokens), len(data), name, model_digest(fingerprint))
+    model, tenant = model_digest(fingerprint), tenant_digest(salt)
+    header = _HEADER.pack(_MAGIC, _VERSION, len(codec), len(tokens), len(data), name, model, tenant)
     pieces: list[Blob] = [header, codec, _little_endian(tokens), data]
     checksum = xxhash.xxh3_128()
     for piece in pieces:
@@ -76,15 +80,17 @@ def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payl
     return b"".join([*pieces, checksum.digest()])
 
 
-def unpack(name: BlockHash, fingerprint: str, tokens: Sequence[int], data: Blob) -> Payload:
+def unpack(name: BlockHash, fingerprint: str, tokens: Sequence[int], data: Blob, salt: Salt = b"") -> Payload:
     """What `pack` was given; `Payload.data` is a view into `data`.
 
-    Raises InvalidRecord for anything else, a block of the same hash but other tokens included.
+    Raises InvalidRecord for anything else, a block of the same hash but other tokens or another tenant's included.
     """
     view = memoryview(data).cast("B")
     parts = _check(name, view)
     if parts.model != model_digest(fingerprint):
         raise InvalidRecord("fingerprint")
+    if parts.tenant != tenant_digest(salt):
+        raise InvalidRecord("tenant")
     if view[parts.codec_end : parts.tokens_end] != _little_endian(tokens):
         raise InvalidRecord("tokens")
     return Payload(_codec(view, parts), view[parts.tokens_end : parts.payload_end])
@@ -110,7 +116,12 @@ def label(head: Blob, size: int) -> Label:
 
 def model_digest(fingerprint: str) -> bytes:
     """What stands in a record for the model's fingerprint."""
-    return blake3(fingerprint.encode()).digest(16)
+    return blake3(fingerprint.encode(errors="surrogateescape")).digest(16)
+
+
+def tenant_digest(salt: Salt) -> bytes:
+    """What stands in a record for a tenant's salt, which does not follow from it; zeros where all may share a block."""
+    return blake3(salt, derive_key_context="bascule 1 tenant of a block").digest(16) if salt else bytes(16)
 
 
 class _Parts(Struct, frozen=True):
@@ -118,6 +129,7 @@ class _Parts(Struct, frozen=True):
 
     name: bytes
     model: bytes
+    tenant: bytes
     codec_end: int
     tokens_end: int
     payload_end: int
@@ -127,7 +139,7 @@ def _measure(head: memoryview, size: int) -> _Parts:
     """The parts of a record of `size` bytes; raises InvalidRecord if they do not add up to that."""
     if size < _HEADER.size + _CHECKSUM_BYTES or len(head) < min(size, HEAD_BYTES):
         raise InvalidRecord("length")
-    magic, version, codec_bytes, count, payload_bytes, name, model = _HEADER.unpack_from(head)
+    magic, version, codec_bytes, count, payload_bytes, name, model, tenant = _HEADER.unpack_from(head)
     if magic != _MAGIC:
         raise InvalidRecord("format")
     if version != _VERSION:
@@ -139,7 +151,7 @@ def _measure(head: memoryview, size: int) -> _Parts:
         raise InvalidRecord("length")
     if codec_bytes > _LONGEST_CODEC:
         raise InvalidRecord("format")
-    return _Parts(name, model, codec_end, tokens_end, payload_end)
+    return _Parts(name, model, tenant, codec_end, tokens_end, payload_end)
 
 
 def _check(name: BlockHash, view: memoryview) -> _Parts:
@@ -161,7 +173,7 @@ def _codec(head: memoryview, parts: _Parts) -> str:
 
 def _label(head: memoryview, parts: _Parts) -> Label:
     tokens = (parts.tokens_end - parts.codec_end) // 4
-    return Label(BlockHash(parts.name), parts.model, _codec(head, parts), tokens)
+    return Label(BlockHash(parts.name), parts.model, parts.tenant, _codec(head, parts), tokens)
 
 
 def _little_endian(tokens: Sequence[int]) -> bytes:

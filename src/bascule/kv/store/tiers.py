@@ -17,7 +17,7 @@ from bascule.kv.store.base import Store, StoreStats
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.record import InvalidRecord, Payload, inspect, pack, unpack
 from bascule.policies.load import UNMEASURED
-from bascule.types import BlockHash, LinkCost, Tier
+from bascule.types import BlockHash, LinkCost, Salt, Tier
 
 BATCH = 16
 """Blocks in one call of a store: large enough to be quick, small enough for what comes behind it not to wait long."""
@@ -28,11 +28,21 @@ _LEARNT = 0.5
 
 
 class Wanted(Struct, frozen=True):
-    """One block to be loaded: its name, its tokens, and the block of the arena that it goes to."""
+    """One block to be loaded: its name, its tokens, the block of the arena that it goes to, and the salt that it was
+    hashed with."""
 
     name: BlockHash
     tokens: tuple[int, ...]
     block: int
+    salt: Salt = b""
+
+
+class Saved(Struct, frozen=True):
+    """What a tier made of blocks that were not there."""
+
+    taken: Sequence[BlockHash]
+    refused: Sequence[BlockHash]
+    """Of these some may be there."""
 
 
 class _Slowness(Struct, frozen=True):
@@ -159,7 +169,7 @@ class Tiers:
             if data is None:
                 continue
             try:
-                payload = unpack(each.name, self._fingerprint, each.tokens, data)
+                payload = unpack(each.name, self._fingerprint, each.tokens, data, each.salt)
                 self._forms.decode(payload, self._arena.bytes[:, each.block : each.block + 1])
             except InvalidRecord as error:
                 invalid.append((each.name, error.reason))
@@ -187,12 +197,12 @@ class Tiers:
 
     # ------------------------------------------------------------ down
 
-    def save(self, tier: Tier, names: Sequence[BlockHash]) -> list[BlockHash]:
-        """Give a tier those of `names` that are cached on the device and not there; returns what it took.
+    def save(self, tier: Tier, names: Sequence[BlockHash]) -> Saved:
+        """Give a tier those of `names` that are cached on the device and not there.
 
         Blocks are copied while they may be evicted: what changed meanwhile is thrown away.
         """
-        store, taken = self.stores[tier], list[BlockHash]()
+        store, taken, refused = self.stores[tier], list[BlockHash](), list[BlockHash]()
         for batch in _batches(names):
             absent = [name for name, held in zip(batch, store.holds(batch), strict=True) if not held]
             items = self._records(self._books.peek(absent), tier)
@@ -200,11 +210,11 @@ class Tiers:
                 continue
             count = store.put(items)
             # How many were taken, and not which: where some were not, nothing is said of any of them.
-            taken += items if count == len(items) else ()
+            (taken if count == len(items) else refused).extend(items)
             with self._lock:
                 self.figures[tier].saved_blocks += count
                 self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
-        return taken
+        return Saved(taken, refused)
 
     def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
         if not entries:
@@ -213,7 +223,7 @@ class Tiers:
         unchanged = self._books.unchanged(entries)
         codec, data = self._forms.encode(copies, self.costs()[tier])
         return {
-            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data))
+            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data), entry.salt)
             for entry, record, whole in zip(entries, data, unchanged, strict=True)
             if whole
         }
@@ -248,11 +258,11 @@ class Tiers:
 
 
 def _fault(name: BlockHash, data: bytes) -> str:
-    """What is wrong with a record, in a word; empty for one that is whole."""
+    """What is wrong with a record, in a word; empty for one that is whole, or that another release may read."""
     try:
         inspect(name, data)
     except InvalidRecord as error:
-        return error.reason
+        return "" if error.reason == "version" else error.reason
     return ""
 
 

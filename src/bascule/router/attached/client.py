@@ -26,6 +26,8 @@ class Served(Struct, frozen=True, kw_only=True):
     context: int
     vocab: int
     eos: frozenset[int]
+    keeps_apart: bool = True
+    """It looks at `cache_salt`: what it has cached for one tenant, no other finds."""
 
 
 class AttachedClient:
@@ -81,6 +83,12 @@ class AttachedClient:
 
     async def _stream(self, submission: Submit) -> None:
         sampling, drawn = submission.sampling, len(submission.generated)
+        if submission.salt and not self._served.keeps_apart:
+            raise Trouble(
+                "does not look at cache_salt, and might let others find what it caches of this prompt; attach servers "
+                "that do (vLLM, Bascule), or send no cache_salt",
+                retryable=True,
+            )
         ends = ends_of(sampling, self._served.eos)
         output = Output(submission, self._served.vocab, ends)
         prompt = [*submission.prompt, *submission.generated]
@@ -92,7 +100,7 @@ class AttachedClient:
             return False
 
         name = f"{submission.request}.{submission.attempt}" if submission.attempt else submission.request
-        body = completion_body(self._served.model, prompt, sampling, drawn, ends)
+        body = completion_body(self._served.model, prompt, sampling, drawn, ends, submission.salt)
         await converse(self._http, body, name, on_chunk)
         self._tell([output.end()])
 

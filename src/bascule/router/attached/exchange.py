@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from bascule.errors import UNREADABLE
-from bascule.types import SamplingParams
+from bascule.types import Salt, SamplingParams
 
 MAX_EVENT = 16 << 20
 """Bytes of one event; the first may repeat a long prompt's token ids."""
@@ -79,7 +79,12 @@ _chunk = msgspec.json.Decoder(Chunk)
 
 
 def completion_body(
-    model: str, prompt: list[int] | str, sampling: SamplingParams, drawn: int, end_tokens: frozenset[int]
+    model: str,
+    prompt: list[int] | str,
+    sampling: SamplingParams,
+    drawn: int,
+    end_tokens: frozenset[int],
+    salt: Salt = b"",
 ) -> bytes:
     """A streamed completion that goes on after `drawn` output tokens, which are part of `prompt`.
 
@@ -110,6 +115,8 @@ def completion_body(
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+    if salt:
+        body["cache_salt"] = salt.hex()
     return msgspec.json.encode(body)
 
 

@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 import httpx
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, structs
 
 from bascule.errors import UNREADABLE, ConfigError
 from bascule.router.attached.client import Served
@@ -51,7 +51,7 @@ class _Models(Struct, frozen=True):
 
 
 async def probe(http: httpx.AsyncClient, url: str, ours: OurModel) -> Served:
-    """Find out what is served, with three small requests.
+    """Find out what is served, with four small requests.
 
     Raises Refused for a server that cannot be used, Trouble and httpx.HTTPError for one that does not answer (yet).
     """
@@ -65,7 +65,7 @@ async def probe(http: httpx.AsyncClient, url: str, ours: OurModel) -> Served:
             served = Served(model=entry.id, context=entry.max_model_len, vocab=ours.vocab, eos=ours.eos)
             await _probe_tokens(http, url, served, ours)
             await _probe_tokenizer(http, url, served, ours)
-            return served
+            return structs.replace(served, keeps_apart=await _looks_at_salts(http, served, ours))
     except TimeoutError:
         raise Trouble(f"did not answer a probe within {PROBE_S:g} s") from None
 
@@ -136,6 +136,15 @@ async def _probe_tokens(http: httpx.AsyncClient, url: str, served: Served, ours:
             f"{url} has another tokenizer: tokens {ids} are {text!r} there and {expected!r} in {ours.name}; "
             "serve the same model in both places"
         )
+
+
+async def _looks_at_salts(http: httpx.AsyncClient, served: Served, ours: OurModel) -> bool:
+    """Who knows `cache_salt` refuses an empty one; who does not know it takes the request."""
+    body = {"model": served.model, "prompt": ours.encode("a"), "max_tokens": 1, "cache_salt": ""}
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code not in (HTTPStatus.OK, HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
+            raise await refusal(answer)
+        return answer.status_code != HTTPStatus.OK
 
 
 def _refused_or_later(trouble: Trouble, message: str) -> Exception:
