@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from time import monotonic
 
 from bascule.clock import Clock, WallClock
 from bascule.kv.store.base import Fault
@@ -14,6 +15,9 @@ from bascule.kv.store.breaker import Breaker
 log = logging.getLogger(__name__)
 
 Step = Callable[[], None]
+
+_STOOD_STILL_S = 1.0
+"""By so much a wait has to be longer than asked for, to mean that this process was paused."""
 
 
 def _nothing() -> None:
@@ -89,7 +93,7 @@ class Gate:
 
     def finish(self, job: Job) -> Fault | None:
         """Wait for a job to end or to stop moving; None if all its steps are done."""
-        while not job.done.wait(max(0.0, self._deadline(job) - self._clock.now())):
+        while not self._ends_within(job, max(0.0, self._deadline(job) - self._clock.now())):
             with self._lock:
                 if self._clock.now() < self._deadline(job):
                     continue
@@ -104,6 +108,14 @@ class Gate:
         with self._lock:
             self._shut(fault)
         return fault
+
+    def _ends_within(self, job: Job, seconds: float) -> bool:
+        """Wait for a job, and once more if this process itself was paused meanwhile: that is not the place's doing."""
+        begun = monotonic()
+        ended = job.done.wait(seconds)
+        if not ended and monotonic() - begun - seconds > _STOOD_STILL_S:
+            ended = job.done.wait(self._timeout_s)
+        return ended
 
     def close(self) -> None:
         """Take no more jobs and interrupt those under way. Idempotent."""
