@@ -7,6 +7,9 @@ The KV of the first `--context` tokens of each text is computed, passed through 
 the KV as it was (`none`): KL of the exact distribution from the other, in nats, mean over positions; "top moved" is the
 mean change of the log probability of the exact one's most likely token; "same top" the share of positions whose most
 likely token is the same. Ratio and GB/s (10^9 bytes of KV before encoding, one thread, median) are of the texts' KV.
+
+Below are what bounds any codec of floats: the KV rounded to so many bits of fraction, whatever exponent (e4m3 has 3, so
+no scales make `fp8` better than that), and KV that is off by up to a step of bfloat16 at random.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,14 +91,34 @@ def as_blocks(kv: Tensor, layout: KVLayout) -> NDArray[np.uint8]:
     return kv.view(torch.uint8).numpy().reshape(layout.planes, -1, layout.plane_block_bytes)
 
 
-def effect(decoders: Decoders, variant: Variant, texts: list[Text]) -> str:
-    """The columns on the model's output."""
-    layout = variant.codec.layout
+def coded(kv: Tensor, variant: Variant) -> None:
+    """Pass KV through a codec and back, in place."""
+    whole = kv.contiguous()
+    blocks = as_blocks(whole, variant.codec.layout)
+    blocks = blocks[:, variant.first : blocks.shape[1] - variant.last]
+    variant.codec.decode(variant.codec.encode(blocks), blocks)
+    kv.copy_(whole)
+
+
+def rounded(kv: Tensor, bits: int) -> None:
+    """Keep so many bits of each number's fraction, and all of its exponent, in place."""
+    fraction, exponent = torch.frexp(kv.float())
+    steps = 2.0 ** (bits + 1)
+    kv.copy_(torch.ldexp((fraction * steps).round() / steps, exponent))
+
+
+def shaken(kv: Tensor) -> None:
+    """Move each number by up to a step of bfloat16, at random, in place."""
+    _, exponent = torch.frexp(kv.float())
+    kv.add_(torch.ldexp(2 * torch.rand(kv.shape, generator=torch.Generator().manual_seed(0)) - 1, exponent - 8))
+
+
+def effect(decoders: Decoders, spoil: Callable[[Tensor], None], texts: list[Text]) -> str:
+    """The columns on the model's output; `spoil` does to a text's KV what is to be measured."""
     divergence, moved, same = [], [], []
     for text in texts:
         kv = text.kv.clone()
-        blocks = as_blocks(kv, layout)[:, variant.first : text.context // BLOCK - variant.last]
-        variant.codec.decode(variant.codec.encode(blocks), blocks)
+        spoil(kv[:, : text.context])
         got = distributions(decoders, text.tokens, text.context, kv)
         top = text.exact.argmax(-1, keepdim=True)
         divergence.append((text.exact.exp() * (text.exact - got)).sum(-1))
@@ -151,11 +175,15 @@ def main() -> None:
     print("|" + "---|" * (7 + len(texts)))
     for name in NAMES:
         codec = codec_named(name, layout)
-        print(f"| {name} | {cost(codec, texts)} | {effect(decoders, Variant(codec), texts)} |", flush=True)
+        spoil = partial(coded, variant=Variant(codec))
+        print(f"| {name} | {cost(codec, texts)} | {effect(decoders, spoil, texts)} |", flush=True)
     codec = codec_named(NAMES[-1], layout)
     for first, last in ((1, 0), (0, 8), (1, 8)):
         variant = Variant(codec, first, last)
-        print(f"| {variant.label} | | | | {effect(decoders, variant, texts)} |", flush=True)
+        print(f"| {variant.label} | | | | {effect(decoders, partial(coded, variant=variant), texts)} |", flush=True)
+    for bits in (3, 4, 5):
+        print(f"| {bits} bits of fraction | | | | {effect(decoders, partial(rounded, bits=bits), texts)} |", flush=True)
+    print(f"| a step of bfloat16 | | | | {effect(decoders, shaken, texts)} |", flush=True)
 
 
 if __name__ == "__main__":

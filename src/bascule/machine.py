@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import signal
 import sys
@@ -13,6 +14,14 @@ import psutil
 
 _GROUPS = Path("/sys/fs/cgroup")
 _PR_SET_PDEATHSIG = 1
+
+
+def cache_home() -> Path:
+    """Where what can be made again lies: $BASCULE_CACHE, $XDG_CACHE_HOME/bascule or ~/.cache/bascule."""
+    if own := os.environ.get("BASCULE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bascule"
 
 
 def memory_bytes() -> int:

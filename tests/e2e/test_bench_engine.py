@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bascule.engine.native import build
+from bascule.native import cpu_flags
 from support.cluster import run_cli, run_clis
 
 
@@ -18,7 +19,7 @@ def test_both_parts_report_what_scripts_rely_on() -> None:
     assert report["machine"]
     assert report["limits"]["read_bytes_per_s"] > 1e8
     assert report["limits"]["gemm_flops"] > 1e8
-    forms = ["bf16"] if build._NEEDED - build.cpu_flags() else ["bf16", "int4"]
+    forms = ["bf16"] if build.NEEDED - cpu_flags() else ["bf16", "int4"]
     cells = [(row["weights"], row["batch"], row["context"]) for row in report["decode"]]
     assert cells == [(form, batch, 40) for form in forms for batch in (1, 2)]
     for row in report["decode"]:

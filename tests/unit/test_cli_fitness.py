@@ -16,7 +16,6 @@ from bascule.cli.fitness import Finding, Level, act_on, check_advertised, of_rou
 from bascule.config import EngineConfig, RoutingConfig, StoreConfig
 from bascule.errors import ConfigError
 from bascule.kv.store import places
-from bascule.models import catalog
 
 CORES = len(os.sched_getaffinity(0))
 FIT = EngineConfig(kv_memory="1MiB")
@@ -93,7 +92,7 @@ def test_tiers_that_cannot_be_used_are_named_by_their_flag(monkeypatch: pytest.M
 
 def test_folders_that_cannot_be_written_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BASCULE_CACHE", "/dev/null/cache")
-    only(bad(), Level.DOUBT, f"the cache (BASCULE_CACHE) cannot be written: {catalog.cache_home()}", "writable")
+    only(bad(), Level.DOUBT, f"the cache (BASCULE_CACHE) cannot be written: {machine.cache_home()}", "writable")
     monkeypatch.delenv("BASCULE_CACHE")
     deep = tmp_path / ("d" * 80)
     monkeypatch.setattr(fitness.tempfile, "gettempdir", lambda: str(deep))

@@ -29,6 +29,7 @@ from bascule.models.gguf_file import RawTensor
 from bascule.models.hf_directory import ModelDirectory
 from bascule.models.source import resolve
 from bascule.models.spec import ModelSpec
+from bascule.native import DIGEST_BYTES, DISABLE, NativeUnavailable, cpu_flags
 from bascule.types import SamplingParams
 
 BLOCK = 16
@@ -61,7 +62,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 STEPS = ([5], [1], [1], [3, 70], [1, 1], [64, 1], [130, 1], [1, 17], [1, 1])
 """Tokens that each sequence gets in each step: chunks below, at and above every tile and block of the kernels."""
 
-native = pytest.mark.skipif(bool(build._NEEDED - build.cpu_flags()), reason="this CPU has no AVX-512 bfloat16")
+native = pytest.mark.skipif(bool(build.NEEDED - cpu_flags()), reason="this CPU has no AVX-512 bfloat16")
 
 
 def saved(name: str, directory: Path) -> ModelSpec:
@@ -109,7 +110,7 @@ def distributions(decoder: forms.Forward, spec: ModelSpec, dtype: torch.dtype) -
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Packed weights of these tests go nowhere else; the compiled kernels are loaded before, from where they are."""
-    if not build._NEEDED - build.cpu_flags():
+    if not build.NEEDED - cpu_flags():
         build.load()
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("BASCULE_CACHE", str(folder))
@@ -150,7 +151,7 @@ def test_the_number_of_threads_and_the_company_in_a_step_change_nothing(tmp_path
 def test_codes_are_for_few_tokens_and_their_dense_twin_for_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "cpu_flags", lambda: build.cpu_flags() - {"amx_bf16"})
+    monkeypatch.setattr(forms, "cpu_flags", lambda: cpu_flags() - {"amx_bf16"})
     spec = saved("llama-all-biases", tmp_path)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "threads": 1}
     both = load_decoders(spec, resolve(str(tmp_path)), **options, quantize="int4", dense_twin=True)
@@ -173,7 +174,7 @@ def weight_bytes(decoder: forms.Forward) -> int:
 
 @native
 def test_with_matrix_tiles_torch_computes_large_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "cpu_flags", lambda: build.cpu_flags() | {"amx_bf16"})
+    monkeypatch.setattr(forms, "cpu_flags", lambda: cpu_flags() | {"amx_bf16"})
     spec = saved("qwen3-normed-heads-of-128", tmp_path)
     found = load_decoders(
         spec,
@@ -218,7 +219,7 @@ def test_quantising_rounds_to_half_a_level_at_most(bits: int, levels: int) -> No
 
 
 def test_without_kernels_torch_computes_and_codes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(build.DISABLE, "1")
+    monkeypatch.setenv(DISABLE, "1")
     build.load.cache_clear()
     try:
         spec = saved("llama-all-biases", tmp_path)
@@ -242,7 +243,7 @@ def test_a_shape_that_the_kernels_cannot_take_is_named(tmp_path: Path) -> None:
 def test_a_damaged_library_is_compiled_again_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a compiler that has the real library ready and keeps a list of what it was asked for: compiling takes long."""
     ready, asked, compiler = cache / "ready.so", cache / "asked", cache / "cc"
-    ready.write_bytes(Path(build.load()._name).read_bytes()[: -build._DIGEST_BYTES])
+    ready.write_bytes(Path(build.load()._name).read_bytes()[:-DIGEST_BYTES])
     compiler.write_text(f'#!/bin/sh\necho "$@" >>{asked}\nwhile [ "$1" != -o ]; do shift; done\nexec cp {ready} "$2"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
@@ -276,7 +277,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
     build.load.cache_clear()
     try:
-        with pytest.raises(build.NativeUnavailable, match="no such instruction"):
+        with pytest.raises(NativeUnavailable, match="no such instruction"):
             build.load()
     finally:
         build.load.cache_clear()
@@ -350,7 +351,7 @@ def test_a_cache_that_cannot_be_written_costs_speed_not_the_start(
     monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "file"))
     build.load.cache_clear()
     try:
-        with pytest.raises(build.NativeUnavailable):
+        with pytest.raises(NativeUnavailable):
             build.load()
     finally:
         build.load.cache_clear()

@@ -38,6 +38,7 @@ from bascule.errors import BasculeError, ConfigError
 from bascule.hardware import read_hardware
 from bascule.keys import check_open, is_loopback, stays_here
 from bascule.models import LoadedModel, catalog, load
+from bascule.native import NativeUnavailable
 
 _ENGINE_MODULES = ("torch", "safetensors")
 
@@ -143,7 +144,7 @@ def _kernels() -> Finding:
     """Whether bfloat16 is computed by compiled kernels; torch does it too, so this is never in the way."""
     try:
         build.load()
-    except build.NativeUnavailable as unavailable:
+    except NativeUnavailable as unavailable:
         what = "no native kernels: bfloat16 is computed by torch, several times slower"
         return Finding(Level.DOUBT, what, str(unavailable))
     return Finding(Level.OK, "native kernels for bfloat16 and 4-bit weights")

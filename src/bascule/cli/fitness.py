@@ -20,8 +20,7 @@ from msgspec import Struct
 from bascule.config import EngineConfig, RoutingConfig, StoreConfig
 from bascule.errors import BasculeError, ConfigError
 from bascule.kv.store.places import check_stores, parse_host
-from bascule.machine import memory_bytes, most_open_files, raise_open_files
-from bascule.models import catalog
+from bascule.machine import cache_home, memory_bytes, most_open_files, raise_open_files
 from bascule.observe.decision_log import opened
 from bascule.router.policy import policy_named
 
@@ -90,7 +89,7 @@ def of_workers(engine: EngineConfig, store: StoreConfig, workers: int, *, dealt:
         yield _cores(workers)
     if store.tiers:
         yield tried(lambda: check_stores(store), "the tiers of the KV store can be used")
-    yield _folder("the cache (BASCULE_CACHE)", catalog.cache_home(), Level.DOUBT)
+    yield _folder("the cache (BASCULE_CACHE)", cache_home(), Level.DOUBT)
     yield _sockets()
     yield _files("a worker", _BASE_FILES + _FILES_A_SEQUENCE * engine.max_sequences, "--max-sequences")
 

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from bascule.errors import UNREADABLE
 from bascule.keys import write_private
-from bascule.models.catalog import cache_home
+from bascule.machine import cache_home
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from bascule.errors import ModelError
 from bascule.locks import lock
+from bascule.machine import cache_home
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched so far and the bytes in all."""
@@ -67,14 +68,6 @@ class InstalledModel(Struct, frozen=True):
     path: Path
     bytes: int
     state: FileState
-
-
-def cache_home() -> Path:
-    """Where what can be made again lies: $BASCULE_CACHE, $XDG_CACHE_HOME/bascule or ~/.cache/bascule."""
-    if own := os.environ.get("BASCULE_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bascule"
 
 
 def models_directory() -> Path:

@@ -18,7 +18,7 @@ from msgspec import Struct
 from bascule import __version__
 from bascule.engine.protocol import Runner, Slice
 from bascule.errors import UNREADABLE
-from bascule.models.catalog import cache_home
+from bascule.machine import cache_home
 from bascule.policies.cost_fit import StepSample, fit, step_sample
 from bascule.types import CostModel, ModelCard, SamplingParams
 

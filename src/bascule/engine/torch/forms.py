@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bascule.engine.native.build import cpu_flags
 from bascule.engine.torch.model import Decoder
 from bascule.engine.torch.native import NativeDecoder, why_not
 from bascule.engine.torch.packed import PackedWeights, kept, pack
@@ -20,6 +19,7 @@ from bascule.errors import ConfigError
 from bascule.models.fingerprint import fingerprint
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
+from bascule.native import cpu_flags
 
 FEW = 6
 """Tokens of a step up to which codes are faster than bfloat16: what one pass over them can take (see ADR 0007)."""

@@ -13,6 +13,7 @@ from bascule.engine.torch.packed import PackedWeights
 from bascule.engine.torch.plan import StepPlan
 from bascule.engine.torch.rope import inverse_frequencies
 from bascule.models.spec import ModelSpec
+from bascule.native import NativeUnavailable
 
 _VECTOR = 32
 """Rows of activations are read this many numbers at a time."""
@@ -73,7 +74,7 @@ def why_not(spec: ModelSpec) -> str | None:
         return f"the native kernels want multiples of {_VECTOR}, the model has {', '.join(odd)}"
     try:
         build.load()
-    except build.NativeUnavailable as unavailable:
+    except NativeUnavailable as unavailable:
         return str(unavailable)
     return None
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from bascule import models
 from bascule.engine.native import build
 from bascule.engine.torch.packing import Quantised, interleaved, pack_bfloat16, pack_nibbles
-from bascule.models.catalog import cache_home, locked
+from bascule.machine import cache_home
+from bascule.models.catalog import locked
 from bascule.models.spec import ModelSpec
 
 BFLOAT16, NIBBLES = 0, 1

@@ -8,7 +8,8 @@ from bascule.kv.codecs.exact import ExactCodec
 from bascule.kv.codecs.floats import FORMS
 from bascule.kv.codecs.fp8 import Fp8Planes
 from bascule.kv.codecs.grouped import Int4Planes, Int8Planes, of_keys, of_values
-from bascule.kv.codecs.lossy import LossyCodec
+from bascule.kv.codecs.lossy import LossyCodec, PlaneCoder
+from bascule.kv.codecs.native import compiled
 from bascule.types import KVLayout
 
 NAMES = (EXACT, "fp8", "int8", "int4")
@@ -32,8 +33,12 @@ def codec_named(name: str, layout: KVLayout) -> Codec:
     if name == "fp8":
         planes = Fp8Planes(form, layout.block_size * numbers)
         return LossyCodec(name, layout, planes, planes)
-    coder = Int8Planes if name == "int8" else Int4Planes
+    kind = Int8Planes if name == "int8" else Int4Planes
+    groupings = of_keys(layout), of_values(layout)
     try:
-        return LossyCodec(name, layout, coder(form, of_keys(layout)), coder(form, of_values(layout)))
+        coders: list[PlaneCoder] = [kind(form, grouping) for grouping in groupings]
     except ValueError as error:
         raise ConfigError(f"codec {name} cannot represent this KV: {error}; use int8 or none") from error
+    if layout.dtype == "bfloat16":
+        coders = [compiled(kind(form, grouping), grouping) for grouping in groupings]
+    return LossyCodec(name, layout, *coders)
