@@ -81,8 +81,11 @@ def settle(system: System) -> None:
 
 @contextmanager
 def turn(system: System) -> Iterator[None]:
+    """Only this system runs; what it has to save then, it saves before it is stopped."""
     system.signal(signal.SIGCONT)
     yield
+    if system.label != "none":
+        settle(system)
     system.signal(signal.SIGSTOP)
 
 

@@ -7,7 +7,7 @@ cable between them, whose rate is measured before anything else. The router and 
 other worker (core 1) is on the other one. The link has a rate and no delay. For each rate (Mbit/s):
 
 - codecs: a cluster for each `--transfer-codec`, all up at once and in turns, request by request, with the same prompts,
-  of which no two are alike. TTFT, time to the second token (which a handoff delays), TPOT behind that, bytes on the
+  of which no two are alike. TTFT, time to the second token (which a handoff delays), TPOT over all 32, bytes on the
   cable; and `auto` beside the best of those that it chooses from, paired, with a bootstrap interval.
 - routing: a closed loop of clients. `adaptive` with a prefill worker and, over the link, a mixed one; the same two with
   every request split; and the far one alone, with whole requests.
@@ -63,7 +63,7 @@ class Answer:
     second: float
     """To the second token, from sending the request."""
     tpot: float
-    """Mean of the times between tokens from the second one on."""
+    """Mean of the times between tokens, that before the second one included."""
     crossed: int
 
     @property
@@ -151,8 +151,7 @@ def over_the_link(cable: Cable, cluster: Apart, asked: Sequence[Talk], told: str
         record = hold(cluster, [talk], 1, told)[0]
         if not (route := cluster.chosen(record.request)).startswith("remote"):
             sys.exit(f"{told}: was to be handed over, and went {route}")
-    late, *rest = record.gaps
-    answer = Answer(record.ttft, record.ttft + late, statistics.fmean(rest), cable.sent() - before)
+    answer = Answer(record.ttft, record.ttft + record.gaps[0], record.tpot, cable.sent() - before)
     print(f"{told}: {answer}", file=sys.stderr)
     return answer
 
