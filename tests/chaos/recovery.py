@@ -83,6 +83,11 @@ class Case:
         return self.at not in ("accepted", "written") and (self.fault in (KILLED, DEAD) or self.order == "drop")
 
     @property
+    def leaves_kv(self) -> bool:
+        """Whether a decode worker is gone while its prefill worker still has the KV of the whole prompt."""
+        return self.fault == KILLED and self.at in ("committed", "decoding")
+
+    @property
     def id(self) -> str:
         return "-".join([self.phase, self.whose, self.fault]).replace(" ", "_")
 
@@ -221,10 +226,11 @@ class Bench:
         await asyncio.to_thread(self.cluster.wait, there, "every worker is ready", _BACK_S)
         await asyncio.to_thread(self.cluster.wait_idle, _BACK_S)
 
-    def attempts(self, ended: Ended) -> int:
-        """How often a request was placed."""
+    def attempts(self, ended: Ended) -> list[int]:
+        """Of each time that a request was placed, the tokens whose KV lay where it was to be prefilled."""
         answer = self.cluster.http.get(f"{self.cluster.ready['admin_url']}/admin/decisions/{ended.asked.id}")
-        return len(answer.json()["attempts"])
+        chosen = [(attempt["chosen"], attempt["candidates"]) for attempt in answer.json()["attempts"]]
+        return [one["cached_tokens"] for route, every in chosen for one in every if one["placement"] == route]
 
 
 @contextlib.contextmanager

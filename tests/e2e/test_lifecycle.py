@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,6 +163,36 @@ def test_a_killed_worker_costs_no_request_and_is_started_again(
     one.check(
         exact.complete(one.prompt, max_tokens=len(one.output), ignore_eos=True)["choices"][0]["token_ids"], "after"
     )
+
+
+def test_a_request_whose_decode_worker_is_killed_goes_on_from_the_kv_that_its_prefill_worker_kept(
+    tmp_path: Path,
+) -> None:
+    """With nothing else to do the two prefill workers would take turns, so the second attempt would go to the other."""
+    prompt = list(range(1000, 1320))
+    answers: list[dict[str, Any]] = []
+    with serve("smollm2", "--prefill", "2", "--decode", "2", *slow_mock(tmp_path)) as cluster:
+        asking = threading.Thread(
+            target=lambda: answers.append(cluster.complete(prompt, max_tokens=100, ignore_eos=True))
+        )
+        asking.start()
+        state = cluster.wait(
+            lambda state: any(worker["running"] for worker in state["workers"] if worker["role"] == "decode"),
+            "it decodes",
+        )
+        [home] = [worker for worker in state["workers"] if worker["role"] == "decode" and worker["running"]]
+        os.kill(home["pid"], signal.SIGKILL)
+        asking.join(60)
+        [answer] = answers
+        known_as = str(answer["id"]).removeprefix("cmpl-")
+        told = cluster.http.get(f"{cluster.ready['admin_url']}/admin/decisions/{known_as}").json()
+        first, again = (attempt["candidates"][0] for attempt in told["attempts"])
+        assert first["decode"] == home["id"] != again["decode"]
+        assert again["prefill"] == first["prefill"] and first["cached_tokens"] == 0
+        assert again["cached_tokens"] >= len(prompt) - 16
+        undisturbed = cluster.complete(prompt, max_tokens=100, ignore_eos=True)
+        assert answer["choices"][0]["token_ids"] == undisturbed["choices"][0]["token_ids"]
+        cluster.wait_idle()
 
 
 def test_sigterm_lets_requests_end_and_leaves_no_process(tmp_path: Path) -> None:

@@ -127,6 +127,38 @@ def test_a_worker_that_failed_the_request_is_avoided_while_there_is_another() ->
     assert policy(cluster.snapshot(), query).placement == placed("a")
 
 
+def test_a_request_placed_again_is_prefilled_where_most_of_its_kv_is_left() -> None:
+    policy, cluster = pair()
+    cluster.add("idle", Role.PREFILL)
+    cluster.add("some", Role.PREFILL, cached=32)
+    cluster.add("busy", Role.PREFILL, prompts=(300,), cached=64)
+    cluster.add("d", Role.DECODE)
+    cluster.add("dead", Role.DECODE)
+    first, again = cluster.query(200), cluster.query(200, excluded=frozenset({WorkerId("dead")}))
+    assert policy(cluster.snapshot(), first).placement == Placement(WorkerId("idle"), WorkerId("d"))
+    assert policy(cluster.snapshot(), again).placement == Placement(WorkerId("busy"), WorkerId("d"))
+    full = cluster.query(900, excluded=again.excluded)
+    assert policy(cluster.snapshot(), full).placement == Placement(WorkerId("some"), WorkerId("d")), (
+        "its window is full"
+    )
+
+
+@pytest.mark.parametrize("balance", ["least-loaded", "round-robin"])
+def test_of_equal_remains_the_least_loaded_is_taken_and_without_any_the_rule_decides(balance: str) -> None:
+    policy, cluster = pair(balance)
+    cluster.add("p", Role.PREFILL, prompts=(300,), cached=64)
+    cluster.add("q", Role.PREFILL, cached=64)
+    cluster.add("d", Role.DECODE)
+    again = cluster.query(200, excluded=frozenset({WorkerId("dead")}))
+    placed = [policy(cluster.snapshot(turn), again).placement for turn in range(2)]
+    assert placed == [Placement(WorkerId("q"), WorkerId("d"))] * 2
+    cluster.cached.clear()
+    anew = cluster.query(200, excluded=again.excluded)
+    for turn in range(2):
+        unlisted = cluster.query(200)
+        assert policy(cluster.snapshot(turn), anew).placement == policy(cluster.snapshot(turn), unlisted).placement
+
+
 pools = st.lists(
     st.tuples(
         st.sampled_from(list(Role)),

@@ -85,7 +85,7 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
         return Decision(placement=None, reason="every prefill worker's window is full")
     if not len(decodes):
         return Decision(placement=None, reason="every decode worker's slots are taken")
-    prefill = pick(snapshot, query, prefills, prompt_load(snapshot, prefills))
+    prefill = _source(snapshot, query, prefills, pick)
     decode = pick(snapshot, query, decodes, decode_load(snapshot, decodes))
     names = snapshot.ids
     return Decision(
@@ -93,6 +93,16 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
         reason=f"split: {names[prefill]} has {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens to compute, "
         f"{names[decode]} decodes {snapshot.decoding[decode]}",
     )
+
+
+def _source(snapshot: Snapshot, query: RouteQuery, rows: Rows, pick: Pick) -> int:
+    """The row to prefill on: of a request that is placed again, where most of its KV has survived, whatever the rule.
+
+    Else it would be computed a second time wherever there is least to do, while the worker that has it stands by.
+    """
+    if query.excluded and query.cached[rows].any():
+        pick = longest_prefix
+    return pick(snapshot, query, rows, prompt_load(snapshot, rows))
 
 
 def thresholds(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
