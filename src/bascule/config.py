@@ -259,7 +259,8 @@ class SecurityConfig:
     """File that `bascule cluster-key` made: router and workers encrypt what they say to each other, and let only those
     in that have it too (default: the environment's BASCULE_CLUSTER_KEY_FILE)."""
     insecure: bool = False
-    """Without a cluster key, listen to other machines and join them all the same: for networks that you trust."""
+    """Without a cluster key, listen to other machines and join them all the same; with one, use --kv-remote redis://
+    and --attach http:// of other machines, which get prompts in clear: for networks that you trust."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,3 +146,17 @@ def check_open(key: ClusterKey | None, insecure: bool, what: str, stays: bool) -
         "copy FILE to all machines of the cluster and give --cluster-key-file FILE; in a network that you trust "
         f"without, give {INSECURE}"
     )
+
+
+def check_clear(key: ClusterKey | None, insecure: bool, what: str, stays: bool, instead: str) -> str | None:
+    """A warning where a cluster with a key sends prompts to `what` without encryption and that is allowed; else None.
+
+    The key is no use there: `what` is a server of others. Raises ConfigError, which names what to give `instead`, where
+    nobody has allowed it.
+    """
+    if stays or key is None:
+        return None
+    said = f"{what} is sent prompts, or KV that tells of them, in clear, which the cluster key does not change"
+    if insecure:
+        return f"{said}: whoever listens on the way can read them"
+    raise ConfigError(f"{said}; give {instead}, or {INSECURE} in a network that you trust")

@@ -41,7 +41,7 @@ def key(tmp_path: Path) -> Path:
 
 
 def test_planes_that_others_could_reach_do_not_open_without_a_key(tmp_path: Path, key: Path) -> None:
-    readable = tmp_path / "readable.key"
+    readable, keyed = tmp_path / "readable.key", ("--cluster-key-file", str(key))
     readable.write_bytes(key.read_bytes())
     readable.chmod(0o644)
     worker = ["worker", "smollm2", "--id", "w", *MOCK]
@@ -50,6 +50,9 @@ def test_planes_that_others_could_reach_do_not_open_without_a_key(tmp_path: Path
         ([*worker, "--join", "tcp://127.0.0.1:1", "--host", "0.0.0.0"], "--host 0.0.0.0"),
         ([*worker, "--join", "tcp://192.0.2.1:8100"], "--join tcp://192.0.2.1:8100"),
         (["serve", "smollm2", "--cluster-key-file", str(readable), *MOCK], f"chmod 600 {readable}"),
+        (["serve", "smollm2", "--kv-remote", "redis://192.0.2.1", *keyed, *MOCK], "--kv-remote 192.0.2.1:6379/0"),
+        ([*worker, "--join", "tcp://127.0.0.1:1", "--kv-remote", "redis://192.0.2.1", *keyed], "give a rediss:// URL"),
+        (["router", "smollm2", "--attach", "http://192.0.2.1:8000", *keyed], "--attach http://192.0.2.1:8000 is sent"),
         (["serve", "smollm2", "--ssl-keyfile", str(key), *MOCK], "--ssl-keyfile needs --ssl-certfile"),
         (["serve", "smollm2", "--api-key", "short", *MOCK], "8 to 512 characters"),
     ]

@@ -12,9 +12,10 @@ import pytest
 from bascule import machine
 from bascule.api.server import check_port
 from bascule.cli import fitness
-from bascule.cli.fitness import Finding, Level, act_on, check_advertised, of_router, of_workers, tried
-from bascule.config import EngineConfig, RoutingConfig, StoreConfig
+from bascule.cli.fitness import Finding, Level, act_on, check_advertised, of_clear, of_router, of_workers, tried
+from bascule.config import AttachConfig, EngineConfig, RoutingConfig, SecurityConfig, StoreConfig
 from bascule.errors import ConfigError
+from bascule.keys import ClusterKey
 from bascule.kv.store import places
 
 CORES = len(os.sched_getaffinity(0))
@@ -113,6 +114,36 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = taken.getsockname()[1]
         found = tried(lambda: asyncio.run(check_port("127.0.0.1", port)), "")
     only([(found.level, found.line)], Level.WRONG, f"port {port} on 127.0.0.1 is in use", "--port")
+
+
+def clear(store: str = "", attach: str = "", insecure: bool = False, key: bool = True) -> list[tuple[Level, str]]:
+    """What is found of servers elsewhere in a cluster with (or without) a key, fine ones left out."""
+    found = of_clear(
+        ClusterKey.of(b"s" * 32) if key else None,
+        SecurityConfig(insecure=insecure),
+        StoreConfig(kv_remote=store or None),
+        AttachConfig(attach=attach or None),
+    )
+    return [(each.level, each.line) for each in found if each.level is not Level.OK]
+
+
+def test_with_a_cluster_key_a_store_on_another_machine_needs_tls() -> None:
+    elsewhere = "redis://:a-password@192.0.2.1:7000/2"
+    only(clear(elsewhere), Level.WRONG, "--kv-remote 192.0.2.1:7000/2", "in clear", "rediss://", "--insecure")
+    only(clear(elsewhere, insecure=True), Level.DOUBT, "--kv-remote 192.0.2.1:7000/2", "in clear")
+    assert "a-password" not in str(clear(elsewhere))
+    assert clear(elsewhere, key=False) == []
+    assert clear("rediss://192.0.2.1,unix:///run/redis.sock,redis://127.0.0.1") == []
+    two = clear("redis://127.0.0.1,192.0.2.1,192.0.2.2")
+    assert [line.split()[1] for _, line in two] == ["192.0.2.1:6379/0", "192.0.2.2:6379/0"], "bare hosts count, too"
+
+
+def test_with_a_cluster_key_an_attached_server_on_another_machine_needs_tls() -> None:
+    elsewhere = "http://192.0.2.1:8000"
+    only(clear(attach=elsewhere), Level.WRONG, f"--attach {elsewhere}", "in clear", "https://", "--insecure")
+    only(clear(attach=elsewhere, insecure=True), Level.DOUBT, f"--attach {elsewhere}", "in clear")
+    assert clear(attach=elsewhere, key=False) == []
+    assert clear(attach="https://192.0.2.1:8000,http://localhost:8000,http://[::1]:8000") == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

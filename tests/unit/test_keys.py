@@ -13,6 +13,7 @@ import zmq
 from bascule.errors import ConfigError
 from bascule.keys import (
     ClusterKey,
+    check_clear,
     check_open,
     is_loopback,
     read_cluster_key,
@@ -133,3 +134,13 @@ def test_without_a_key_a_plane_opens_only_where_somebody_says_so() -> None:
     assert "--host x" in (check_open(None, True, "--host x", stays=False) or "")
     assert check_open(None, False, "--host x", stays=True) is None
     assert check_open(key, False, "--host x", stays=False) is None
+
+
+def test_a_cluster_with_a_key_sends_nothing_in_clear_unless_somebody_says_so() -> None:
+    key, ask = ClusterKey.of(b"s" * 32), "a rediss:// URL"
+    with pytest.raises(ConfigError, match=r"^--kv-remote kv1 .*in clear.*give a rediss:// URL, or --insecure in a"):
+        check_clear(key, False, "--kv-remote kv1", False, ask)
+    allowed = check_clear(key, True, "--kv-remote kv1", False, ask)
+    assert allowed is not None and "--kv-remote kv1" in allowed and "in clear" in allowed
+    assert check_clear(key, False, "--kv-remote kv1", True, ask) is None
+    assert check_clear(None, False, "--kv-remote kv1", False, ask) is None, "without a key nothing is closed"

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from bascule.api.server import check_port
 from bascule.api.tls import tls_context
-from bascule.cli.fitness import Finding, Level, check_advertised, of_router, of_workers, tried
+from bascule.cli.fitness import Finding, Level, check_advertised, of_clear, of_router, of_workers, tried
 from bascule.cli.joining import check_join, joining
 from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts
 from bascule.cli.outside import of_servers
@@ -93,6 +93,7 @@ def doctor(
         attached = len(attach_config.urls)
         findings += _attempt(lambda: _serving(workers, pools, routing, engine_config, store_config, attached))
         findings += _attempt(lambda: _planes(http, security_config))
+    findings += _attempt(lambda: _clear(security_config, store_config, attach_config))
     findings += _attempt(lambda: of_servers(store_config, attach_config, model_config.model_name or model))
     if (hardware := hardware_config.hardware) is not None:
         findings.append(tried(lambda: read_hardware(hardware), f"the hardware file {hardware} can be read"))
@@ -176,6 +177,14 @@ def _planes(http: HttpConfig, security: SecurityConfig) -> Iterator[Finding]:
     yield Finding(Level.OK, "API and admin keys, if any, can be used")
     for doubt in doubts(http, keys):
         yield Finding(Level.DOUBT, doubt)
+
+
+def _clear(security: SecurityConfig, store: StoreConfig, attach: AttachConfig) -> Iterator[Finding]:
+    try:
+        key = cluster_key_of(security)
+    except ConfigError:
+        return  # said where keys are looked at
+    yield from of_clear(key, security, store, attach)
 
 
 def _joining(model: str, join: str, host: str, security: SecurityConfig) -> Iterator[Finding]:

@@ -13,13 +13,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 from msgspec import Struct
 
-from bascule.config import EngineConfig, RoutingConfig, StoreConfig
+from bascule.config import AttachConfig, EngineConfig, RoutingConfig, SecurityConfig, StoreConfig
 from bascule.errors import BasculeError, ConfigError
+from bascule.keys import ClusterKey, check_clear, is_loopback
 from bascule.kv.store.places import check_stores, parse_host
+from bascule.kv.store.targets import KEY as REMOTE_KEY
+from bascule.kv.store.targets import parse_remote
 from bascule.machine import cache_home, memory_bytes, most_open_files, raise_open_files
 from bascule.observe.decision_log import opened
 from bascule.router.policy import policy_named
@@ -103,6 +107,29 @@ def of_router(
     yield tried(lambda: policy_named(routing.policy, routing.balance), f"policy {routing.policy} is there")
     if (log_file := routing.decision_log) is not None:
         yield tried(lambda: os.close(opened(log_file)), f"decision-log: {log_file} can be written")
+
+
+def of_clear(
+    key: ClusterKey | None, security: SecurityConfig, store: StoreConfig, attach: AttachConfig = AttachConfig()
+) -> Iterator[Finding]:
+    """Servers on other machines that prompts, or KV, would go to in clear though the cluster has a key.
+
+    Raises ConfigError for a malformed URL. A name is looked up, which may take a while.
+    """
+    addresses: list[tuple[str, str, str]] = []
+    for target in parse_remote(store.kv_remote) if store.kv_remote is not None else ():
+        if (host := target.clear_host) is not None:
+            addresses.append((f"{REMOTE_KEY} {target.label}", host, "a rediss:// URL"))
+    for url in attach.urls:
+        if (parts := urlsplit(url)).scheme == "http":
+            addresses.append((f"--attach {url}", parts.hostname or "", "an https:// URL"))
+    for what, host, instead in addresses if key is not None else ():
+        try:
+            doubt = check_clear(key, security.insecure, what, is_loopback(host), instead)
+        except ConfigError as error:
+            yield Finding(Level.WRONG, str(error))
+        else:
+            yield Finding(Level.DOUBT, doubt) if doubt else Finding(Level.OK, f"{what} stays on this machine")
 
 
 def check_advertised(host: str) -> None:

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import uvloop
 
-from bascule.cli.fitness import act_on, of_router
+from bascule.cli.fitness import act_on, of_clear, of_router
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
 from bascule.cli.screen import begin_log
 from bascule.cli.screen import screen as console
 from bascule.cli.worker import Flat
-from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SecurityConfig, SloConfig
+from bascule.config import AttachConfig, HttpConfig, ModelConfig, RoutingConfig, SecurityConfig, SloConfig, StoreConfig
 from bascule.keys import ClusterKey, check_open, stays_here
 from bascule.models import load
 
@@ -53,6 +53,7 @@ def router(
     key = cluster_key_of(security_config)
     if doubt := check_open(key, security_config.insecure, f"--bind {bind}", stays_here(bind)):
         log.warning("%s", doubt)
+    act_on(of_clear(key, security_config, StoreConfig(), attach_config))
     act_on(of_router(routing))
     uvloop.run(_run(model, bind, routing, http, model_config, slo_config, attach_config, key))
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import uvloop
 from cyclopts import Parameter
 
-from bascule.cli.fitness import act_on, of_router, of_workers
+from bascule.cli.fitness import act_on, of_clear, of_router, of_workers
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
 from bascule.cli.models import pull_with_progress
@@ -84,6 +84,7 @@ def serve(
     act_on(of_router(routing, engine_config, workers))
     _check_handoff(routing, handoff_config, store_config)
     key = cluster_key_of(security_config)
+    act_on(of_clear(key, security_config, store_config, attach_config))
     told = flags_of(
         model_config, engine_config, handoff_config, slo_config, store_config, security_config, hardware_config
     )

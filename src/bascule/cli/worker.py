@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from bascule.cli.fitness import act_on, check_advertised, of_workers
+from bascule.cli.fitness import act_on, check_advertised, of_clear, of_workers
 from bascule.cli.joining import check_join
 from bascule.cli.keys import cluster_key_of
 from bascule.config import (
@@ -89,6 +89,7 @@ def worker(
     check_advertised(host)
     if parent is None:  # else the launcher has looked
         act_on(of_workers(engine_config, store_config, 1))
+        act_on(of_clear(key, security_config, store_config))
     place = parse_device(device)
     run(
         WorkerSettings(

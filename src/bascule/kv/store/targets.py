@@ -27,6 +27,12 @@ class Target:
     local: bool = False
     """It is reached by a name that each machine has for itself: a socket's path, or a loopback address."""
 
+    @property
+    def clear_host(self) -> str | None:
+        """The host that is talked to over TCP without TLS, if so."""
+        parts = urlsplit(self.url)
+        return parts.hostname if parts.scheme == "redis" else None
+
 
 def parse_remote(text: str, key: str = KEY) -> tuple[Target, ...]:
     """Servers from `redis://:password@host1:6379/0,host2`: URLs joined by commas, of redis://, rediss:// or unix://.
