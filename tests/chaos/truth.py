@@ -14,9 +14,11 @@ LAYERS = 16
 """Of the mock's KV: enough for a block to be 4 KiB, so that a prompt takes more than one breath to send."""
 
 
-def true_tokens(context: int, vocab: int, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+def true_tokens(
+    context: int, vocab: int, prompt: Sequence[int], sampling: SamplingParams, layers: int = LAYERS
+) -> list[int]:
     """All `max_tokens` of them; the mock knows no end token."""
-    card = mock_card(context=context, vocab=vocab, layers=LAYERS)
+    card = mock_card(context=context, vocab=vocab, layers=layers)
     blocks = list(range(-(-(len(prompt) + sampling.max_tokens) // card.layout.block_size)))
     tokens, computed = list(prompt), 0
     with Arena.create(card.layout, len(blocks)) as arena:
