@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from membership_rig import PROMPT, Bench
 from store_side_rig import Node, prompt_of
+from worker_rig import Cluster, over_sockets
 
 from bascule.clock import VirtualClock
 from bascule.kv.hashing import BlockDigest
 from bascule.kv.index_audit import IndexAudit
+from bascule.kv.store import keeper
+from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.memory import MemoryStore
 from bascule.observe.metrics import Metrics
 from bascule.types import Epoch, Tier, WorkerId, WorkerLoad
 from bascule.wire import Heartbeat, KvEvents, TierChanges
+from bascule.worker import store_side
 
 ALL = 1 << 20
 
@@ -137,3 +143,28 @@ def test_a_stored_block_that_is_not_whole_is_found_without_being_asked_for(stack
         assert host.holds([spoilt]) == [False] and host.stats().hits == hits
 
     asyncio.run(run())
+
+
+def test_a_leak_in_a_tiers_accounts_is_in_the_workers_figure_and_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_side, "_LOOK_S", 0.05)
+    monkeypatch.setattr(keeper, "LEFT_OVER_S", 0.1)
+    disk = DirectoryStore(tmp_path, 1 << 20)
+
+    def figure(cluster: Cluster) -> int:
+        return cluster.service.state().integrity_violations
+
+    async def scenario(cluster: Cluster) -> None:
+        await cluster.complete(list(range(100, 164)))
+        await cluster.wait(lambda: disk.stats().blocks > 0)
+        await asyncio.sleep(1.0)
+        assert figure(cluster) == 0
+        assert disk._keeper.reserve("lost", 77, time.monotonic() + 1)
+        await cluster.wait(lambda: figure(cluster) == 1)
+        disk._keeper.failed("lost", 77)
+        await cluster.wait(lambda: figure(cluster) == 0)
+
+    over_sockets(scenario, stores=[disk])
+    said = [record.getMessage() for record in caplog.records if "integrity" in record.getMessage()]
+    assert said == ["integrity: the disk tier: 77 bytes are reserved and 0 waited for, and nobody writes"]

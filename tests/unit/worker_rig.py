@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from engine_rig import BLOCK, CARD
 
@@ -15,6 +15,9 @@ from bascule.engine.mock import MockRunner
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import Store
+from bascule.kv.store.forms import Forms
+from bascule.kv.store.tiers import Tiers
 from bascule.router.link import RouterLink
 from bascule.router.membership import Membership
 from bascule.router.service import Service
@@ -44,7 +47,7 @@ class LossyLink(RouterSocket):
 class Cluster:
     """A router and one worker with 24 blocks, in one loop, over real sockets."""
 
-    def __init__(self, arena: Arena, step_s: float) -> None:
+    def __init__(self, arena: Arena, step_s: float, stores: Sequence[Store] = ()) -> None:
         clock = WallClock()
         self.view = ClusterView(1000)
         config = RoutingConfig(policy="replicated")
@@ -65,6 +68,7 @@ class Cluster:
             engine=self.engine,
             max_sequences=4,
             cost=CostModel(),
+            tiers=Tiers(stores, arena, self.books, CARD.fingerprint, Forms("none", CARD.layout)) if stores else None,
         )
         identity = Identity(worker=NAME, epoch=EPOCH, role=Role.MIXED, device="cpu")
         self.worker = Worker(identity, parts, self.link, "127.0.0.1", HandoffConfig(transfer="tcp"), clock)
@@ -92,12 +96,14 @@ class Cluster:
         return len(here) == len(names) == self.view.index.blocks
 
 
-def over_sockets(scenario: Callable[[Cluster], Awaitable[None]], step_s: float = 0.0) -> None:
-    """Run a scenario; the engine takes so long for a step."""
+def over_sockets(
+    scenario: Callable[[Cluster], Awaitable[None]], step_s: float = 0.0, stores: Sequence[Store] = ()
+) -> None:
+    """Run a scenario; the engine takes so long for a step, and the worker has these stores, which it closes."""
 
     async def run() -> None:
         with Arena.create(CARD.layout, 24) as arena:
-            cluster = Cluster(arena, step_s)
+            cluster = Cluster(arena, step_s, stores)
             tasks = [asyncio.create_task(cluster.membership.run()), asyncio.create_task(cluster.worker.run())]
             await cluster.wait(lambda: bool(cluster.view.members))
             await scenario(cluster)

@@ -137,7 +137,7 @@ class _ClusterCollector(Collector):
         yield _sequences(state)
         yield GaugeMetricFamily(
             "bascule_integrity_violations",
-            "Violations of the KV books and of the router's prefix index (must be 0)",
+            "Violations of the KV books, the store tiers' accounts and the router's prefix index (must be 0)",
             state.integrity_violations,
         )
         yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)

@@ -20,6 +20,7 @@ from bascule.engine.sequence import Key
 from bascule.engine.work import Resumed
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.accounts import Accounts
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
@@ -93,6 +94,7 @@ class StoreSide:
         """Prompts that are being looked for, or loaded."""
         self.waiting_tokens = 0
         """Their tokens that are not cached on the device."""
+        self.accounts = Accounts(tiers.stores)
         self._loader = Loader(tiers, engine, books, layout, tell)
         self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
         self._askers = ThreadPoolExecutor(1, "kv-ask")
@@ -291,6 +293,7 @@ class StoreSide:
             for saver in self._savers.values():
                 saver.again()
             if not (self.saving or self.loading):
+                await self._loop.run_in_executor(self._askers, self.accounts.look)
                 dropped = await self._loop.run_in_executor(self._askers, self._tiers.scrub, _SCRUBBED)
                 for tier, names in dropped.items():
                     log.error("integrity: %d blocks of the %s tier were not whole, and are dropped", len(names), tier)

@@ -370,7 +370,8 @@ class Worker:
             kv_blocks_cached=counts.cached,
             kv_blocks_quarantined=counts.quarantined,
             promised=self._decode.promised,
-            integrity_violations=len(self._steps.violations),
+            integrity_violations=len(self._steps.violations)
+            + (len(self._store.accounts.violations) if self._store else 0),
             handoff_bytes=dict(self._prefill.bytes_sent + self._lender.bytes_sent),
             handoff_refused=dict(self._decode.refused + self._grants.not_authentic),
             hit_tokens=engine.hit_tokens,

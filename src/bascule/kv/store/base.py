@@ -96,6 +96,13 @@ class Store(Protocol):
 
     def stats(self) -> StoreStats: ...
 
+    def check_integrity(self) -> list[str]:
+        """What is wrong with this store's own accounts, as far as that can be said yet; must be empty.
+
+        Called now and then, by one thread, while nothing is put or dropped by this store.
+        """
+        ...
+
     def clear(self) -> None:
         """Forget all blocks, other processes' on the same place included, and nothing that is not a block."""
         ...

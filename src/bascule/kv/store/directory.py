@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
 from bascule.kv.store.folder import Entry, Folder, fault_of
 from bascule.kv.store.gate import Gate, Step
-from bascule.kv.store.keeper import Keeper
+from bascule.kv.store.keeper import Contents, Keeper
 from bascule.types import BlockHash, Tier
 
 log = logging.getLogger(__name__)
@@ -100,13 +99,8 @@ class DirectoryStore:
         return list(answers)
 
     def names(self) -> Iterator[list[BlockHash]]:
-        pages = self._folder.pages()
-        while True:
-            found: list[list[Entry]] = []  # a subfolder in each step: all of them take longer than a step may
-            self._run(self._reads, [partial(self._list, pages, found)])
-            if not found:
-                return
-            if page := found[0]:
+        for page in self._pages():
+            if page:
                 yield [BlockHash(bytes.fromhex(entry.name)) for entry in page]
 
     def drop(self, names: Sequence[BlockHash]) -> None:
@@ -115,6 +109,10 @@ class DirectoryStore:
     def stats(self) -> StoreStats:
         contents = self._keeper.contents()
         return self._tally.stats(blocks=contents.blocks, size=contents.bytes, capacity=self._keeper.capacity)
+
+    def check_integrity(self) -> list[str]:
+        """As the keeper finds. Writes that hang keep what they have reserved, as they should."""
+        return [] if self._writes.busy else self._keeper.check_integrity(self._measure)
 
     def clear(self) -> None:
         for page in self.names():
@@ -182,8 +180,32 @@ class DirectoryStore:
             if size is not None:
                 self._keeper.removed(key, size)
 
-    def _list(self, pages: Iterator[list[Entry]], found: list[list[Entry]]) -> None:
+    def _pages(self) -> Iterator[list[Entry] | None]:
+        """All blocks, a subfolder in each step, as all of them take longer than a step may. Ends with None if it fails
+        before all are told."""
+        pages = self._folder.pages()
+        while True:
+            found: list[list[Entry] | None] = []
+            self._run(self._reads, [partial(self._list, pages, found)])
+            if not found:
+                yield None
+                return
+            if found[0] is None:
+                return
+            yield found[0]
+
+    def _measure(self) -> Contents | None:
+        """What the folder holds; None if it cannot be found out now."""
+        blocks = size = 0
+        for page in self._pages():
+            if page is None:
+                return None
+            blocks += len(page)
+            size += sum(entry.size for entry in page)
+        return Contents(blocks, size)
+
+    def _list(self, pages: Iterator[list[Entry]], found: list[list[Entry] | None]) -> None:
         try:
-            found += islice(pages, 1)
+            found.append(next(pages, None))
         except OSError as error:
             self._note(fault_of(error))

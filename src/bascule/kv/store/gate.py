@@ -72,6 +72,12 @@ class Gate:
         self._moved_at = 0.0
         """When any job last completed a step: one that waits behind it is waiting for something that works."""
 
+    @property
+    def busy(self) -> bool:
+        """A lane is at a job, one that was given up perhaps."""
+        with self._lock:
+            return self._outstanding > 0
+
     def start(self, steps: Sequence[Step]) -> Job | None:
         """Begin a job, to be told to `finish`; None if the gate is shut or closed."""
         with self._lock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from threading import Condition, Event, Thread
 
@@ -25,6 +25,12 @@ _REST_S = 30.0
 _LOCK_PATIENCE_S = 1.0
 _FIRST_MEASUREMENT_S = 2.0
 """What a start waits for it at most; it then ends in the background."""
+LEFT_OVER_S = 1.0
+"""Between two looks of an audit, in which a call that is under way gets on."""
+_PROOFS = 2
+"""Measurements after which figures must still be wrong: one may fall into what others put there and take away."""
+_MOST_LOOKS = 4
+"""Of one audit, while others change the folder all the time; then nothing is said until we have changed it again."""
 
 
 class Contents(Struct, frozen=True):
@@ -32,6 +38,23 @@ class Contents(Struct, frozen=True):
 
     blocks: int
     bytes: int
+
+
+class _Look(Struct):
+    """What an audit has seen that may be wrong, or may be of a moment."""
+
+    changes: int
+    """Of our own until then: with one more of them it starts anew."""
+    at: float
+    """Monotonic seconds."""
+    begun: int
+    """Measurements that had begun."""
+    there: Contents | None = None
+    """What the folder held; None where it was not measured."""
+    number: int = 1
+    """Of looks since our own last change, each of which has found another folder."""
+    wrong: int = 0
+    """Measurements since then after which the accounts were still not what the folder holds."""
 
 
 class Keeper:
@@ -53,6 +76,13 @@ class Keeper:
         self._flying: dict[str, int] = {}
         self._recent: dict[str, int | None] = {}
         """Own changes that a measurement under way may or may not see: sizes, None for what was removed."""
+        self._changes = 0
+        """What this process has reserved, written, removed or given up, each counted."""
+        self._begun = self._accounted = 0
+        """Measurements that have begun, and the number of the latest that has ended."""
+        self._clean = -1
+        """The number of changes with which an audit last came to its end."""
+        self._look: _Look | None = None
         self._due = True
         self._closed = False
         self._measured = Event()
@@ -69,6 +99,7 @@ class Keeper:
             return False
         with self._changed:
             self._waiting += size
+            self._changes += 1
             try:
                 while self._bytes + size > self.capacity:
                     self._ask()
@@ -77,6 +108,7 @@ class Keeper:
                         return False
             finally:
                 self._waiting -= size
+                self._changes += 1
             self._bytes += size
             self._fresh += size
             self._flying[name] = self._recent[name] = size
@@ -87,6 +119,7 @@ class Keeper:
     def written(self, name: str, replaced: int | None) -> None:
         """What was reserved is there, in place of a block of `replaced` bytes, if any."""
         with self._changed:
+            self._changes += 1
             self._flying.pop(name, None)
             self._bytes -= replaced or 0
             self._blocks += replaced is None
@@ -94,6 +127,7 @@ class Keeper:
     def failed(self, name: str, size: int, fault: Fault | None = None) -> None:
         """What was reserved is not there, because of `fault` or because nobody has tried."""
         with self._changed:
+            self._changes += 1
             self._flying.pop(name, None)
             self._recent.pop(name, None)
             self._bytes -= size
@@ -103,9 +137,61 @@ class Keeper:
 
     def removed(self, name: str, size: int) -> None:
         with self._changed:
+            self._changes += 1
             self._bytes -= size
             self._blocks -= 1
             self._recent[name] = None
+
+    def check_integrity(self, measure: Callable[[], Contents | None]) -> list[str]:
+        """What is wrong with the accounts; empty if nothing is, or nothing can be said yet. Call it now and then, from
+        one thread, while this process neither writes nor removes.
+
+        One look is no proof, as a call may just be on its way, and other processes change the folder too. So wrong is
+        what later looks find again: a reservation, a second later, while nothing else was done; figures that are
+        not the folder's though they were measured anew twice, and the folder is as it was. `measure` says what it
+        holds, None if that cannot be found out now, and is asked only where we have changed something since the last
+        audit.
+        """
+        with self._changed:
+            changes, flying, waiting = self._changes, sum(self._flying.values()), self._waiting
+            if not (flying or waiting) and changes == self._clean:
+                return []
+        if flying or waiting:
+            return self._left_over(changes, flying, waiting)
+        if (there := measure()) is None:
+            return []
+        with self._changed:
+            return self._compare(there) if changes == self._changes else []
+
+    def _left_over(self, changes: int, flying: int, waiting: int) -> list[str]:
+        now, before = time.monotonic(), self._look
+        if before is None or before.changes != changes:
+            self._look = _Look(changes, now, self._begun)
+            return []
+        if now - before.at < LEFT_OVER_S:
+            return []
+        return [f"{flying} bytes are reserved and {waiting} waited for, and nobody writes"]
+
+    def _compare(self, there: Contents) -> list[str]:
+        """With the lock: our figures with the folder's, nothing of ours being under way."""
+        ours, before = Contents(self._blocks, self._bytes), self._look
+        if ours == there:
+            self._clean, self._look = self._changes, None
+            return []
+        self._ask()
+        if before is None or before.changes != self._changes or before.there != there:
+            number = before.number + 1 if before is not None and before.changes == self._changes else 1
+            self._look = _Look(self._changes, time.monotonic(), self._begun, there, number)
+            if number >= _MOST_LOOKS:
+                self._clean, self._look = self._changes, None
+            return []
+        if self._accounted > before.begun:
+            before.wrong, before.begun = before.wrong + 1, self._begun
+        if before.wrong < _PROOFS:
+            return []
+        return [
+            f"{ours.blocks} blocks of {ours.bytes} bytes are in the accounts, {there.blocks} of {there.bytes} there"
+        ]
 
     def close(self) -> None:
         """End the thread. Idempotent."""
@@ -127,6 +213,7 @@ class Keeper:
                 if not self._due and not self._recent:
                     continue
                 self._due = False
+                self._begun += 1
                 self._fresh = 0
                 self._recent = dict(self._flying)
             try:
@@ -151,6 +238,7 @@ class Keeper:
             own = {name: size for name, size in self._recent.items() if size is not None}
             self._bytes = sum(known) + sum(own.values())
             self._blocks = len(known) + len(own.keys() - self._flying.keys())
+            self._accounted = self._begun
             self._changed.notify_all()
 
     def _evict(self, entries: list[Entry]) -> None:
@@ -170,6 +258,7 @@ class Keeper:
                 surplus -= entry.size
                 evicted += 1
                 with self._changed:
+                    self._changes += 1
                     self._bytes -= entry.size
                     self._blocks -= 1
         self._tally.evicted(evicted)

@@ -74,6 +74,11 @@ class MemoryStore:
         with self._lock:
             return self._tally.stats(blocks=len(self._blocks), size=self._bytes, capacity=self._capacity)
 
+    def check_integrity(self) -> list[str]:
+        with self._lock:
+            there = sum(map(len, self._blocks.values()))
+            return [] if self._bytes == there else [f"{self._bytes} bytes are in the accounts, {there} there"]
+
     def clear(self) -> None:
         with self._lock:
             self._blocks.clear()
