@@ -160,7 +160,7 @@ def test_a_worker_that_cannot_be_reached_where_it_says_is_refused(cable: Cable, 
 
 
 @pytest.mark.full
-def test_what_would_be_handed_to_a_worker_out_of_reach_is_decoded_where_it_is(
+def test_nothing_is_split_over_workers_of_which_one_does_not_reach_the_other(
     cable: Cable, tmp_path: Path, key: Path
 ) -> None:
     flags = ("--cluster-key-file", str(key))
@@ -180,7 +180,10 @@ def test_what_would_be_handed_to_a_worker_out_of_reach_is_decoded_where_it_is(
             until(lambda: UNREACHED in unreachable(), "nobody has found out", logs)
             body = {"model": content["model"], "prompt": [7] * 2000, "max_tokens": 4, "ignore_eos": True}
             answer = client.post(f"{content['url']}/v1/completions", json=body)
+            [decision] = client.get(f"{content['admin_url']}/admin/decisions").json()["decisions"]
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
+        assert answer.headers["X-Bascule-Route"].startswith("local;")
+        assert "no prefill worker can connect to a decode worker" in decision["reason"]
         said = logs[1].read_text()
-        assert f"it cannot be reached at tcp://{UNREACHED}:" in said and "no blocks were granted" not in said
+        assert "it cannot be reached" not in said and "no blocks were granted" not in said, "no handoff was tried"
         assert "worker prefill cannot connect to worker decode" in told(log)

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from bascule.policies.handoff import connected, cut_off
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Decision, Policy, RouteQuery, Snapshot
 from bascule.types import Placement
 
@@ -79,13 +80,20 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
         missing = "decode" if len(prefills) else "prefill"
         rows = prefills if len(prefills) else decodes
         return _local(rows, snapshot, query, pick, f"no {missing} worker is placeable")
-    prefills = prefills[takes_prompt(snapshot, query, prefills)]
+    if not len(linked := connected(snapshot, query, prefills, decodes, whole=True)):
+        rows = np.union1d(prefills, decodes)
+        return _local(rows, snapshot, query, pick, "no prefill worker can connect to a decode worker")
+    prefills = linked[takes_prompt(snapshot, query, linked)]
     decodes = decodes[snapshot.decoding[decodes] < snapshot.slots[decodes]]
     if not len(prefills):
         return Decision(placement=None, reason="every prefill worker's window is full")
     if not len(decodes):
         return Decision(placement=None, reason="every decode worker's slots are taken")
+    if not len(prefills := connected(snapshot, query, prefills, decodes, whole=True)):
+        return Decision(placement=None, reason="every decode worker with a slot is out of a prefill worker's reach")
     prefill = _source(snapshot, query, prefills, pick)
+    if prefill in snapshot.unreached:
+        decodes = np.setdiff1d(decodes, cut_off(snapshot, query, prefill))
     decode = pick(snapshot, query, decodes, decode_load(snapshot, decodes))
     names = snapshot.ids
     return Decision(

@@ -52,11 +52,43 @@ def handoffs(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, 
     best = through.argmin(axis=1)
     seconds = through[pairs, best]
     stored = np.isfinite(seconds) if query.handoff == "store" else seconds < exposed
+    if snapshot.unreached:
+        pairs_of_rows = zip(source.tolist(), target.tolist(), strict=True)
+        apart = np.array([end in snapshot.unreached.get(start, ()) for start, end in pairs_of_rows], np.bool_)
+        stored |= apart & np.isfinite(seconds)
     return Handoffs(
         exposed_s=np.where(stored, seconds, exposed),
         busy_s=np.where(stored, load[pairs, best], busy),
         tier=np.where(stored, best, tier),
     )
+
+
+def cut_off(snapshot: Snapshot, query: RouteQuery, source: int) -> Rows:
+    """Rows that nothing can be handed over to from `source`: it cannot connect to them, nor may KV go by a shared tier.
+
+    The decode worker need not reach the prefill worker, which it answers over the same connection.
+    """
+    rows = np.array(sorted(snapshot.unreached.get(source, ())), np.intp)
+    if len(rows) and query.handoff != "push" and snapshot.stores is not None:
+        place = snapshot.stores.place
+        rows = rows[~((place[rows] == place[source]) & (place[source] >= 0)).any(axis=1)]
+    return rows
+
+
+def connected(snapshot: Snapshot, query: RouteQuery, sources: Rows, targets: Rows, *, whole: bool) -> Rows:
+    """Those of `sources` that can hand over to one of `targets`, and with `whole` those that are targets themselves."""
+    if not snapshot.unreached:
+        return sources
+    wanted, pushed = frozenset(targets.tolist()), query.handoff == "push" or snapshot.stores is None
+
+    def is_cut_off(source: int, unreached: frozenset[int]) -> bool:
+        if len(unreached) < len(wanted) - 1 or (whole and source in wanted):
+            return False
+        others = wanted - {source} if source in wanted else wanted
+        return others <= unreached and (pushed or others <= set(cut_off(snapshot, query, source).tolist()))
+
+    lonely = [source for source, unreached in snapshot.unreached.items() if is_cut_off(source, unreached)]
+    return np.setdiff1d(sources, np.array(lonely, np.intp)) if lonely else sources
 
 
 def prefill_and_rest(

@@ -90,6 +90,8 @@ def _worth_bringing(snapshot: Snapshot, query: RouteQuery) -> _Brought:
     if query.peer >= 0:
         rows = np.flatnonzero((query.cached < query.peer_tokens) & snapshot.hands_off)
         rows = rows[rows != query.peer]
+        if snapshot.unreached:  # who asks must reach the peer, and the peer who asks
+            rows = np.setdiff1d(rows, np.array(snapshot.estranged(query.peer), np.intp))
         fetched = np.maximum(query.cached, query.peer_tokens)
         fetch_s = np.full(len(fetched), np.inf)
         more = (fetched - query.cached)[rows].astype(np.float64)

@@ -14,7 +14,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bascule.policies.cost import Floats
-from bascule.policies.handoff import Handoffs, Rows, handoffs
+from bascule.policies.handoff import Handoffs, Rows, connected, cut_off, handoffs
 from bascule.policies.predict import DecodeSide, PrefillSide, predict
 from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
 from bascule.types import Placement
@@ -144,12 +144,26 @@ def _whole(sides: _Sides, rows: Rows) -> _Priced:
 
 def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask, homes: Mask) -> list[_Priced]:
     """Prefill on one of the best feeders, decode on one of the best homes, and hand over in between."""
+    if snapshot.unreached:
+        kept = connected(snapshot, query, np.flatnonzero(feeders), np.flatnonzero(homes), whole=False)
+        feeders = np.zeros_like(feeders)
+        feeders[kept] = True
     sources = _least(sides.prefill_price_s, feeders, snapshot.turn)
     targets = _least(sides.decode_price_s, homes, snapshot.turn)
     left, right = np.repeat(sources, len(targets)), np.tile(targets, len(sources))
+    if any(source in snapshot.unreached for source in sources.tolist()):
+        reached = [_reached(snapshot, query, sides, source, homes) for source in sources.tolist()]
+        left, right = np.repeat(sources, [len(rows) for rows in reached]), np.concatenate(reached)
     apart = left != right
     left, right = left[apart], right[apart]
     return [_handed_over(snapshot, query, sides, left, right)] if len(left) else []
+
+
+def _reached(snapshot: Snapshot, query: RouteQuery, sides: _Sides, source: int, homes: Mask) -> Rows:
+    """The best homes that can be handed over to from `source`."""
+    homes = homes.copy()
+    homes[cut_off(snapshot, query, source)] = False
+    return _least(sides.decode_price_s, homes, snapshot.turn)
 
 
 def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Rows, right: Rows) -> _Priced:

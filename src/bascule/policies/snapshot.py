@@ -96,10 +96,16 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Handoffs from one worker to another, where they have been measured."""
     stores: StoreColumns | None = None
     """None where no worker has a store."""
+    unreached: Mapping[int, frozenset[int]] = {}
+    """Rows of the workers that the worker of a row cannot connect to, as it says; rows that reach all are not in it."""
 
     def row_of(self, worker: WorkerId) -> int:
         """Raises ValueError for a worker that is not there."""
         return self.ids.index(worker)
+
+    def estranged(self, row: int) -> list[int]:
+        """Rows whose workers cannot connect to that of `row`, or are not reached from there."""
+        return [*self.unreached.get(row, ()), *(other for other, cut in self.unreached.items() if row in cut)]
 
 
 class RouteQuery(Struct, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ class Columns:
     def __init__(self, rows: int = 8) -> None:
         self.ids: list[WorkerId] = []
         self._allocate(rows)
+        self.unreached: dict[int, frozenset[int]] = {}
+        """Rows that each row's worker cannot connect to; empty ones are left out."""
         self._unreceived: dict[int, deque[tuple[int, int]]] = {}
         """Submissions that a worker has not confirmed: (number, uncached tokens)."""
         self._sent: dict[int, int] = {}
@@ -114,6 +116,15 @@ class Columns:
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
         self._stale.discard(row)
+        for source in list(self.unreached):
+            self.reaches(source, self.unreached[source] - {row} if source != row else frozenset())
+
+    def reaches(self, row: int, all_but: frozenset[int]) -> None:
+        """The row's worker can connect to the others' but for these rows'."""
+        if all_but:
+            self.unreached[row] = all_but
+        else:
+            self.unreached.pop(row, None)
 
     def submitted(self, row: int, uncached: int, work_s: float, now: float) -> None:
         """A prompt with so many tokens to compute, `work_s` seconds of work, is on its way to the worker."""
@@ -220,6 +231,7 @@ class Columns:
             turn=turn,
             links=links,
             stores=stores,
+            unreached=self.unreached,
             window_tokens=window_tokens,
         )
 

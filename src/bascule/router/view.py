@@ -188,6 +188,9 @@ class ClusterView:
         self, member: Member, load: WorkerLoad, now: float, runs: tuple[tuple[RequestId, int], ...] | None = None
     ) -> None:
         self.links.told(member.id, member.load.links, load.links)
+        if load.unreachable or member.load.unreachable:
+            rows = (self.members[peer].row for peer in load.unreachable if peer in self.members)
+            self.columns.reaches(member.row, frozenset(rows))
         member.load = load
         member.last_seen = now
         member.runs, member.beats = None if runs is None else frozenset(runs), member.beats + 1
