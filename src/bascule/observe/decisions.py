@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
-from msgspec import Struct
+from msgspec import Struct, msgpack
 
 from bascule.policies.snapshot import Candidate
 from bascule.types import FinishReason, Placement, RequestId, RoutingFigures, Slo
 
 KEPT = 4096
-"""Requests that are remembered; the oldest are forgotten first."""
+"""Requests that are remembered once they have ended; those that ended first are forgotten first."""
+REFUSED_KEPT = 512
+"""Those that were answered 429, which have a place of their own: under overload they would push out all that was
+served."""
 COMPARED = 512
 """Completed requests over which the error of predictions is taken."""
 
@@ -34,7 +36,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-class Attempt(Struct, frozen=True, kw_only=True):
+class Attempt(Struct, frozen=True, kw_only=True, array_like=True):
     """One decision for a request: what was compared, what was chosen, and why."""
 
     waited_s: float
@@ -51,7 +53,7 @@ class Attempt(Struct, frozen=True, kw_only=True):
         return next((each for each in self.candidates if each.placement == self.chosen), None)
 
 
-class Actual(Struct, frozen=True, kw_only=True):
+class Actual(Struct, frozen=True, kw_only=True, array_like=True):
     """How a request went, in seconds as the router saw it; None for what did not happen."""
 
     ttft_s: float | None = None
@@ -71,8 +73,7 @@ class Actual(Struct, frozen=True, kw_only=True):
     """What the client was told, if it was an error."""
 
 
-@dataclass(slots=True)
-class Record:
+class Record(Struct, kw_only=True, array_like=True):
     """One request from its arrival on, without its prompt; attempts and outcome are filled in as it goes."""
 
     id: RequestId
@@ -91,8 +92,8 @@ class Record:
     outcome: Outcome = Outcome.WAITING
     note: str = ""
     """Why it waits, or why it was rejected."""
-    attempts: list[Attempt] = field(default_factory=list)
-    actual: Actual = field(default_factory=Actual)
+    attempts: list[Attempt] = []
+    actual: Actual = Actual()
 
     @property
     def errors(self) -> dict[str, float]:
@@ -106,13 +107,20 @@ class Record:
 
 
 class DecisionRecords:
-    """The latest requests by the id that their clients know, and sums over all of them."""
+    """The latest requests by the id that their clients know, and sums over all of them.
 
-    def __init__(self, kept: int = KEPT) -> None:
-        self._kept = kept
-        self._records: OrderedDict[int, Record] = OrderedDict()
-        self._by_id: dict[str, list[int]] = {}
+    Who has ended is kept packed, in two fifths of the bytes: each look at it gives a new record, equal to what it was.
+    """
+
+    def __init__(self, kept: int = KEPT, refused_kept: int = REFUSED_KEPT) -> None:
+        """The first `kept` is of requests that ended otherwise than refused."""
+        self._records: dict[int, Record | _Packed] = {}
+        """By their numbers, in the order they came in."""
+        self._by_id: dict[str, tuple[int, ...]] = {}
         """Numbers of the records with one public id, the oldest first."""
+        self._under_way: dict[RequestId, int] = {}
+        self._served = _Ring(kept)
+        self._refused = _Ring(refused_kept)
         self._opened = 0
         self._errors: dict[str, deque[float]] = {}
         self._decisions: Counter[str] = Counter()
@@ -122,16 +130,11 @@ class DecisionRecords:
         return len(self._records)
 
     def open(self, record: Record) -> None:
-        """Remember a request that has just come."""
-        self._records[self._opened] = record
-        self._by_id.setdefault(record.public_id, []).append(self._opened)
-        self._opened += 1
-        if len(self._records) > self._kept:
-            _, oldest = self._records.popitem(last=False)
-            numbers = self._by_id[oldest.public_id]
-            del numbers[0]
-            if not numbers:
-                del self._by_id[oldest.public_id]
+        """Remember a request that has just come, at least until it has ended."""
+        number, self._opened = self._opened, self._opened + 1
+        self._records[number] = record
+        self._under_way[record.id] = number
+        self._by_id[record.public_id] = (*self._by_id.get(record.public_id, ()), number)
 
     def decided(self, record: Record, attempt: Attempt) -> None:
         """A decision has been made; without a chosen placement the request is about to be rejected."""
@@ -146,18 +149,23 @@ class DecisionRecords:
         self._rejected[kind] += 1
 
     def ended(self, record: Record, outcome: Outcome, actual: Actual) -> None:
-        """A request is over; its predictions count."""
+        """A request is over, and its record does not change any more; its predictions count."""
         record.outcome, record.actual = outcome, actual
         for term, error in record.errors.items():
             self._errors.setdefault(term, deque(maxlen=COMPARED)).append(error)
+        if (number := self._under_way.pop(record.id, None)) is not None:
+            self._records[number] = _packed(record)
+            ring = self._refused if outcome is Outcome.REJECTED else self._served
+            if (oldest := ring.push(number)) is not None:
+                self._forget(oldest)
 
     def find(self, public_id: str) -> list[Record]:
         """All that is remembered of calls with that id, the oldest first; empty if nothing is."""
-        return [self._records[number] for number in self._by_id.get(public_id, ())]
+        return [_unpacked(self._records[number]) for number in self._by_id.get(public_id, ())]
 
     def latest(self, limit: int) -> Iterator[Record]:
-        """The latest requests, the newest first."""
-        return islice(reversed(self._records.values()), limit)
+        """The latest requests, the newest first, as of now: it may be read on while others come."""
+        return map(_unpacked, list(islice(reversed(self._records.values()), limit)))
 
     def figures(self, *, policy_failures: int = 0, log_lost: int = 0) -> RoutingFigures:
         """What the metrics show."""
@@ -168,3 +176,46 @@ class DecisionRecords:
             policy_failures=policy_failures,
             log_lost=log_lost,
         )
+
+    def _forget(self, number: int) -> None:
+        public_id = self._records.pop(number).public_id
+        if others := tuple(other for other in self._by_id[public_id] if other != number):
+            self._by_id[public_id] = others
+        else:
+            del self._by_id[public_id]
+
+
+class _Ring:
+    """Numbers of the records that are kept of one kind, in the order they ended."""
+
+    def __init__(self, most: int) -> None:
+        self._numbers: deque[int] = deque()
+        self._most = most
+
+    def push(self, number: int) -> int | None:
+        """Keep one more; returns the one that has to go for it, if one has."""
+        self._numbers.append(number)
+        return self._numbers.popleft() if len(self._numbers) > self._most else None
+
+
+class _Packed(Struct, frozen=True, gc=False):
+    """A record that does not change any more."""
+
+    public_id: str
+    data: bytes
+
+
+_encode = msgpack.Encoder().encode
+_decode = msgpack.Decoder(Record).decode
+
+
+def _packed(record: Record) -> _Packed | Record:
+    """The record in few bytes; as it is where that cannot be done."""
+    try:
+        return _Packed(record.public_id, _encode(record))
+    except (TypeError, ValueError, OverflowError):  # a plug-in's ids need not be plain strings
+        return record
+
+
+def _unpacked(record: _Packed | Record) -> Record:
+    return _decode(record.data) if isinstance(record, _Packed) else record

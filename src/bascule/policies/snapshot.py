@@ -145,7 +145,7 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """Workers that already failed this request."""
 
 
-class Prediction(Struct, frozen=True, kw_only=True):
+class Prediction(Struct, frozen=True, kw_only=True, array_like=True):
     """What a placement is expected to bring, in seconds."""
 
     queue_s: float = 0.0
@@ -163,7 +163,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     """What it costs the requests already there: seconds, summed over them."""
 
 
-class Candidate(Struct, frozen=True, kw_only=True):
+class Candidate(Struct, frozen=True, kw_only=True, array_like=True):
     """One placement with its price. `feasible` ones may be chosen; `why_not` says what speaks against the others, or
     which bound of the SLO a feasible one breaks."""
 
