@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from bascule.api.body import read_object
 from bascule.api.calls import together
 from bascule.api.context import ROUTE, Context, backend_id_of, session_of, slo_of, timeout_of
-from bascule.api.errors import ClientGone, internal_error
+from bascule.api.errors import ClientGone, internal_error, let_go
 from bascule.api.events import EventStream
 from bascule.api.fields import Fields
 from bascule.api.forms import Writer, join
@@ -49,12 +49,14 @@ class TokenEndpoint:
             fields = Fields(await read_object(request, self._context.max_body))
             await self._context.calls.run(self._answer(request, fields, received, events, send), receive)
             outcome = Outcome.COMPLETED
-        except ClientGone:
+        except ClientGone as gone:
             outcome = Outcome.CANCELLED
+            let_go(gone)
         except RequestError as error:
             outcome = _outcome(error)
             if not events.opened:
                 raise
+            let_go(error)
             await events.fail(error)
         except Exception:
             if not events.opened:

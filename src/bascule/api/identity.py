@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bascule.api.context import REQUEST_ID, request_id_of
-from bascule.api.errors import ClientGone, error_response, internal_error, wrong_method
+from bascule.api.errors import ClientGone, error_response, internal_error, let_go, wrong_method
 from bascule.errors import RequestError
 
 _HEADER = REQUEST_ID.lower().encode()
@@ -41,12 +41,13 @@ class IdentityMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except ClientGone:
-            return
+        except ClientGone as gone:
+            let_go(gone)
         except HTTPException as error:  # the router's way to say that a path has other methods
             answer = wrong_method(scope["method"], scope["path"], (error.headers or {}).get("Allow", ""))
             await answer(scope, receive, send_with_id)
         except RequestError as error:
+            let_go(error)
             await error_response(error)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
