@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := torch==2.13.0
 
-.PHONY: setup dev serve test test-all chaos recovery soak fuzz check format bench clean
+.PHONY: setup dev serve test test-all chaos recovery soak overload fuzz check format bench clean
 
 setup: $(VENV)/.engine
 
@@ -53,6 +53,11 @@ SOAK := --seed 2 --minutes 30 --gap 2
 
 soak: dev
 	PYTHONPATH=tests $(BIN)/python -m chaos --soak $(SOAK)
+
+OVERLOAD := --rates 11,13 --search 25
+
+overload: dev
+	$(BIN)/python benchmarks/overload.py $(OVERLOAD)
 
 FUZZ_INPUTS := 100000
 

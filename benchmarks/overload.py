@@ -5,8 +5,12 @@
 A system is a policy and an admission. Its workers compute nothing: they take the time that a cost model gives. Requests
 come by themselves (Poisson). First the rate with the best goodput at the SLO is looked for. Then that rate and
 `--times` it take turns: goodput under overload over that of the peak beside it, the time from request to 429, and
-the memory of every process, fitted (`bascule.bench.footprints`) behind a warm-up under overload. Client, router and
-workers share the machine's cores. Prints Markdown; `--json FILE` writes the figures.
+the memory of every process, fitted (`bascule.bench.footprints`) behind a warm-up: so many small requests as fill what
+is bounded by a number of requests (`--fill`), then overload. Client, router and workers share the machine's cores.
+Prints Markdown; `--json FILE` writes the figures.
+
+Ends with 1 where a bound is broken: goodput of at least 0.9 of the peak with `slo` (without it all are late), 99 of 100
+refusals within 50 ms of when their requests were to be sent, memory that grows by less than 1 MB a minute.
 """
 
 from __future__ import annotations
@@ -26,15 +30,22 @@ from layouts import System, running
 from msgspec import Struct
 from msgspec import json as fast_json
 
-from bascule.bench.footprints import Footprint, Footprints, Trend, footprint_of
-from bascule.bench.load import Run, offer
-from bascule.traffic.workloads import talks
+from bascule.bench.endpoint import Endpoint
+from bascule.bench.footprints import MOST_MB_PER_MIN, Footprint, Footprints, Trend, footprint_of
+from bascule.bench.load import Offer, Run, offer
+from bascule.bench.quantiles import quantile
+from bascule.observe.decisions import KEPT
+from bascule.traffic.workloads import Kind, talks
 from bascule.types import Slo
 
 RELAXED = Slo(5.0, 0.12, 0.5)
 COST = {"step_s": 0.012, "token_s": 0.0008, "context_s": 1e-6}
 """A chat prompt takes a tenth of a second, so that a prefill worker does nine or so in a second."""
 SETTLED_S = 10.0
+LEAST_KEPT, MOST_REFUSAL_S = 0.9, 0.05
+"""Share of the peak's goodput, and seconds to all but one of a hundred refusals."""
+SMALL = Kind(10, (8, 16), (1, 2))
+"""Requests that cost next to nothing, to fill what keeps the latest ones."""
 FLAGS = ("--engine", "mock", "--kv-memory", "8MiB", "--log-level", "warning", "--request-timeout", "30")
 FLAGS += ("--slo-ttft", str(RELAXED.ttft_s), "--slo-tpot", str(RELAXED.tpot_s), "--slo-gap", str(RELAXED.gap_s))
 
@@ -59,6 +70,8 @@ class Found(Struct, kw_only=True):
     errors: list[str]
     without_retry_after: int
     refusal_s: dict[str, float]
+    sent_late_s: dict[str, float]
+    """How long after its time the client got round to sending what was refused; part of `refusal_s`."""
     trends: list[Trend]
 
     @property
@@ -66,6 +79,21 @@ class Found(Struct, kw_only=True):
         """Share of the peak."""
         rounds = zip(self.overloaded, self.peaks, strict=True)
         return statistics.median(overloaded / peak if peak else 0.0 for overloaded, peak in rounds)
+
+    @property
+    def faults(self) -> list[str]:
+        """Which bounds are broken, and by what; empty if none is."""
+        grown = [trend for trend in self.trends if trend.mb_per_min >= MOST_MB_PER_MIN]
+        found = [f"{trend.process} grows by {trend.mb_per_min:.2f} MB a minute" for trend in grown]
+        if self.system.endswith("/slo") and not self.kept >= LEAST_KEPT:
+            found.append(f"goodput is {self.kept:.2f} of the peak's, less than {LEAST_KEPT:g}")
+        if not self.rejected:
+            found.append("nobody was refused: this was no overload")
+        elif not self.refusal_s["p99"] <= MOST_REFUSAL_S:
+            found.append(f"1 of 100 refusals took {1000 * self.refusal_s['p99']:.0f} ms or longer")
+        if not self.trends:
+            found.append("no process lived long enough for its memory to be judged")
+        return [f"{self.system}: {fault}" for fault in found]
 
 
 def processes(system: System) -> dict[str, Footprint]:
@@ -85,6 +113,10 @@ def goodput(run: Run, seconds: float) -> float:
     return sum(SETTLED_S <= end <= seconds for end in ended) / (seconds - SETTLED_S)
 
 
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    return {name: quantile(values, share) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
 async def measured(system: System, label: str, arguments: argparse.Namespace) -> Found:
     """Look for the peak, warm up, overload."""
 
@@ -97,6 +129,9 @@ async def measured(system: System, label: str, arguments: argparse.Namespace) ->
     searched = {rate: goodput(await at(rate, arguments.search, 2), arguments.search) for rate in rates}
     peak_rate = max(searched, key=lambda rate: searched[rate])
     rate = arguments.times * peak_rate
+    await Offer(Endpoint(url=system.url, model=system.model), concurrency=32).run(
+        talks(arguments.workload, arguments.fill, 4, kinds=[SMALL])
+    )
     footprints = Footprints(lambda: processes(system))
     watching = asyncio.create_task(footprints.watch())
     clock, peaks, runs = asyncio.get_running_loop().time, list[float](), list[Run]()
@@ -109,8 +144,7 @@ async def measured(system: System, label: str, arguments: argparse.Namespace) ->
     judged_s = clock() - begun - warm_s
     watching.cancel()
     run = Run(records=tuple(record for run in runs for record in run.records), wall_s=judged_s)
-    refused = [record.answered for record in run.records if record.rejected]
-    quantiles = {name: run.quantile(refused, share) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+    refused = [record for record in run.records if record.rejected]
     good = run.good()
     return Found(
         system=label,
@@ -129,7 +163,8 @@ async def measured(system: System, label: str, arguments: argparse.Namespace) ->
         },
         errors=sorted({record.error for record in run.records if record.error and not record.rejected}),
         without_retry_after=sum(record.rejected and not record.retry_after >= 1 for record in run.records),
-        refusal_s=quantiles,
+        refusal_s=quantiles([record.answered for record in refused]),
+        sent_late_s=quantiles([record.late for record in refused]),
         trends=footprints.trends(warm_s, 0.9 * judged_s),
     )
 
@@ -168,7 +203,9 @@ def report(found: Sequence[Found]) -> None:
             print(f"\n{one.system}: {error}")
         if one.without_retry_after:
             print(f"\n{one.system}: {one.without_retry_after} refusals without Retry-After")
+        late = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in one.sent_late_s.items())
         print(f"\n{one.system}, goodput by rate: {one.searched}, peaks {one.peaks}, under overload {one.overloaded}")
+        print(f"\n{one.system}, sent late by the client, of those refused: {late}")
 
 
 def main() -> None:
@@ -181,6 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--search", type=float, default=40.0, help="seconds at each rate, and of the peak in each round"
     )
+    parser.add_argument("--fill", type=int, default=KEPT + 200, help="small requests before the warm-up")
     parser.add_argument("--warm-up", type=float, default=90.0, help="seconds of overload that are not judged")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
@@ -198,6 +236,9 @@ def main() -> None:
     report(found)
     if arguments.json is not None:
         arguments.json.write_bytes(fast_json.format(fast_json.encode(found)))
+    if faults := [fault for one in found for fault in one.faults]:
+        sys.exit("\n" + "\n".join(faults))
+    print("\nno bound is broken")
 
 
 if __name__ == "__main__":

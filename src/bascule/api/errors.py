@@ -52,9 +52,9 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
 def let_go(error: BaseException) -> None:
     """Forget where an error came from that has been answered, or is not to be.
 
-    Its traceback holds the frames, they hold the request, and that holds the error: a circle of a hundred objects, prompt
-    and connection among them. Under overload the collector would find twenty thousand of them every few seconds, and
-    everything waits up to 0.1 s meanwhile.
+    Its traceback holds the frames, they hold the request, and that holds the error: a circle of a hundred objects,
+    prompt and connection among them. Under overload the collector would find twenty thousand of them every few
+    seconds, and everything waits up to 0.1 s meanwhile.
     """
     error.__traceback__ = error.__context__ = None
 

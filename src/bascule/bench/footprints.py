@@ -16,7 +16,7 @@ MB = 1e6
 _SAMPLE_S = 1.0
 _BINS = 120
 """Of the time that is judged."""
-_MOST_MB_PER_MIN = 1.0
+MOST_MB_PER_MIN = 1.0
 _MOST_FILES = 4
 """More open files at the least moment of the last third than at that of the first: clients and peers come and go, but a
 leak has one for each fault or request."""
@@ -49,7 +49,7 @@ class Trend:
     def faults(self) -> list[str]:
         """Why this is no steady process; empty if it is."""
         found = []
-        if self.mb_per_min >= _MOST_MB_PER_MIN:
+        if self.mb_per_min >= MOST_MB_PER_MIN:
             found.append(f"{self.process} grows by {self.mb_per_min:.2f} MB a minute")
         if self.last_files > self.first_files + _MOST_FILES:
             found.append(f"{self.process} has {self.last_files} open files, and had {self.first_files}")
