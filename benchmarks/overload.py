@@ -46,7 +46,7 @@ LEAST_KEPT, MOST_REFUSAL_S = 0.9, 0.05
 """Share of the peak's goodput, and seconds to all but one of a hundred refusals."""
 SMALL = Kind(10, (8, 16), (1, 2))
 """Requests that cost next to nothing, to fill what keeps the latest ones."""
-FLAGS = ("--engine", "mock", "--kv-memory", "8MiB", "--log-level", "warning", "--request-timeout", "30")
+FLAGS = ("--engine", "mock", "--kv-memory", "2MiB", "--log-level", "warning", "--request-timeout", "30")
 FLAGS += ("--slo-ttft", str(RELAXED.ttft_s), "--slo-tpot", str(RELAXED.tpot_s), "--slo-gap", str(RELAXED.gap_s))
 
 
