@@ -54,7 +54,7 @@ SOAK := --seed 2 --minutes 30 --gap 2
 soak: dev
 	PYTHONPATH=tests $(BIN)/python -m chaos --soak $(SOAK)
 
-OVERLOAD := --rates 11,13 --search 25
+OVERLOAD := --systems adaptive/slo,disaggregated/slo --rates 11,13 --search 25
 
 overload: dev
 	$(BIN)/python benchmarks/overload.py $(OVERLOAD)
