@@ -209,8 +209,9 @@ class RoutingConfig:
     dead_after: float = 10.0
     """Seconds without a heartbeat after which a worker's requests go elsewhere, for good."""
     check_reach: bool = True
-    """Refuse workers that the router cannot connect to at the addresses that they offer. Without it they are warned of:
-    for networks in which workers reach each other and the router need not."""
+    """Refuse workers that the router cannot connect to at the addresses that they offer, and give up silent ones that
+    refuse connections there. Without it they are warned of, and waited for: for networks in which workers reach each
+    other and the router need not."""
 
     def __post_init__(self) -> None:
         _require(self.queue_limit >= 0, "queue_limit", self.queue_limit, "0 or more")

@@ -1,4 +1,4 @@
-"""Whether an address that a process offers answers: a TCP connection to it, made and closed, within a bound."""
+"""Does an address that a process offers answer or refuse: a TCP connection to it, made and closed, within a bound."""
 
 from __future__ import annotations
 
@@ -18,16 +18,32 @@ async def first_unreachable(addresses: Iterable[str], within_s: float = CONNECT_
     return None
 
 
-async def _why_not(address: str, within_s: float) -> str | None:
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
+async def refuses(address: str, within_s: float = CONNECT_S) -> bool:
+    """Whether the address's machine says that nothing listens there; silence or another failure says nothing."""
     try:
-        async with asyncio.timeout(within_s):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        await _connect(address, within_s)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return False
+
+
+async def _why_not(address: str, within_s: float) -> str | None:
+    try:
+        await _connect(address, within_s)
     except TimeoutError:
         return f"no answer within {within_s:g} s"
     except OSError as error:
         return os.strerror(error.errno).lower() if error.errno is not None and error.errno > 0 else str(error)
     except (ValueError, OverflowError, UnicodeError):
         return "that is no address"
-    writer.close()
     return None
+
+
+async def _connect(address: str, within_s: float) -> None:
+    """Raises TimeoutError, OSError, or for what is no address ValueError (UnicodeError) or OverflowError."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    async with asyncio.timeout(within_s):
+        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    writer.close()

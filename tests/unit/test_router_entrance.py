@@ -65,7 +65,7 @@ def at_the_door(config: RoutingConfig, script: Callable[[Entrance, FakeLink], An
 def test_a_worker_out_of_reach_is_refused_unless_that_is_how_it_is_meant(
     config: RoutingConfig, taken: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    came: list[Epoch] = []
+    came: list[tuple[Epoch, bool]] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
         here = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
         good = offer("good")
@@ -74,10 +74,10 @@ def test_a_worker_out_of_reach_is_refused_unless_that_is_how_it_is_meant(
 
         def knock(entrance: Entrance, _: FakeLink) -> None:
             for one in (good, bad, bad):
-                entrance.admit(Epoch(one.worker), one, lambda sender, _: came.append(sender))
+                entrance.admit(Epoch(one.worker), one, lambda sender, _, reached: came.append((sender, reached)))
 
         link = at_the_door(config, knock)
-    assert came == (["good", "bad"] if taken else ["good"])
+    assert came == [("good", True), *([("bad", False)] if taken else [])]
     line = f"the router cannot connect to worker bad at {where} (connection refused): give it --host"
     if taken:
         assert link.sent == [] and [record.levelno for record in caplog.records] == [logging.WARNING]

@@ -16,6 +16,9 @@ from bascule.wire import VERSION, Neighbour, Probe, Probed, Register, Registrati
 
 log = logging.getLogger(__name__)
 
+TakeIn = Callable[[Epoch, Register, bool], None]
+"""Called with who sent it, the registration, and whether all of its addresses have answered."""
+
 _MOST_PROBED = 4
 """Addresses in one question."""
 _MOST_AT_ONCE = 256
@@ -34,8 +37,8 @@ class Entrance:
         self._tokenizer = tokenizer
         self._trying: dict[Epoch, asyncio.Task[None]] = {}
 
-    def admit(self, sender: Epoch, offer: Register, take_in: Callable[[Epoch, Register], None]) -> None:
-        """Call `take_in` once the worker has been reached, or refuse it; what it repeats meanwhile is ignored."""
+    def admit(self, sender: Epoch, offer: Register, take_in: TakeIn) -> None:
+        """Call `take_in` once the worker has been tried, or refuse it; what it repeats meanwhile is ignored."""
         self._begin(sender, self._admit(sender, offer, take_in))
 
     def answer(self, sender: Epoch, probe: Probe) -> None:
@@ -49,7 +52,7 @@ class Entrance:
         task = self._trying[sender] = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._trying.pop(sender))
 
-    async def _admit(self, sender: Epoch, offer: Register, take_in: Callable[[Epoch, Register], None]) -> None:
+    async def _admit(self, sender: Epoch, offer: Register, take_in: TakeIn) -> None:
         if (unreached := await first_unreachable(neighbour(offer).addresses)) is not None:
             trouble = (
                 f"the router cannot connect to worker {offer.worker} at {unreached}: give it --host with an address of "
@@ -61,7 +64,7 @@ class Entrance:
                 self._link.send(sender, RegistrationRefusal(trouble))
                 return
             log.warning("%s", trouble)
-        take_in(sender, offer)
+        take_in(sender, offer, unreached is None)
 
     async def _answer(self, sender: Epoch, probe: Probe) -> None:
         unreached = await first_unreachable(probe.addresses[:_MOST_PROBED])

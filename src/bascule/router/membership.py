@@ -18,6 +18,7 @@ from bascule.router.link import RouterLink
 from bascule.router.link_probes import LinkProbes
 from bascule.router.operations import MemberOperations
 from bascule.router.service import Service
+from bascule.router.silence import Silence
 from bascule.router.skew import skewed
 from bascule.router.view import Member
 from bascule.types import Epoch, WorkerId
@@ -83,6 +84,7 @@ class Membership:
         self._wall = wall
         self.links = LinkProbes(service.view, link.send)
         self.operations = MemberOperations(service, config.policy, clock, self.links)
+        self._silence = Silence(clock, self.is_current, self.lost)
 
     async def run(self) -> None:
         """Serve the worker socket and the clock until cancelled."""
@@ -91,6 +93,7 @@ class Membership:
                 group.create_task(self._link.serve(self.apply))
                 group.create_task(self._watch())
         finally:
+            self._silence.close()
             if self._entrance is not None:
                 self._entrance.close()
 
@@ -191,7 +194,7 @@ class Membership:
         if not self._is_fit(sender, offer):
             return
         if self._entrance is not None:
-            self._entrance.admit(sender, offer, self._reached)
+            self._entrance.admit(sender, offer, self._tried)
         else:
             self._admit(sender, offer)
 
@@ -205,16 +208,16 @@ class Membership:
             return False
         return True
 
-    def _reached(self, sender: Epoch, offer: Register) -> None:
-        """A worker answers where it says; others may have joined meanwhile."""
+    def _tried(self, sender: Epoch, offer: Register, reached: bool) -> None:
+        """A worker answers where it says, or need not; others may have joined meanwhile."""
         if self._is_fit(sender, offer):
-            self._admit(sender, offer)
+            self._admit(sender, offer).reached = reached and self._config.check_reach
 
-    def _admit(self, sender: Epoch, offer: Register) -> None:
+    def _admit(self, sender: Epoch, offer: Register) -> Member:
         if (earlier := self._view.members.get(offer.worker)) is not None:
             self._lose(earlier, "was replaced by a new incarnation")
         self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
-        self._take_in(offer, NativeClient(self._link, offer.worker, offer.epoch, self._unsent))
+        return self._take_in(offer, NativeClient(self._link, offer.worker, offer.epoch, self._unsent))
 
     def _unsent(self, worker: WorkerId, submission: Submit) -> None:
         if (member := self._view.members.get(worker)) is not None:
@@ -319,6 +322,7 @@ class Membership:
             dead = self._view.overdue(self._clock.now(), self._config.suspect_after, self._config.dead_after)
             for member in dead:
                 self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
+            self._silence.look(self._view.members.values())
             self._service.tick()
             self.operations.tick()
             self._view.index.expire(self._clock.now())

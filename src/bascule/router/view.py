@@ -57,6 +57,8 @@ class Member:
     skew: ClockSkew = field(default_factory=ClockSkew)
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
+    reached: bool = False
+    """The router has connected to its addresses, so that a refusal there means something."""
     attached: bool = False
     """A server of its own behind HTTP: whole requests only."""
     rest_until: float = 0.0
