@@ -1,8 +1,9 @@
 """`bascule serve` with workers that commit faults to order, and that are started again however often they end.
 
-`python -m chaos.faulty_serve FOLDER told serve MODEL ...`: a folder for sockets, whether the router is told of a
-process that has ended (`told`) or has to miss its heartbeats (`untold`, as where workers are started apart; another is
-started only when it has missed them), and the command line of `bascule`.
+`python -m chaos.faulty_serve FOLDER PARENT serve MODEL ...`: a folder for sockets, what the parent does when a process
+has ended, and the command line of `bascule`. The parent `tells` the router and starts another, `bascule serve`'s own
+way; or tells it and starts one `later`, when all is over; or it is `deaf`, as where workers are started apart: it tells
+nobody, and starts another when the router would have missed enough heartbeats.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from chaos.schedule import DEAD_S
 
 
 def run() -> None:
-    folder, told = sys.argv[1:3]
+    folder, parent = sys.argv[1:3]
     command, init = WorkerPlan.command, ProcessActuator.__init__
 
     def faulty(self: WorkerPlan, model: str, join: str) -> list[str]:
@@ -29,9 +30,10 @@ def run() -> None:
 
     WorkerPlan.command = faulty  # type: ignore[method-assign]
     process._STEADY_S = 0.0
-    if told == "untold":
-        ProcessActuator.__init__ = deaf  # type: ignore[method-assign]
+    if parent != "tells":
         process._PAUSE_S = DEAD_S + 1.0
+    if parent == "deaf":
+        ProcessActuator.__init__ = deaf  # type: ignore[method-assign]
     sys.argv = ["bascule", *sys.argv[3:]]
     main()
 

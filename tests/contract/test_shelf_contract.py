@@ -279,7 +279,6 @@ DENIED = """
 import os, sys
 from pathlib import Path
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.hashing import salt_of
 from bascule.kv.store.inventory import audit, take_stock
 from bascule.kv.store.record import Payload, pack
 from bascule.kv.store.shelves import disk_shelf
