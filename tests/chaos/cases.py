@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from chaos.schedule import DEAD_S
+from chaos.schedule import DEAD_S, LEASE_S
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,18 @@ def _cases() -> Iterator[Case]:
     ):
         for phase in PHASES:
             yield Case(phase.name, phase.side, fault, order, phase.at, promised_s, seconds)
-    for name, whose, fault, order, at, promised_s in (
+    for name, whose, fault, order, at, promised_s, *seconds_s in (
         ("queued", "router link", "submission lost", "drop", "queued", 5.0),
         ("transferring", "transfer", "connection cut", "cut", "transferring", 2.0),
+        ("transferring", "transfer", "frame flipped", "flip", "transferring", 2.0),
+        ("transferring", "transfer", "frame doubled", "duplicate", "transferring", 2.0),
+        ("transferring", "transfer", "frame shortened", "truncate", "transferring", LEASE_S + 2.0),
+        ("transferring", "transfer", "receiver stalls", "stall", "transferring", LEASE_S + 2.0, LEASE_S + 2.0),
         ("committed", "peer link", "Accepted lost", "lose", "Accepted", 2.0),
         ("decoding", "router link", "token lost", "drop", "decoding", 6.0),
         ("decoding", "router link", "last token lost", "drop", "ending", 5.0),
     ):
-        yield Case(name, whose, fault, order, at, promised_s)
+        yield Case(name, whose, fault, order, at, promised_s, *seconds_s)
 
 
 CASES = tuple(_cases())

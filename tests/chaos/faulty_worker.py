@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from bascule.cli.main import main
 from bascule.engine.mock import mock_card
 from bascule.kv.transfer.channel import Channel, Message
-from bascule.kv.transfer.frames import Buffers, Kind
+from bascule.kv.transfer.frames import Buffers, Header, Kind, ticket_key
 from bascule.kv.transfer.shm import ShmSession
 from bascule.kv.transfer.stream import Stream
 from bascule.kv.transfer.tcp import TcpReceiver
 from bascule.kv.transfer.tcp_sender import TcpSession
 from bascule.peer_wire import Prepare
+from bascule.types import TicketId
 from bascule.wire import PeerAddress
 from bascule.worker import process
 from bascule.worker.decode_side import DecodeSide
@@ -40,6 +41,7 @@ from chaos.phases import ENDS, end_at_phases, end_here, lose_on_the_way, phase_o
 from chaos.truth import LAYERS
 
 _TICKETS = 256
+_BENT = ("flip", "duplicate", "truncate")
 
 
 class Known:
@@ -47,15 +49,19 @@ class Known:
 
     def __init__(self) -> None:
         self._requests: dict[str, tuple[str, int]] = {}
+        self._digests: dict[bytes, str] = {}
         self._order: deque[str] = deque()
         self._lock = Lock()
 
     def add(self, ticket: str, request: str, attempt: int) -> None:
         with self._lock:
             self._requests[ticket] = request, attempt
+            self._digests[ticket_key(TicketId(ticket))] = ticket
             self._order.append(ticket)
             if len(self._order) > _TICKETS:
-                self._requests.pop(self._order.popleft(), None)
+                first = self._order.popleft()
+                self._requests.pop(first, None)
+                self._digests.pop(ticket_key(TicketId(first)), None)
 
     def of(self, ticket: str) -> str:
         return self._requests.get(ticket, ("", 0))[0]
@@ -63,6 +69,10 @@ class Known:
     def at(self, phase: str, ticket: str) -> str:
         """What an order for that request at that phase is for."""
         return phase_of(phase, *self._requests.get(ticket, ("", 0)))
+
+    def written(self, header: Header) -> str:
+        """What an order for the request whose blocks a frame brings is for."""
+        return self.at("transferring", self._digests.get(header.key, "")) if header.kind is Kind.WRITE else ""
 
 
 def learn_tickets(known: Known) -> None:
@@ -95,7 +105,7 @@ def bend_tcp(orders: Orders, known: Known) -> None:
             "cut", *(("flip", "duplicate", "reorder", "truncate", "stop") if kind == Kind.WRITE else ())
         )
         if order is None and kind == Kind.WRITE:
-            order = orders.take("cut", *ENDS, what=known.at("transferring", self._ticket))
+            order = orders.take("cut", *_BENT, *ENDS, what=known.at("transferring", self._ticket))
         if order is None:
             send(self, kind, memory)
             late(self, kind)
@@ -157,7 +167,7 @@ def bend_copies(orders: Orders, known: Known) -> None:
     ShmSession._copy = bent  # type: ignore[method-assign]
 
 
-def bend_words(orders: Orders) -> None:
+def bend_words(orders: Orders, known: Known) -> None:
     """Small messages of a transfer (answers over TCP, all that is said over a local socket), at either end."""
     write, receive, take = Stream.write, Channel.receive, TcpReceiver._take
 
@@ -181,17 +191,17 @@ def bend_words(orders: Orders) -> None:
         _stall(orders)
         return message
 
-    def taken(self: TcpReceiver, *frame: Any) -> None:
-        _stall(orders)
-        take(self, *frame)
+    def taken(self: TcpReceiver, stream: Stream, form: Any, header: Header) -> None:
+        _stall(orders, known.written(header))
+        take(self, stream, form, header)
 
     Stream.write = written  # type: ignore[method-assign]
     Channel.receive = received  # type: ignore[method-assign]
     TcpReceiver._take = taken  # type: ignore[method-assign]
 
 
-def _stall(orders: Orders) -> None:
-    if (order := orders.take("stall")) is not None:
+def _stall(orders: Orders, at: str = "") -> None:
+    if (order := orders.take("stall", what=at)) is not None:
         orders.report(order, "", f"{order.seconds:.1f} s")
         time.sleep(order.seconds)
 
@@ -278,7 +288,7 @@ def run() -> None:
     learn_tickets(known)
     bend_tcp(orders, known)
     bend_copies(orders, known)
-    bend_words(orders)
+    bend_words(orders, known)
     bend_messages(orders, known)
     end_at_phases(orders)
     lose_on_the_way(orders)

@@ -136,7 +136,8 @@ class Bench:
                 os.kill(report.pid, signal.SIGCONT)
 
     def _order(self, case: Case, name: str) -> None:
-        order = Order(self._numbers, case.order, self._numbers, time.monotonic() + EXPIRES_S, what=f"{case.at} {name}")
+        until, what = time.monotonic() + EXPIRES_S, f"{case.at} {name}"
+        order = Order(self._numbers, case.order, self._numbers, until, case.seconds, what)
         for worker in self.cluster.state()["workers"]:
             give(order, self._folder, worker["id"], self._post)
 
