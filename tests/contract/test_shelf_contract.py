@@ -211,18 +211,12 @@ def test_a_model_is_found_by_its_fingerprint_or_the_beginning_of_its_digest(grou
 
 
 def test_a_tenants_blocks_are_counted_found_and_forgotten_by_themselves(ground: Ground) -> None:
-    owners = ["", "ann", "ann", "ben"]
-    sizes = [len(ground.put(number, secret=secret)) for number, secret in enumerate(owners)]
+    sizes = [len(ground.put(number, secret=secret)) for number, secret in enumerate(["", "ann", "ann", "ben"])]
     ground.put(4, model="two", secret="ann")
-    holdings = take_stock(ground.shelf).holdings
+    holdings, shelves = take_stock(ground.shelf).holdings, [ground.shelf]
     assert Holding(ONE.hex(), ANN.hex(), "none", 2, sizes[1] + sizes[2]) in holdings
-    assert {(each.model, each.tenant): each.blocks for each in holdings} == {
-        (ONE.hex(), ""): 1,
-        (ONE.hex(), ANN.hex()): 2,
-        (ONE.hex(), BEN.hex()): 1,
-        (TWO.hex(), ANN.hex()): 1,
-    }
-    shelves = [ground.shelf]
+    counts = {(ONE.hex(), ""): 1, (ONE.hex(), ANN.hex()): 2, (ONE.hex(), BEN.hex()): 1, (TWO.hex(), ANN.hex()): 1}
+    assert {(each.model, each.tenant): each.blocks for each in holdings} == counts
     assert tenants_like(shelves, "ann") == tenants_like(shelves, ANN.hex()[:8].upper()) == {ANN}
     nobody = ("", "cat", "0" * 32, ANN.hex()[:7])
     assert [tenants_like(shelves, text) for text in nobody] == 4 * [set()], "what all share is nobody's"
