@@ -203,7 +203,8 @@ class Figures:
         self.faults += [f"{case.id}: {wrong}" for wrong in outcome.wrong]
         if outcome.wait_s > case.bound_s:
             self.faults.append(f"{case.id}: {outcome.wait_s:.1f} s without a token")
-        print(f"  {case.id}: {outcome.wait_s:.2f} s", file=sys.stderr, flush=True)
+        others = f"others {1000 * self.others[case.id][-1]:.0f} ms"
+        print(f"  {case.id}: {outcome.wait_s:.2f} s, {others}", file=sys.stderr, flush=True)
 
     def recoveries(self, case: Case) -> list[float]:
         """Seconds beyond what is usual there."""
@@ -315,9 +316,10 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure: all, if not given")
     chosen = parser.parse_args()
     figures, others = measure(chosen.rounds, chosen.parts)
-    tables = [f"seconds of recovery, median of {chosen.rounds} (most):", "", *by_phase(figures), ""]
+    tables = ["", f"seconds of recovery, median of {chosen.rounds} (most):", ""]
+    tables += [*by_phase(figures), ""] if {"tells", "deaf"} & {*chosen.parts} else []
     tables += [*of_links(figures["tells"]), ""] if "tells" in chosen.parts else []
-    print("\n".join(["", *tables, *(others.table() if others else ())]))
+    print("\n".join([*tables, *(others.table() if others else ())]))
     verdicts = [verdict for each in figures.values() for verdict in (*each.faults, *each.broken_promises())]
     verdicts += [*others.faults, *others.broken_promises()] if others else []
     print("\n".join(["", *verdicts]))
