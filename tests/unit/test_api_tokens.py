@@ -31,6 +31,12 @@ def test_text_survives_the_way_to_tokens_and_back() -> None:
     assert model.decode(model.encode(TEXT)) == TEXT
 
 
+def test_no_request_waits_for_a_look_through_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tokenizer()
+    monkeypatch.setattr(TextTokenizer, "_longest_token", lambda self: pytest.fail("the first request looks for it"))
+    assert model.encode(TEXT)
+
+
 def test_an_output_of_real_tokens_has_the_text_they_spell() -> None:
     model = tokenizer()
     tokens = model.encode(TEXT)

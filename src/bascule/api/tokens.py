@@ -66,8 +66,12 @@ class ModelTokenizer:
     """The `Tokenizer` of a loaded model."""
 
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate | None, model: str, context: int) -> None:
-        """`model` is the name that messages call the model by, `context` its most tokens."""
+        """`model` is the name that messages call the model by, `context` its most tokens.
+
+        Looks through the whole vocabulary, which takes some 0.1 s: else the first request would, in the event loop.
+        """
         self._tokenizer = tokenizer
+        tokenizer.fewest_tokens("")
         self._template = template
         self._model = model
         self._context = context
