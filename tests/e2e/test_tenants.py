@@ -18,7 +18,7 @@ from support.cluster import Cluster, run_cli, serve
 
 SALTS: list[dict[str, str]] = [{}, {"cache_salt": "ann"}, {"cache_salt": "ben"}]
 OUTPUT = 4
-TRIES = 4
+TRIES = 3
 LENGTH = 800
 BLOCK = 16
 
@@ -34,7 +34,7 @@ WAYS = {
 def engine(tmp_path: Path) -> list[str]:
     """A mock one, whose tokens depend on all KV, and to which computing is dear."""
     cost = tmp_path / "cost.json"
-    cost.write_bytes(msgspec.json.encode(CostModel(step_s=0.001, token_s=0.001)))
+    cost.write_bytes(msgspec.json.encode(CostModel(step_s=0.001, token_s=0.0005)))
     return ["--engine", "mock", "--cost-model", str(cost)]
 
 
