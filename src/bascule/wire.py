@@ -258,6 +258,9 @@ class Probed(Struct, frozen=True, tag=True):
     """Digest of the vocabulary that this router uses; empty if it is not known."""
     unreachable: str = ""
     """The first address that did not answer, and why."""
+    card: ModelCard | None = None
+    """Of the cluster's own workers, which all that join must match; None before the first has joined (and from older
+    releases)."""
 
 
 class Reregister(Struct, frozen=True, tag=True):

@@ -31,7 +31,7 @@ from bascule.kv.transfer.tcp_sender import TcpSession
 from bascule.peer_wire import Prepare
 from bascule.types import TicketId
 from bascule.wire import PeerAddress
-from bascule.worker import process
+from bascule.worker import card
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.outgoing import Outgoing
 from bascule.worker.peers import Peers
@@ -292,7 +292,7 @@ def run() -> None:
     bend_messages(orders, known)
     end_at_phases(orders)
     lose_on_the_way(orders)
-    process.mock_card = partial(mock_card, layers=LAYERS)
+    card.mock_card = partial(mock_card, layers=LAYERS)
     sys.argv = ["bascule", *sys.argv[3:]]
     main()
 

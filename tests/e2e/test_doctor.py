@@ -94,12 +94,22 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
             [*ask, joins[0], *with_key],
         )
         until(lambda: "the clock of worker late is" in told(logs[0]), "nobody is told of its clock", logs)
+        differing = ("--block-size=32", "--max-model-len=100", "--transfer-codec=int8")
+        alike, differs = run_clis([*ask, joins[0], *with_key], [*ask, joins[0], *with_key, *differing])
         admin = told(logs[0]).split("admin API at ")[1].split()[0]
         [one] = httpx.get(f"{admin}/admin/state", timeout=START_S).json()["workers"]
     assert 49 < one["clock_skew_s"] < 52
     assert "worker late is of bascule 0.0.1" in told(logs[0])
     assert let_in.returncode == 0, let_in.stdout
     assert "the router connects back to 127.0.0.1" in let_in.stdout and "vocabulary is that of" in let_in.stdout
+    assert alike.returncode == 0 and "context and codecs are those of the cluster's workers" in alike.stdout
+    assert differs.returncode == 1
+    assert wrong(differs.stdout) == [
+        "block size 32 here, 16 at the cluster's workers; start all with the same --block-size",
+        "context length 100 here, 8192 at the cluster's workers; start all workers with the same --max-model-len",
+        "KV codecs push-int8 here, none at the cluster's workers; start all with the same --kv-codec and "
+        "--transfer-codec",
+    ]
     assert [locked_out.returncode, nobody.returncode, other.returncode] == [1, 1, 1]
     assert "give router and workers the same --cluster-key-file" in wrong(locked_out.stdout)[0]
     assert "(connection refused) cannot be reached; start it, mend --join" in wrong(nobody.stdout)[0]

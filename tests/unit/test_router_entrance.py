@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from membership_rig import Bench, FakeLink, offer
+from membership_rig import CARD, Bench, FakeLink, offer
 from msgspec.structs import replace
 
 from bascule.config import RoutingConfig
@@ -45,7 +45,7 @@ def at_the_door(config: RoutingConfig, script: Callable[[Entrance, FakeLink], An
 
     async def run() -> FakeLink:
         link = FakeLink()
-        entrance = Entrance(link, config, "vocabulary")  # type: ignore[arg-type]
+        entrance = Entrance(link, config, "vocabulary", lambda: CARD)  # type: ignore[arg-type]
         script(entrance, link)
         while entrance._trying:
             await asyncio.sleep(0.01)
@@ -97,6 +97,7 @@ def test_who_only_asks_is_told_and_does_not_join() -> None:
         "vocabulary",
         f"{where} (connection refused)",
     )
+    assert answer.card == CARD
     bench = Bench()
     bench.membership.apply(Epoch("x"), Probe(VERSION))
     assert bench.view.members == {} and bench.link.sent == []

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,8 @@ from bascule.hardware import read_hardware
 from bascule.keys import check_open, is_loopback, stays_here
 from bascule.models import LoadedModel, catalog, load
 from bascule.native import NativeUnavailable
+from bascule.types import ModelCard
+from bascule.worker.card import offered_card
 
 _ENGINE_MODULES = ("torch", "safetensors")
 
@@ -88,7 +91,8 @@ def doctor(
     findings = [*_software(engine_config), *_attempt(lambda: _model(model))]
     if join is not None:
         findings += of_workers(engine_config, store_config, workers or 1)
-        findings += _attempt(lambda: _joining(model, join, http.host, security_config))
+        offered = partial(_offered, model, model_config, engine_config, handoff_config, store_config)
+        findings += _attempt(lambda: _joining(join, http.host, security_config, offered))
     else:
         attached = len(attach_config.urls)
         findings += _attempt(lambda: _serving(workers, pools, routing, engine_config, store_config, attached))
@@ -187,12 +191,21 @@ def _clear(security: SecurityConfig, store: StoreConfig, attach: AttachConfig) -
     yield from of_clear(key, security, store, attach)
 
 
-def _joining(model: str, join: str, host: str, security: SecurityConfig) -> Iterator[Finding]:
+def _offered(
+    model: str, form: ModelConfig, engine: EngineConfig, handoff: HandoffConfig, store: StoreConfig
+) -> ModelCard | None:
+    """What a worker here would register with; None where its model is not here yet."""
+    loaded = _loaded(model)
+    return offered_card(model, loaded, form, engine, handoff, store) if loaded is not None else None
+
+
+def _joining(
+    join: str, host: str, security: SecurityConfig, offered: Callable[[], ModelCard | None]
+) -> Iterator[Finding]:
     check_join(join)
     key = cluster_key_of(security)
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
         if doubt := check_open(key, security.insecure, what, stays):
             yield Finding(Level.DOUBT, doubt)
     check_advertised(host)
-    loaded = _loaded(model)
-    yield from asyncio.run(joining(join, host, key, loaded.tokenizer.digest if loaded is not None else ""))
+    yield from asyncio.run(joining(join, host, key, offered()))

@@ -71,9 +71,10 @@ class Frontend:
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
         self.journal = Journal(routing.policy, decision_log)
         vocabulary = loaded.tokenizer.digest
-        self.service = Service(ClusterView(tokenizer=vocabulary), routing, clock, slo.slo, self.journal)
+        view = ClusterView(tokenizer=vocabulary)
+        self.service = Service(view, routing, clock, slo.slo, self.journal)
         self.link = RouterLink(bind, key)
-        entrance = Entrance(self.link, routing, vocabulary)
+        entrance = Entrance(self.link, routing, vocabulary, lambda: view.own)
         self.membership = Membership(self.link, self.service, routing, clock, entrance)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()

@@ -14,12 +14,13 @@ from bascule.errors import ConfigError
 from bascule.keys import ClusterKey
 from bascule.reach import CONNECT_S, first_unreachable
 from bascule.router.skew import MOST_S, skewed
-from bascule.types import Epoch
+from bascule.types import Epoch, ModelCard
 from bascule.wire import VERSION, Probe, Probed, RouterMessage
 from bascule.worker.link import RouterSocket
 
 _ANSWER_S = 3 * CONNECT_S
 """The router tries one address meanwhile; a wrong key is known for sure after some 3 s."""
+_SAME_MODEL = "start all workers with the same model"
 
 
 def check_join(join: str) -> None:
@@ -28,10 +29,10 @@ def check_join(join: str) -> None:
         raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
 
 
-async def joining(join: str, host: str, key: ClusterKey | None, vocabulary: str) -> list[Finding]:
+async def joining(join: str, host: str, key: ClusterKey | None, card: ModelCard | None) -> list[Finding]:
     """Findings about the router at `join` as a worker at `host` with `key` meets it.
 
-    `vocabulary` is the digest of the worker's tokenizer; empty if it is not known.
+    `card` is what the worker would register with; None if it is not known.
     """
     try:
         listening = await asyncio.start_server(lambda _, writer: writer.close(), host, 0)
@@ -66,11 +67,51 @@ async def joining(join: str, host: str, key: ClusterKey | None, vocabulary: str)
         ),
         _clock(answer.clock - here),
     ]
-    if vocabulary and answer.tokenizer:
-        same = vocabulary == answer.tokenizer
+    if card is None:
+        return findings
+    if card.tokenizer and answer.tokenizer:
+        same = card.tokenizer == answer.tokenizer
         what = f"the router's vocabulary is {'that' if same else 'not that'} of this model"
         findings.append(found(same, what, "start router and workers with the same model"))
+    if answer.card is not None:
+        findings += compared(card, answer.card)
     return findings
+
+
+def compared(here: ModelCard, there: ModelCard) -> list[Finding]:
+    """One for each difference from the cluster's workers for which a worker would be refused; a good one without any.
+
+    Weights are compared only where nothing else that a fingerprint is made of differs: it would say no more.
+    """
+    (weights, *codecs), (their_weights, *their_codecs) = (card.fingerprint.split("+") for card in (here, there))
+    differences = [
+        Finding(Level.WRONG, f"{what} {ours} here, {theirs} at the cluster's workers", mend)
+        for what, ours, theirs, mend in (
+            ("dtype", here.layout.dtype, there.layout.dtype, "start all workers with the same --engine and --dtype"),
+            ("block size", here.layout.block_size, there.layout.block_size, "start all with the same --block-size"),
+            ("KV of", _shape(here), _shape(there), _SAME_MODEL),
+            ("vocabulary of", here.vocab, there.vocab, _SAME_MODEL),
+            ("context length", here.context, there.context, "start all workers with the same --max-model-len"),
+        )
+        if ours != theirs
+    ]
+    if not differences and weights != their_weights:
+        what = f"model fingerprint {weights[:16]} here, {their_weights[:16]} at the cluster's workers"
+        differences.append(Finding(Level.WRONG, what, "start all with the same model files and --quantize"))
+    if codecs != their_codecs:
+        what = f"KV codecs {_named(codecs)} here, {_named(their_codecs)} at the cluster's workers"
+        differences.append(Finding(Level.WRONG, what, "start all with the same --kv-codec and --transfer-codec"))
+    same = "model, dtype, block size, context and codecs are those of the cluster's workers"
+    return differences or [Finding(Level.OK, same)]
+
+
+def _shape(card: ModelCard) -> str:
+    layout = card.layout
+    return f"{layout.layers} layers with {layout.kv_heads} heads of {layout.head_dim}"
+
+
+def _named(codecs: list[str]) -> str:
+    return " and ".join(codecs) or "none"
 
 
 def _clock(behind_s: float) -> Finding:

@@ -11,7 +11,7 @@ from bascule import __version__
 from bascule.config import RoutingConfig
 from bascule.reach import first_unreachable
 from bascule.router.link import RouterLink
-from bascule.types import Epoch
+from bascule.types import Epoch, ModelCard
 from bascule.wire import VERSION, Neighbour, Probe, Probed, Register, RegistrationRefusal
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,17 @@ class Entrance:
     said that only workers reach each other, it is told of and taken in all the same.
     """
 
-    def __init__(self, link: RouterLink, config: RoutingConfig, tokenizer: str) -> None:
+    def __init__(
+        self,
+        link: RouterLink,
+        config: RoutingConfig,
+        tokenizer: str,
+        card: Callable[[], ModelCard | None] = lambda: None,
+    ) -> None:
+        """`tokenizer` and `card` are what who only asks is told: the vocabulary's digest, and what workers must match
+        by now."""
         self._link = link
+        self._card = card
         self._refuses = config.check_reach and config.handoff != "store"
         self._tokenizer = tokenizer
         self._trying: dict[Epoch, asyncio.Task[None]] = {}
@@ -68,7 +77,8 @@ class Entrance:
 
     async def _answer(self, sender: Epoch, probe: Probe) -> None:
         unreached = await first_unreachable(probe.addresses[:_MOST_PROBED])
-        self._link.send(sender, Probed(VERSION, __version__, time.time(), self._tokenizer, unreached or ""))
+        clock, unreachable = time.time(), unreached or ""
+        self._link.send(sender, Probed(VERSION, __version__, clock, self._tokenizer, unreachable, self._card()))
 
     def close(self) -> None:
         for task in self._trying.values():

@@ -117,7 +117,7 @@ class ClusterView:
     columns: Columns = field(default_factory=Columns)
     links: LinkCosts = field(default_factory=LinkCosts)
     _machines: dict[str, int] = field(default_factory=dict)
-    _own: ModelCard | None = None
+    own: ModelCard | None = None
     """What the first worker of our own brought."""
     tokenizer: str = ""
     """Digest of the vocabulary that the router itself uses; empty if it is not known."""
@@ -144,8 +144,8 @@ class ClusterView:
                 f"worker {offer.worker} serves {offer.card.name} with another vocabulary than this router's: its "
                 "tokens would be other text; start router and workers with the same model"
             )
-        if self._own is not None:
-            _require_same_model(self._own, offer)
+        if self.own is not None:
+            _require_same_model(self.own, offer)
 
     def check_server(self, offer: Register) -> None:
         """The same for an attached server, whose KV is its own affair; raises RegistrationRefused."""
@@ -165,7 +165,7 @@ class ClusterView:
         self.stores.join(row, feed, offer.stores)
         member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, attached=attached)
         if not attached:
-            self._own = self._own or offer.card
+            self.own = self.own or offer.card
         self._update_card()
         self.columns.add(
             row,
@@ -377,7 +377,7 @@ class ClusterView:
     def _update_card(self) -> None:
         """Bound the context by the attached servers'; with no member left, the card stays as it was."""
         servers = [member.registration.card for member in self.members.values() if member.attached]
-        base = self._own or (servers[0] if servers else self.card)
+        base = self.own or (servers[0] if servers else self.card)
         if base is not None:
             self.card = replace(
                 base, context=min(base.context, *(card.context for card in servers)) if servers else base.context

@@ -12,19 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-from msgspec import structs
 
 from bascule.clock import WallClock
 from bascule.config import EngineConfig, HandoffConfig, HardwareConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.engine.core import Engine, EngineLimits
-from bascule.engine.mock import MockRunner, mock_card
+from bascule.engine.mock import MockRunner
 from bascule.engine.protocol import Runner
 from bascule.errors import UNREADABLE, ConfigError
 from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
-from bascule.kv.codecs.choice import fingerprint_with
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.base import Store
 from bascule.kv.store.forms import Forms
@@ -35,6 +33,7 @@ from bascule.machine import end_with_parent, memory_bytes
 from bascule.models import LoadedModel, load
 from bascule.types import CostModel, Epoch, ModelCard, Role, Tier, WorkerId
 from bascule.wire import Starting
+from bascule.worker.card import as_offered, mock_card_of
 from bascule.worker.link import RouterSocket
 from bascule.worker.parts import Identity, Parts
 from bascule.worker.profile import cpu_name, profiled
@@ -115,8 +114,7 @@ def build(settings: WorkerSettings) -> Parts:
     codec, pushed = settings.store_config.kv_codec, settings.handoff_config.transfer_codec
     loaded = load(settings.model)
     runner = _mock_runner(settings, loaded) if config.engine == "mock" else _torch_runner(settings, loaded)
-    allowed = fingerprint_with(runner.card.fingerprint, codec, pushed)
-    runner.card = structs.replace(runner.card, fingerprint=allowed, tokenizer=loaded.tokenizer.digest)
+    runner.card = as_offered(runner.card, loaded, settings.handoff_config, settings.store_config)
     layout = runner.card.layout
     if config.kv_bytes > (memory := memory_bytes()):
         raise ConfigError(
@@ -197,16 +195,8 @@ def _torch_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
 
 
 def _mock_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
-    """A mock with the context and vocabulary of the model, whose tokenizer the router uses.
-
-    Its steps take what the cost model says; a hardware file says only what they are expected to take.
-    """
-    card = mock_card(
-        context=settings.model_config.max_model_len or loaded.spec.context,
-        vocab=loaded.spec.vocab,
-        block_size=settings.engine_config.block_size,
-    )
-    card = structs.replace(card, name=settings.model_config.model_name or settings.model)
+    """Its steps take what the cost model says; a hardware file says only what they are expected to take."""
+    card = mock_card_of(settings.model, loaded, settings.model_config, settings.engine_config)
     return MockRunner(card, _cost_model(settings.engine_config.cost_model), time.sleep)
 
 

@@ -16,10 +16,9 @@ from bascule.engine.torch.sampling import sample
 from bascule.engine.torch.weights import WeightForm
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena, runs
-from bascule.models.fingerprint import fingerprint
+from bascule.models.card import card_of
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
-from bascule.types import ModelCard
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,12 +50,8 @@ class TorchRunner:
         self._dtype = _DTYPES[dtype]
         self._device = _usable_device(device)
         torch.set_num_threads(threads)
-        self.card = ModelCard(
-            name=name,
-            fingerprint=fingerprint(source, spec, dtype if quantize in ("auto", "none") else f"{dtype} {quantize}"),
-            context=_bounded_context(spec.context, context),
-            vocab=spec.vocab,
-            layout=spec.kv_layout(dtype, block_size),
+        self.card = card_of(
+            spec, source, dtype=dtype, quantize=quantize, name=name, block_size=block_size, context=context
         )
         self.stop_tokens = frozenset(spec.eos_token_ids)
         self._decoders: Decoders = load_decoders(
@@ -116,11 +111,3 @@ def _usable_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} asked for, but torch finds {torch.cuda.device_count()} CUDA devices here")
     return device
-
-
-def _bounded_context(own: int, asked: int | None) -> int:
-    if asked is None:
-        return own
-    if not 0 < asked <= own:
-        raise ConfigError(f"a context of {asked} tokens was asked for; the model has 1 to {own}")
-    return asked
