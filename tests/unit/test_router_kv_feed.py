@@ -147,6 +147,7 @@ def test_events_that_another_worker_sends_in_its_name_are_ignored() -> None:
 def test_a_worker_that_leaves_or_restarts_takes_its_blocks_along() -> None:
     bench = Bench("a", "b")
     bench.hear(events(1, packed(0, 8), anew=True))
+    bench.clock.advance(2.0)  # the first one is silent: its name is free
     bench.hear(offer("a", "a-2"))
     assert bench.device() == [0, 0]
     bench.hear(events(1, packed(0, 3), anew=True, epoch=Epoch("a-2")))

@@ -12,6 +12,7 @@ from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import RegistrationRefused
 from bascule.link_wire import LinkMeasured
+from bascule.router.claims import Claims
 from bascule.router.client import NativeClient, WorkerClient
 from bascule.router.entrance import Entrance, neighbour
 from bascule.router.link import RouterLink
@@ -85,6 +86,7 @@ class Membership:
         self.links = LinkProbes(service.view, link.send)
         self.operations = MemberOperations(service, config.policy, clock, self.links)
         self._silence = Silence(clock, self.is_current, self.lost)
+        self.claims = Claims(clock, self._silence.is_silent, self._register, self._refuse)
 
     async def run(self) -> None:
         """Serve the worker socket and the clock until cancelled."""
@@ -191,7 +193,7 @@ class Membership:
             known.last_seen = self._clock.now()
             self._link.send(sender, Registered(offer.epoch, HEARTBEAT_S))
             return
-        if not self._is_fit(sender, offer):
+        if not self._is_fit(sender, offer) or self._must_wait(offer):
             return
         if self._entrance is not None:
             self._entrance.admit(sender, offer, self._tried)
@@ -204,13 +206,20 @@ class Membership:
             self._view.check(offer)
         except RegistrationRefused as refusal:
             log.error("refused a registration: %s", refusal)
-            self._link.send(sender, RegistrationRefusal(str(refusal)))
+            self._refuse(sender, str(refusal))
             return False
         return True
 
+    def _must_wait(self, offer: Register) -> bool:
+        """Whether a live worker has that name."""
+        return self.claims.must_wait(self._view.members.get(offer.worker), offer)
+
+    def _refuse(self, sender: Epoch, why: str) -> None:
+        self._link.send(sender, RegistrationRefusal(why))
+
     def _tried(self, sender: Epoch, offer: Register, reached: bool) -> None:
         """A worker answers where it says, or need not; others may have joined meanwhile."""
-        if self._is_fit(sender, offer):
+        if self._is_fit(sender, offer) and not self._must_wait(offer):
             self._admit(sender, offer).reached = reached and self._config.check_reach
 
     def _admit(self, sender: Epoch, offer: Register) -> Member:
@@ -294,9 +303,7 @@ class Membership:
         if not isinstance(message, Heartbeat):
             return
         if message.epoch in self._view.burned:
-            self._link.send(
-                sender, RegistrationRefusal(f"epoch {message.epoch} was declared dead; start the worker anew")
-            )
+            self._refuse(sender, f"epoch {message.epoch} was declared dead; start the worker anew")
         else:
             self._link.send(sender, Reregister())
 
@@ -323,6 +330,7 @@ class Membership:
             for member in dead:
                 self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
             self._silence.look(self._view.members.values())
+            self.claims.tick(self._view.members)
             self._service.tick()
             self.operations.tick()
             self._view.index.expire(self._clock.now())

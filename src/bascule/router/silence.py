@@ -43,7 +43,7 @@ class Silence:
     def look(self, members: Iterable[Member]) -> None:
         """Begin with those that have become silent; only with such as could be connected to when they joined."""
         for member in members:
-            if member.reached and self._is_silent(member) and member.epoch not in self._trying:
+            if member.reached and self.is_silent(member) and member.epoch not in self._trying:
                 self._begin(member)
 
     def close(self) -> None:
@@ -54,14 +54,15 @@ class Silence:
         task = self._trying[member.epoch] = asyncio.create_task(self._try(member))
         task.add_done_callback(lambda _: self._trying.pop(member.epoch))
 
-    def _is_silent(self, member: Member) -> bool:
+    def is_silent(self, member: Member) -> bool:
+        """Whether nothing was heard of it for longer than late heartbeats explain."""
         return self._clock.now() - member.last_seen > SILENT_S
 
     async def _try(self, member: Member) -> None:
         """Until it speaks, is no member any more, or is known to have ended."""
         address = member.registration.peer.address
-        while self._is_silent(member) and self._is_current(member.id, member.epoch):
-            if await self._has_ended(address) and self._is_silent(member):
+        while self.is_silent(member) and self._is_current(member.id, member.epoch):
+            if await self._has_ended(address) and self.is_silent(member):
                 self._lost(member.id, f"has ended: it is silent, and nothing listens at {address}", member.epoch)
                 return
             await asyncio.sleep(_LATER * (self._clock.now() - member.last_seen))

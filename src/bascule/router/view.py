@@ -54,6 +54,8 @@ class Member:
     """Its place in the columns and in the prefix index; given to another worker once it has left."""
     last_seen: float
     kv: KvFeed
+    since: float = 0.0
+    """When it joined (the clock's seconds)."""
     skew: ClockSkew = field(default_factory=ClockSkew)
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
@@ -163,9 +165,8 @@ class ClusterView:
         self.index.join(row, held | self.stores.capacity(offer.stores))
         feed = KvFeed(self.index, row, self.kv_faults)
         self.stores.join(row, feed, offer.stores)
-        member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, attached=attached)
-        if not attached:
-            self.own = self.own or offer.card
+        member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, now, attached=attached)
+        self.own = self.own or (None if attached else offer.card)
         self._update_card()
         self.columns.add(
             row,
