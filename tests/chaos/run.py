@@ -133,7 +133,7 @@ class Chaos:
             finally:
                 watching.cancel()
             self.trends = footprints.trends(seconds / 6, seconds / 3)
-            return found + _unsteady(self.trends)
+            return found + unsteady(self.trends)
 
         return await self._ended_with_all(course)
 
@@ -355,10 +355,11 @@ class Chaos:
         return any(ended.started <= at <= ended.started + ended.seconds for at in self._cluster.without_worker)
 
 
-def _unsteady(trends: list[Trend]) -> list[str]:
-    """What grows, and who should have been there to be judged."""
+def unsteady(trends: list[Trend]) -> list[str]:
+    """What grows, and which of the router and the workers' roles has no process that lived long enough to be judged."""
     judged = {re.split("[- ]", trend.process)[0] for trend in trends}
-    found = [f"no {role} process lived long enough to be judged" for role in {"router", "prefill", "decode"} - judged]
+    missing = sorted({"router", *ROLES.values()} - judged)
+    found = [f"no {role} process lived long enough to be judged" for role in missing]
     return found + [fault for trend in trends for fault in trend.faults]
 
 

@@ -112,8 +112,8 @@ _ENDING = (
     *("paused, replaced, woken", "paused in mid-write"),
 )
 """After these a process is gone, or may be."""
-VETERANS = ("prefill-0", "decode-0")
-"""Workers that live for the whole of a soak."""
+VETERANS = ("prefill-0", "decode-0", "mixed-0")
+"""Workers that live for the whole of a soak, one of each role."""
 _MEMORY = {"arena full": _Kind(8, _ALL, (0.5, 3.0), order="fill")}
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from bascule.bench.footprints import Trend
 from chaos.__main__ import one_run
 from chaos.clients import CONTEXT, GRACE_S, VOCAB, Clients, Ended, asked
-from chaos.run import too_many_failed
-from chaos.schedule import DEAD_S, LAYOUTS, VETERANS, kinds_of, schedule
+from chaos.run import too_many_failed, unsteady
+from chaos.schedule import DEAD_S, LAYOUTS, ROLES, VETERANS, kinds_of, schedule
 from chaos.truth import true_tokens
 from support.redis_server import redis_binary
 
@@ -47,6 +48,21 @@ def test_a_soak_leaves_its_veterans_alive_and_gives_them_all_other_faults() -> N
     assert {"kill -9", "restart (SIGTERM)", "paused, declared dead", "paused in mid-write"} <= ending
     assert not any(fault.name.startswith(("kill", "restart")) for fault in drawn)
     assert all(fault.seconds < DEAD_S for fault in drawn if fault.name.startswith("paused"))
+
+
+def test_a_soak_has_a_veteran_of_each_role_and_fails_where_one_was_not_judged() -> None:
+    assert sorted(ROLES[name] for name in VETERANS) == sorted(set(ROLES.values()))
+    names = ["router 1", *(f"{name} {pid}" for pid, name in enumerate(VETERANS, 2))]
+    steady = [Trend(name, 20.0, 100.0, 101.0, 0.1, 30, 30) for name in names]
+    assert unsteady(steady) == []
+    for left_out, role in enumerate(("router", "prefill", "decode", "mixed")):
+        rest = [trend for number, trend in enumerate(steady) if number != left_out]
+        assert unsteady(rest) == [f"no {role} process lived long enough to be judged"]
+    successor = Trend("mixed-0 9", 10.0, 100.0, 112.0, 1.2, 30, 40)
+    assert unsteady([*steady[:-1], successor]) == [
+        "mixed-0 9 grows by 1.20 MB a minute",
+        "mixed-0 9 has 40 open files, and had 30",
+    ]
 
 
 def events(tokens: list[int], end: str) -> bytes:
