@@ -34,6 +34,9 @@ TOKEN_BYTES = 23_040
 """Of the embedded model's KV in bfloat16."""
 
 
+_WAKING_S = 0.5
+
+
 @dataclass
 class Answer:
     """What one request gave."""
@@ -81,8 +84,9 @@ def settle(system: System) -> None:
 
 @contextmanager
 def turn(system: System) -> Iterator[None]:
-    """Only this system runs; what it has to save then, it saves before it is stopped."""
+    """Only this system runs: it has a moment to wake up, and saves what it has to save before it is stopped again."""
     system.signal(signal.SIGCONT)
+    time.sleep(_WAKING_S)
     yield
     if system.label != "none":
         settle(system)
@@ -94,18 +98,27 @@ TWO = ["--policy", "round-robin", "--mixed", "2", "--devices", "cpu:0,cpu:1"]
 
 
 def systems(
-    arguments: argparse.Namespace, memory: int, folder: Path, stack: ExitStack, *, peers: bool = False
+    arguments: argparse.Namespace,
+    memory: int,
+    folder: Path,
+    stack: ExitStack,
+    *,
+    peers: bool = False,
+    device: int | None = None,
 ) -> dict[str, System]:
-    """One for each tier, and one without a store, all stopped; with `peers` one of two workers, too."""
+    """One for each tier, and one without a store, all stopped; with `peers` one of two workers, too; with `device` one
+    that has so much memory instead of a store."""
     flags = {"none": [], "host": ["--kv-host", "2GiB"], "disk": ["--kv-disk", f"{folder / 'kv'}:8GiB"]}
     if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
         flags["remote"] = ["--kv-remote", stack.enter_context(redis_server(binary))]
     flags = {name: [*ONE, *store] for name, store in flags.items()} | ({"peer": TWO} if peers else {})
+    flags |= {"device": ONE} if device is not None else {}
     found = {}
     for name, own in flags.items():
         ready = folder / f"ready-{name}"
         command = [sys.executable, "-m", "bascule", "serve", arguments.model, "--port", "0", *own]
-        command += ["--ready-file", str(ready), "--log-level", "warning", "--kv-memory", str(memory)]
+        command += ["--ready-file", str(ready), "--log-level", "warning"]
+        command += ["--kv-memory", str(device if name == "device" else memory)]
         found[name] = stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log"))
         found[name].signal(signal.SIGSTOP)
     return found
@@ -162,7 +175,7 @@ def conversations(arguments: argparse.Namespace, folder: Path) -> None:
     killed: dict[str, list[float]] = {}
     with ExitStack() as stack:
         memory = TOKEN_BYTES * 2 * 300 * turns
-        nodes = systems(arguments, memory, folder, stack)
+        nodes = systems(arguments, memory, folder, stack, device=TOKEN_BYTES * (sessions + 1) * 300 * (turns + 1))
         texts = {name: [list[int]() for _ in range(sessions)] for name in nodes}
         news = prompts(5, sessions * (turns + 1), said)
 
@@ -182,11 +195,12 @@ def conversations(arguments: argparse.Namespace, folder: Path) -> None:
             )
         for name, node in nodes.items():
             with turn(node):
-                settle(node) if name != "none" else None
                 kill_workers(node)
         round_of(turns, lambda name, ttft: killed.setdefault(name, []).append(ttft))
         same = all(texts[name] == texts["none"] for name in nodes)
-    print(f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two; TTFT p50 of later turns\n")
+    print(
+        f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two (`device`: for all); TTFT p50 of later turns\n"
+    )
     print("| tier | s | over none | after kill -9 of the worker, s | over none |\n|---|---|---|---|---|")
     base, after = statistics.median(rows["none"]), statistics.median(killed["none"])
     for name in nodes:
