@@ -193,14 +193,13 @@ def conversations(arguments: argparse.Namespace, folder: Path) -> None:
             round_of(
                 number, lambda name, ttft, late=number > 0: rows.setdefault(name, []).append(ttft) if late else None
             )
-        for name, node in nodes.items():
+        for node in nodes.values():
             with turn(node):
                 kill_workers(node)
         round_of(turns, lambda name, ttft: killed.setdefault(name, []).append(ttft))
         same = all(texts[name] == texts["none"] for name in nodes)
-    print(
-        f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two (`device`: for all); TTFT p50 of later turns\n"
-    )
+    print(f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two (`device`: for all)")
+    print("\nTTFT p50 of later turns:\n")
     print("| tier | s | over none | after kill -9 of the worker, s | over none |\n|---|---|---|---|---|")
     base, after = statistics.median(rows["none"]), statistics.median(killed["none"])
     for name in nodes:
