@@ -11,6 +11,7 @@ that get requests in turn, so that one fetches from the other what that has comp
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -34,7 +35,10 @@ TOKEN_BYTES = 23_040
 """Of the embedded model's KV in bfloat16."""
 
 
-_WAKING_S = 0.5
+_WAKING_S = 0.2
+_WAKER = 200
+"""Tokens of the request that wakes a system up; no two have the same."""
+_wakers = itertools.count()
 
 
 @dataclass
@@ -84,9 +88,13 @@ def settle(system: System) -> None:
 
 @contextmanager
 def turn(system: System) -> Iterator[None]:
-    """Only this system runs: it has a moment to wake up, and saves what it has to save before it is stopped again."""
+    """Only this system runs: a small request wakes it up, and it saves what it has to save before it is stopped again.
+
+    Without the former all requests take some 40 ms more, as processor and caches have been idle meanwhile.
+    """
     system.signal(signal.SIGCONT)
     time.sleep(_WAKING_S)
+    ask(system, [next(_wakers) % 30_000 + 200] * _WAKER)
     yield
     if system.label != "none":
         settle(system)
