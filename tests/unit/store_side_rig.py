@@ -94,9 +94,10 @@ class Node:
         """Serve one request to its end and check its tokens; what became findable is saved."""
         key, ready = self.submit(prompt, believed, salt)
         await ready
-        while self.rig.engine.has_work():
+        while self.rig.engine.has_work() or self.side.loading:  # what is loaded late may hold the memory it waits for
             await asyncio.sleep(0)  # what the loader has told
-            self.step()
+            if self.rig.engine.has_work():
+                self.step()
         await self.rest()
         return self.check(key, prompt)
 
