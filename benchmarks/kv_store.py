@@ -90,7 +90,7 @@ def settle(system: System) -> None:
 def turn(system: System) -> Iterator[None]:
     """Only this system runs: a small request wakes it up, and it saves what it has to save before it is stopped again.
 
-    Without the former all requests take some 40 ms more, as processor and caches have been idle meanwhile.
+    Without the former all requests would take longer by the same time: processor and caches have been idle meanwhile.
     """
     system.signal(signal.SIGCONT)
     time.sleep(_WAKING_S)
