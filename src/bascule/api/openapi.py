@@ -25,7 +25,7 @@ from bascule.config import LEAST_SLO_S, MOST_SLO_S
 from bascule.errors import RequestError
 from bascule.link_wire import LINK_TRANSPORTS, MOST_LINK_BYTES, MOST_RUNS
 from bascule.observe.decisions import KEPT
-from bascule.router.backend import LinkReport
+from bascule.router.backend import LinkReport, ReloadStatus
 from bascule.types import KVLayout, ModelCard, Role, WorkerLoad, WorkerStatus
 
 Schema = dict[str, Any]
@@ -55,7 +55,7 @@ def api_document(card: ModelCard | None) -> Schema:
 
 def admin_document() -> Schema:
     """Of the operator's API."""
-    written = [WorkerStatus, WorkerLoad, LinkReport]
+    written = [WorkerStatus, WorkerLoad, LinkReport, ReloadStatus]
     _, components = msgspec.json.schema_components(written, ref_template=_REFERENCE)
     return _document("Bascule admin", _admin(components["WorkerStatus"]), components)
 
@@ -329,6 +329,12 @@ def _admin(status: Schema) -> dict[tuple[str, str], Operation]:
         "schema": {"type": "integer", "minimum": 1, "maximum": KEPT},
     }
 
+    timeout: Schema = {
+        "type": "object",
+        "properties": {"timeout": {"type": ["number", "null"], "minimum": 0, "maximum": 1e6}},
+    }
+    renewed = {"$ref": _REFERENCE.format(name="ReloadStatus")}
+
     def operate(summary: str, body: Schema) -> Operation:
         strict = {**body, "additionalProperties": False}
         return Operation(summary=summary, answer=worker, parameters=(worker_id,), body=strict)
@@ -339,10 +345,13 @@ def _admin(status: Schema) -> dict[tuple[str, str], Operation]:
             summary="The cluster",
             answer=_object(queued=_COUNT, active=_COUNT, integrity_violations=_COUNT, workers=_list(worker)),
         ),
-        ("POST", "/admin/workers/{id}/drain"): operate(
-            "Place nothing more on a worker",
-            {"type": "object", "properties": {"timeout": {"type": ["number", "null"], "minimum": 0, "maximum": 1e6}}},
+        ("GET", "/admin/reload"): Operation(summary="How far the latest reload is", answer=renewed),
+        ("POST", "/admin/reload"): Operation(
+            summary="Start all workers anew, one after another",
+            answer=renewed,
+            body={**timeout, "additionalProperties": False},
         ),
+        ("POST", "/admin/workers/{id}/drain"): operate("Place nothing more on a worker", timeout),
         ("POST", "/admin/workers/{id}/resume"): operate("Place on it again", {"type": "object"}),
         ("POST", "/admin/workers/{id}/role"): operate(
             "Use it in another role", _object(role={"enum": [role.value for role in Role]})

@@ -1,4 +1,5 @@
-"""`/admin/workers`: single workers drained, resumed and used in another role; `/admin/links`: links measured."""
+"""`/admin/workers`: single workers drained, resumed and used in another role; `/admin/links`: links measured;
+`/admin/reload`: all workers started anew."""
 
 from __future__ import annotations
 
@@ -22,10 +23,7 @@ def operation_routes(operations: Operations) -> list[BaseRoute]:
     """The routes for the admin application. Those of a worker answer with it as in `/admin/state`."""
 
     async def drain(request: Request) -> Response:
-        given = await _fields(request, "timeout")
-        timeout = given.get("timeout")
-        seconds = None if timeout is None else check_number("timeout", timeout, 0, _MOST_TIMEOUT_S)
-        return json_response(worker_fields(operations.drain(_worker(request), seconds)))
+        return json_response(worker_fields(operations.drain(_worker(request), await _timeout(request))))
 
     async def resume(request: Request) -> Response:
         await _fields(request)
@@ -50,7 +48,13 @@ def operation_routes(operations: Operations) -> list[BaseRoute]:
         runs = check_integer("runs", given.get("runs", 5), 1, MOST_RUNS)
         return json_response(await operations.measure_link(ends, size, runs))
 
+    async def reload(request: Request) -> Response:
+        if request.method == "POST":
+            return json_response(operations.reload(await _timeout(request)))
+        return json_response(operations.reload_status())
+
     return [
+        Route("/admin/reload", reload, methods=["GET", "POST"]),
         Route("/admin/links", link, methods=["POST"]),
         *(
             Route(f"/admin/workers/{{id:path}}/{name}", call, methods=["POST"])
@@ -68,6 +72,12 @@ def worker_fields(worker: WorkerStatus) -> dict[str, object]:
 
 def _worker(request: Request) -> WorkerId:
     return WorkerId(request.path_params["id"])
+
+
+async def _timeout(request: Request) -> float | None:
+    """The only field of the body (seconds), which may be left out."""
+    given = (await _fields(request, "timeout")).get("timeout")
+    return None if given is None else check_number("timeout", given, 0, _MOST_TIMEOUT_S)
 
 
 async def _fields(request: Request, *names: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`bascule admin`: single workers of a running server listed, drained, resumed and used in another role."""
+"""`bascule admin`: workers of a running server listed, drained, resumed, used in another role, and all reloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from bascule.types import Role
 
 _POLL_S = 0.2
 
-app = App(name="admin", help="List the workers of a running server; drain, resume or use one in another role.")
+app = App(
+    name="admin", help="List the workers of a running server; drain, resume or reload them, or use one in another role."
+)
 
 
 @app.command
@@ -107,6 +109,56 @@ def role(worker: str, role: Role, /, *, admin: Admin = None) -> None:
         Address of the server's admin API (default: the server that runs here, if it is the only one).
     """
     _tell(Console(), _post(admin_url(admin), worker, "role", {"role": role.value}))
+
+
+@app.command
+def reload(
+    *,
+    wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
+    timeout: float | None = None,
+    admin: Admin = None,
+) -> None:
+    """Start all workers anew, one after another, without a failed request: for other weights, say.
+
+    Each drains, ends, and is started by what watches over it (`serve`, or your supervisor). With other weights they
+    wait until the last one of before drains, and take over then.
+
+    Example: bascule admin reload
+
+    Parameters
+    ----------
+    wait
+        Return once all have come back, and fail where one does not.
+    timeout
+        Seconds that each has to come back once it has ended (default: 600).
+    admin
+        Address of the server's admin API (default: the server that runs here, if it is the only one).
+    """
+    if timeout is not None and not timeout >= 0:
+        raise ConfigError(f"--timeout {timeout:g} must be a number of seconds, 0 or more")
+    url, console = f"{admin_url(admin)}/admin/reload", Console()
+    found = ask(url, _is_reload, {} if timeout is None else {"timeout": timeout})
+    said = ""
+    while True:
+        if (now := _progress(found)) != said:
+            _say(console, said := now)
+        if not wait or found["state"] != "running":
+            break
+        time.sleep(_POLL_S)
+        found = ask(url, _is_reload)
+    if found["state"] == "failed":
+        raise NotAnswered(found["failure"])
+
+
+def _is_reload(found: dict[str, Any]) -> bool:
+    return all(isinstance(found[key], int | str) for key in ("state", "workers", "done", "current", "failure"))
+
+
+def _progress(found: dict[str, Any]) -> str:
+    if found["state"] != "running":
+        return f"{found['done']} of {found['workers']} workers are reloaded"
+    waiting = f"; with other weights, and waiting: {', '.join(found['waiting'])}" if found["waiting"] else ""
+    return f"{found['done']} of {found['workers']} workers are reloaded; now {found['current']}{waiting}"
 
 
 def _await_drained(console: Console, url: str, latest: dict[str, Any]) -> None:

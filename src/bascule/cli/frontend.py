@@ -74,7 +74,7 @@ class Frontend:
         view = ClusterView(tokenizer=vocabulary)
         self.service = Service(view, routing, clock, slo.slo, self.journal)
         self.link = RouterLink(bind, key)
-        entrance = Entrance(self.link, routing, vocabulary, lambda: view.own)
+        entrance = Entrance(self.link, routing, vocabulary, lambda: view.weights.card)
         self.membership = Membership(self.link, self.service, routing, clock, entrance)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()

@@ -109,8 +109,27 @@ class LinkReport(Struct, frozen=True, kw_only=True):
     """Of the first worker's steps."""
 
 
+class ReloadStatus(Struct, frozen=True, kw_only=True):
+    """How far it is that all workers are started anew, one after another."""
+
+    state: str
+    """`none`, `running`, `done` or `failed`."""
+    workers: int
+    """That were there at the beginning."""
+    done: int
+    """Of them, those that have ended and been replaced."""
+    current: WorkerId
+    """The one that is being replaced; empty if none is."""
+    waiting: tuple[WorkerId, ...]
+    """Workers that have come with other weights, which are not served yet."""
+    failure: str
+    """Why it has stopped, and what to do."""
+    fingerprint: str
+    """Of the weights that new requests get."""
+
+
 class Operations(Protocol):
-    """What an operator does to single workers, and to the links between them.
+    """What an operator does to single workers, to the links between them, and to all workers.
 
     All raise NotFound for an id that is not there, naming those that are; those that change a worker return it as it
     is then.
@@ -133,4 +152,15 @@ class Operations(Protocol):
 
         Raises Conflict (code `busy` where it may work later, else with what is in the way), or WorkerFailure.
         """
+        ...
+
+    def reload(self, timeout: float | None = None) -> ReloadStatus:
+        """Have all workers end and start anew, one after another; each has `timeout` seconds to come back.
+
+        Raises Conflict where that is under way, or where there is no worker.
+        """
+        ...
+
+    def reload_status(self) -> ReloadStatus:
+        """Of the latest one."""
         ...

@@ -22,6 +22,8 @@ class Flight:
     position that has been taken is final.
     """
 
+    weights = ""
+    """Fingerprint of those that its tokens are from, and its hashes for; empty where no worker of our own was there."""
     unnamed: dict[WorkerId, int]
     """Workers that do not say that they have the current attempt, and how many heartbeats they had sent at first."""
 

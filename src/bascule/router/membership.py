@@ -201,10 +201,12 @@ class Membership:
             self._admit(sender, offer)
 
     def _is_fit(self, sender: Epoch, offer: Register) -> bool:
-        """Whether a worker goes with what is there; it is told if not."""
+        """Whether a worker goes with what is there; it is told if not, unless it has to wait."""
         try:
             self._view.check(offer)
         except RegistrationRefused as refusal:
+            if self.operations.renewal.awaits(offer):
+                return False
             log.error("refused a registration: %s", refusal)
             self._refuse(sender, str(refusal))
             return False
@@ -253,7 +255,7 @@ class Membership:
 
     def _introduce(self, newcomer: Member) -> None:
         """Let it and the other workers of our own try whether they reach each other."""
-        others = self._view.neighbours(newcomer.id)
+        others = self._view.neighbours(newcomer)
         known = tuple(neighbour(other.registration) for other in others)
         self._link.send(newcomer.epoch, Neighbours(known))
         for other in others:
@@ -314,7 +316,7 @@ class Membership:
         self.links.lost(member.id)
         self._service.lost(member, why)
         if not member.attached:
-            for other in self._view.neighbours(member.id):
+            for other in self._view.neighbours(member):
                 self._link.send(other.epoch, Neighbours(gone=(member.id,)))
 
     async def _watch(self) -> None:

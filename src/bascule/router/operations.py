@@ -7,9 +7,10 @@ import math
 
 from bascule.clock import Clock
 from bascule.errors import Conflict, NotFound
-from bascule.router.backend import LinkEnds, LinkReport
+from bascule.router.backend import LinkEnds, LinkReport, ReloadStatus
 from bascule.router.link_probes import LinkProbes
 from bascule.router.policy import lacking
+from bascule.router.reload import Reload
 from bascule.router.service import Service
 from bascule.router.view import Member
 from bascule.types import Role, WorkerId, WorkerStatus
@@ -33,6 +34,7 @@ class MemberOperations:
         self._clock = clock
         self._put_aside: set[WorkerId] = set()
         self._roles: dict[WorkerId, Role] = {}
+        self.renewal = Reload(service.view, clock, self.leaves)
 
     # ------------------------------------------------------------ what the admin API calls
 
@@ -52,6 +54,10 @@ class MemberOperations:
                 f"Worker {worker} is about to end, as its process was told to; what is started in its place takes "
                 "requests at once.",
                 code="leaving",
+            )
+        if not member.attached and member.registration.card.fingerprint != self._view.weights.fingerprint:
+            raise Conflict(
+                f"Worker {worker} has weights that are no longer served; start it anew.", code="other_weights"
             )
         if member.draining:
             log.info("worker %s takes requests again", worker)
@@ -87,10 +93,19 @@ class MemberOperations:
         source, target = self._member(ends.source), self._member(ends.target)
         return await self._links.measure(source, target, ends.transport, size, runs)
 
+    def reload(self, timeout: float | None = None) -> ReloadStatus:
+        """See `Operations`."""
+        return self.renewal.begin(timeout)
+
+    def reload_status(self) -> ReloadStatus:
+        """See `Operations`."""
+        return self.renewal.status()
+
     # ------------------------------------------------------------ what membership calls
 
     def joined(self, member: Member) -> None:
         """A member is there (again), and nothing is placed on it yet."""
+        self.renewal.joined(member)
         if member.id in self._roles and not member.attached:
             self._view.set_role(member, self._roles[member.id])
         if member.id in self._put_aside:
@@ -109,6 +124,7 @@ class MemberOperations:
 
     def tick(self) -> None:
         """Called a few times a second: what has its time over goes elsewhere, what is empty counts as drained."""
+        self.renewal.tick()
         draining = [member for member in self._view.members.values() if member.draining and not member.drained]
         for member in draining:
             if self._clock.now() >= member.drain_by:

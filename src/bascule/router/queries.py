@@ -45,6 +45,7 @@ class Queries:
         known = flight.request.prompt + tuple(flight.tokens)
         full = (len(known) - 1) // card.layout.block_size
         flight.hashes = tuple(self._hasher.chain(known, flight.request.salt)[:full])
+        flight.weights = self._view.weights.fingerprint
 
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""

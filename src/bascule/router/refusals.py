@@ -14,6 +14,8 @@ NO_SECOND_HAND = (
     "with other random numbers; send the request again"
 )
 
+OTHER_WEIGHTS = "its model was loaded anew meanwhile, and other weights do not go on with its output; send it again"
+
 
 def line_full(limit: int) -> Overloaded:
     """For a request that comes when as many wait as may."""

@@ -21,7 +21,7 @@ from bascule.router.journal import Journal
 from bascule.router.line import FIRST, Line
 from bascule.router.policy import PlugIn, orders_by_work, policy_named
 from bascule.router.queries import Queries
-from bascule.router.refusals import NO_SECOND_HAND, overloaded, stranded, too_late
+from bascule.router.refusals import NO_SECOND_HAND, OTHER_WEIGHTS, overloaded, stranded, too_late
 from bascule.router.relay import Relay
 from bascule.router.retries import Retries
 from bascule.router.view import ClusterView, Member
@@ -151,7 +151,7 @@ class Service:
         """Place anew what needs that worker; what could go on nowhere else now stays."""
         takers = self.view.takers(besides=worker)
         for flight in list(self._flights.values()) if takers else ():
-            if flight.needs(worker) and not self._is_bound(flight) and stranded(flight, takers) is None:
+            if flight.needs(worker) and not self._bound(flight) and stranded(flight, takers) is None:
                 self._again(flight, Cause.MOVED, f"worker {worker} is drained, and its time is over")
         self._dispatch()
 
@@ -258,6 +258,11 @@ class Service:
 
     def _place_next(self, flight: Flight) -> bool:
         """Place or refuse the head of the line, or move it back; False if it has to wait, and all others behind it."""
+        if flight.weights != self.view.weights.fingerprint:
+            if bound := self._bound(flight):
+                self._end_with(flight, WorkerFailure(bound))
+                return True
+            self._queries.prepare(flight)
         now = self._clock.now()
         snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
         decision = self._policy(snapshot, query)
@@ -319,8 +324,8 @@ class Service:
     def _again(self, flight: Flight, cause: Cause, why: str, failed: WorkerId | None = None) -> None:
         """Place a request anew, at the head of the queue, behind the tokens its client has, unless it had its tries."""
         self._stop_workers(flight)
-        if self._is_bound(flight):
-            self._end_with(flight, WorkerFailure(f"{why}; {NO_SECOND_HAND}"))
+        if bound := self._bound(flight):
+            self._end_with(flight, WorkerFailure(f"{why}; {bound}"))
             return
         self._unplace(flight)
         flight.retry(cause, failed)
@@ -332,9 +337,12 @@ class Service:
         self.journal.waits(flight, f"to be placed again: {why}")
         self._line.push(flight, FIRST, self._queries.work_s(flight))
 
-    def _is_bound(self, flight: Flight) -> bool:
-        """Whether its output could not go on anywhere but where it runs."""
-        return flight.placed is not None and flight.placed.decode in self._attached and flight.drawn_at_random
+    def _bound(self, flight: Flight) -> str:
+        """Why its output could not go on anywhere but where it runs; empty if it could."""
+        if flight.tokens and flight.weights and flight.weights != self.view.weights.fingerprint:
+            return OTHER_WEIGHTS
+        at_server = flight.placed is not None and flight.placed.decode in self._attached
+        return NO_SECOND_HAND if at_server and flight.drawn_at_random else ""
 
     def _end_stranded(self) -> None:
         """End what no worker that is left can take: it would wait in vain, and all others behind it."""

@@ -24,6 +24,7 @@ from bascule.router.kv_feed import KvFeed
 from bascule.router.link_costs import LinkCosts
 from bascule.router.skew import ClockSkew
 from bascule.router.stores import Stores
+from bascule.router.weights import Weights
 from bascule.types import (
     BlockHash,
     CostModel,
@@ -112,15 +113,15 @@ class ClusterView:
     """Prompt tokens in flight to a worker beyond which requests wait at the router, where a policy goes by tokens."""
     members: dict[WorkerId, Member] = field(default_factory=dict)
     card: ModelCard | None = None
-    """What the first worker of our own brought, which all others must match, or else the first attached server; its
-    context is that of the attached server with the shortest."""
+    """What workers of our own serve, or else the first attached server; its context is that of the attached server
+    with the shortest."""
     burned: set[Epoch] = field(default_factory=set)
     decisions: int = 0
     columns: Columns = field(default_factory=Columns)
     links: LinkCosts = field(default_factory=LinkCosts)
     _machines: dict[str, int] = field(default_factory=dict)
-    own: ModelCard | None = None
-    """What the first worker of our own brought."""
+    weights: Weights = field(default_factory=Weights)
+    """What workers of our own serve."""
     tokenizer: str = ""
     """Digest of the vocabulary that the router itself uses; empty if it is not known."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
@@ -146,8 +147,7 @@ class ClusterView:
                 f"worker {offer.worker} serves {offer.card.name} with another vocabulary than this router's: its "
                 "tokens would be other text; start router and workers with the same model"
             )
-        if self.own is not None:
-            _require_same_model(self.own, offer)
+        self.weights.check(offer, any(not member.draining for member in self.of_weights(self.weights.fingerprint)))
 
     def check_server(self, offer: Register) -> None:
         """The same for an attached server, whose KV is its own affair; raises RegistrationRefused."""
@@ -166,7 +166,8 @@ class ClusterView:
         feed = KvFeed(self.index, row, self.kv_faults)
         self.stores.join(row, feed, offer.stores)
         member = self.members[offer.worker] = Member(offer, offer.role, row, now, feed, now, attached=attached)
-        self.own = self.own or (None if attached else offer.card)
+        if not attached and self.weights.fingerprint != offer.card.fingerprint:
+            self.weights.card = offer.card
         self._update_card()
         self.columns.add(
             row,
@@ -278,9 +279,14 @@ class ClusterView:
             self.columns.decoding[member.row] -= 1
             self.columns.context_tokens[member.row] -= context
 
-    def neighbours(self, worker: WorkerId) -> list[Member]:
-        """The other workers of our own."""
-        return [member for member in self.members.values() if not (member.attached or member.id == worker)]
+    def of_weights(self, fingerprint: str) -> list[Member]:
+        """The workers of our own with these weights."""
+        own = (member for member in self.members.values() if not member.attached)
+        return [member for member in own if member.registration.card.fingerprint == fingerprint]
+
+    def neighbours(self, worker: Member) -> list[Member]:
+        """The other workers of our own that it may exchange KV with."""
+        return [one for one in self.of_weights(worker.registration.card.fingerprint) if one is not worker]
 
     def cost_of(self, member: Member) -> CostModel:
         """The member's cost model as it last reported it."""
@@ -378,23 +384,8 @@ class ClusterView:
     def _update_card(self) -> None:
         """Bound the context by the attached servers'; with no member left, the card stays as it was."""
         servers = [member.registration.card for member in self.members.values() if member.attached]
-        base = self.own or (servers[0] if servers else self.card)
+        base = self.weights.card or (servers[0] if servers else self.card)
         if base is not None:
             self.card = replace(
                 base, context=min(base.context, *(card.context for card in servers)) if servers else base.context
-            )
-
-
-def _require_same_model(card: ModelCard, offer: Register) -> None:
-    """Two cards must agree in everything that decides whether KV and tokens mean the same."""
-    for what, ours, theirs in (
-        ("model fingerprint", card.fingerprint, offer.card.fingerprint),
-        ("KV layout", card.layout, offer.card.layout),
-        ("vocabulary", card.vocab, offer.card.vocab),
-        ("context length", card.context, offer.card.context),
-    ):
-        if ours != theirs:
-            raise RegistrationRefused(
-                f"worker {offer.worker} serves {offer.card.name} with {what} {theirs}, but this cluster serves "
-                f"{card.name} with {what} {ours}; start all workers with the same model, dtype, block size and codecs"
             )
