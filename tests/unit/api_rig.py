@@ -25,7 +25,7 @@ from bascule.clock import WallClock
 from bascule.errors import InvalidRequest, NotFound
 from bascule.observe.decisions import DecisionRecords
 from bascule.observe.metrics import Metrics
-from bascule.router.backend import LinkEnds, LinkReport
+from bascule.router.backend import LinkEnds, LinkReport, ReloadStatus
 from bascule.types import (
     ClusterState,
     CostModel,
@@ -210,6 +210,8 @@ class FakeBackend:
         )
         self.operations: list[tuple[str, object]] = []
         """What an operator has asked for, and with what."""
+        self.reloads = [self.reload_of("running"), self.reload_of("running"), self.reload_of("done", 2)]
+        """What is said of a reload, one call after another."""
         self.routing = RoutingFigures()
         self.start_blocked = False
         self.start_cancelled = threading.Event()
@@ -232,6 +234,14 @@ class FakeBackend:
         self.generations.append(generation)
         return generation
 
+    @staticmethod
+    def reload_of(state: str, done: int = 0, failure: str = "") -> ReloadStatus:
+        current = WorkerId("mixed-0" if state == "running" else "")
+        waiting = (WorkerId("mixed-1"),) if current else ()
+        return ReloadStatus(
+            state=state, workers=2, done=done, current=current, waiting=waiting, failure=failure, fingerprint="f"
+        )
+
     def state(self) -> ClusterState:
         return ClusterState(workers=(self.worker,), queued=4, active=5, routing=self.routing, kv_faults={"gap": 3})
 
@@ -246,6 +256,13 @@ class FakeBackend:
     def set_role(self, worker: WorkerId, role: Role) -> WorkerStatus:
         self.operations.append(("role", role))
         return self._operated(worker, role=role)
+
+    def reload(self, timeout: float | None = None) -> ReloadStatus:
+        self.operations.append(("reload", timeout))
+        return self.reloads.pop(0)
+
+    def reload_status(self) -> ReloadStatus:
+        return self.reloads.pop(0)
 
     async def measure_link(self, ends: LinkEnds, size: int, runs: int) -> LinkReport:
         self.operations.append(("link", (ends.source, ends.target, ends.transport, size, runs)))

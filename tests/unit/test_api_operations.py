@@ -75,6 +75,26 @@ def test_other_paths_and_methods_are_told_apart(rig: ApiRig) -> None:
     assert post(rig, "mixed-0/drain", content=b" " * 5000).status_code == 413
 
 
+def test_all_workers_are_reloaded_and_it_is_told_how_far_that_is(rig: ApiRig) -> None:
+    begun = rig.http.post(f"{rig.admin.url}/admin/reload", json={"timeout": 30})
+    assert begun.status_code == 200 and begun.json()["state"] == "running" and begun.json()["waiting"] == ["mixed-1"]
+    assert rig.backend.operations == [("reload", 30.0)]
+    assert rig.http.get(f"{rig.admin.url}/admin/reload").json()["done"] == 0
+    assert rig.http.get(f"{rig.admin.url}/admin/reload").json() == {
+        "state": "done",
+        "workers": 2,
+        "done": 2,
+        "current": "",
+        "waiting": [],
+        "failure": "",
+        "fingerprint": "f",
+    }
+    for wrong in ({"timeout": -1}, {"timeout": "soon"}, {"weights": "new"}):
+        assert rig.http.post(f"{rig.admin.url}/admin/reload", json=wrong).status_code == 400
+    from_page = rig.http.post(f"{rig.admin.url}/admin/reload", headers={"Origin": "http://elsewhere"})
+    assert from_page.status_code == 400 and len(rig.backend.operations) == 1
+
+
 def test_requests_are_taken_while_all_workers_drain_and_ready_says_so(rig: ApiRig) -> None:
     rig.backend.ready, rig.backend.draining = False, True
     ready = rig.http.get("/ready")

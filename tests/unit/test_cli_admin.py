@@ -10,7 +10,7 @@ import pytest
 from api_rig import ApiRig
 
 from bascule.cli import servers
-from bascule.cli.admin import drain, resume, role, workers
+from bascule.cli.admin import drain, reload, resume, role, workers
 from bascule.cli.admin_api import NotAnswered
 from bascule.errors import ConfigError
 from bascule.types import Role
@@ -51,6 +51,25 @@ def test_each_command_says_what_has_become_of_the_worker(rig: ApiRig, capsys: py
         "mixed-0 (decode) is ready",
     ]
     assert rig.backend.operations == [("drain", None), ("drain", 1.5), ("resume", None), ("role", "decode")]
+
+
+def test_a_reload_is_followed_to_its_end(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    reload(timeout=30)
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 2 workers are reloaded; now mixed-0; with other weights, and waiting: mixed-1",
+        "2 of 2 workers are reloaded",
+    ]
+    assert rig.backend.operations == [("reload", 30.0)]
+
+
+def test_a_reload_need_not_be_followed_and_its_failure_is_told(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    reload(wait=False)
+    assert len(rig.backend.reloads) == 2, "asked once"
+    rig.backend.reloads[1] = rig.backend.reload_of("failed", 1, "mixed-1 has not come back")
+    with pytest.raises(NotAnswered, match="mixed-1 has not come back"):
+        reload()
+    with pytest.raises(ConfigError, match="--timeout"):
+        reload(timeout=-1)
 
 
 def test_waiting_ends_when_nothing_is_left(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
