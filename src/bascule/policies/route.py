@@ -223,7 +223,7 @@ def _worth(query: RouteQuery) -> float:
 
 def _finite(prices: Floats) -> Floats:
     """What cannot be reckoned is dear, not out of the question."""
-    finite: Floats = np.nan_to_num(prices, nan=1e300, posinf=1e300)
+    finite: Floats = np.fmin(prices, 1e300)
     return finite
 
 
