@@ -12,7 +12,7 @@ waited for until it is used again. A round takes eight minutes on two cores.
 The faults are real: `faults.py`. Those of the disk befall a small file system in memory that is mounted for them,
 which takes root. Prints Markdown: ratios of paired requests to the server without a store, with a 95 % bootstrap
 interval over the pairs; the longest that a request took more; the metrics that moved while the fault lasted. Exit code
-1 if an answer differed or a request failed.
+1 if an answer differed, a request failed, or a fault's median of TTFT or p90 of requests is over 1.2.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ OLD, NEW = 3, 2
 """Prefixes that lie in the tier when the fault begins, and those that are new then."""
 LENGTHS = (1000, 1500)
 DRAWS = 2000
+MOST = 1.2
+"""What a failing tier may cost, as a ratio to the server without a store."""
 TOLD_S = 4.0
 """After which the router knows what its worker has counted."""
 BACK_S = 90.0
@@ -230,8 +232,8 @@ def server(label: str, core: int, flags: list[str], folder: Path, arguments: arg
     return arguments.stack.enter_context(running(label, arguments.model, command, ready, log)), log
 
 
-def measure(tier: str, without: System, arguments: argparse.Namespace, folder: Path) -> bool:
-    """All faults of a tier; whether all answers were those of the server without a store."""
+def measure(tier: str, without: System, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """All faults of a tier; what was not as it must be."""
     stack: ExitStack = arguments.stack
     if tier == "remote":
         place = stack.enter_context(remote())
@@ -243,13 +245,16 @@ def measure(tier: str, without: System, arguments: argparse.Namespace, folder: P
     bench = Bench(without, stored, tier, log, random.Random(arguments.seed), arguments.token_bytes)
     ask(without, text := bench.text(LENGTHS[0]))
     ask(stored, text)
-    same = True
+    wrong = []
     for fault in place.faults():
         if arguments.only in fault.name:
             found = within(fault, arguments.rounds, bench)
-            same &= all(pair.same for pair in found.healthy + found.faulty)
             print(row(fault, found), flush=True)
-    return same
+            if not all(pair.same for pair in found.healthy + found.faulty):
+                wrong.append(f"{fault.name}: an answer was not that of the server without a store")
+            if max(ttft(found.faulty), whole(found.faulty)) > MOST:
+                wrong.append(f"{fault.name}: over {MOST} times the server without a store")
+    return wrong
 
 
 def main() -> None:
@@ -266,7 +271,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     print("| fault | TTFT before | loaded before | TTFT | p90 of requests | longest, s | counted by | same answers |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    same = True
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bascule-bench-") as temporary, ExitStack() as outer:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,9 +279,9 @@ def main() -> None:
         without, _ = server("none", CORES[0], [], folder, arguments)
         for tier in arguments.tiers.split(","):
             with ExitStack() as arguments.stack:
-                same &= measure(tier, without, arguments, folder)
-    if not same:
-        sys.exit("an answer was not that of the server without a store")
+                wrong += measure(tier, without, arguments, folder)
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
