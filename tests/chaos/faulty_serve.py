@@ -1,4 +1,4 @@
-"""`bascule serve` with workers that commit faults to order, and that are started again however often they end.
+"""`bascule serve` with workers that commit faults to order, and that are started again at once however often they end.
 
 `python -m chaos.faulty_serve FOLDER PARENT serve MODEL ...`: a folder for sockets, what the parent does when a process
 has ended, and the command line of `bascule`. The parent `tells` the router and starts another, `bascule serve`'s own

@@ -130,15 +130,22 @@ class Frontend:
         """Take no new requests and let those under way end, for a while or until told to stop at once."""
         if not self._servers:
             return
-        api, *others = self._servers
+        api = self._servers[0]
         if self.service.active:
             say(f"finishing {self.service.active} requests; once more to stop at once")
         stopping = asyncio.create_task(api.stop(_DRAIN_S))
         at_once = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({stopping, at_once}, return_when=asyncio.FIRST_COMPLETED)
         at_once.cancel()
-        await asyncio.gather(api.stop(), *(server.stop() for server in others))
+        await self.stop_http()
         await stopping
+
+    async def stop_http(self) -> None:
+        """Stop listening, and end what is still asked with an error that clients see; for that the rest must run yet.
+
+        Does nothing once it is done.
+        """
+        await asyncio.gather(*(server.stop() for server in self._servers))
 
     def _check_ready_file(self) -> None:
         """Raises ConfigError if it could not be written once all is up."""
@@ -162,7 +169,11 @@ class Frontend:
         part.write_text(json.dumps(content))
         part.replace(path)
 
-    def close(self) -> None:
+    async def end(self, running: list[asyncio.Task[None]]) -> None:
+        """End what runs in the background, and close all."""
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         self.link.close()
         self.journal.close()
         servers.withdraw(self._announced)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +85,7 @@ async def _run(
         await first_of(running, front.stop_asked)
         await front.drain(console.print)
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        front.close()
+        try:
+            await front.stop_http()
+        finally:
+            await front.end(running)

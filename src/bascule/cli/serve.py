@@ -226,16 +226,17 @@ class Deployment:
         try:
             url, admin_url = await front.serve_http()
             if await self._until_ready(front, running):
+                actuator.carry_on()
                 self._announce(url, admin_url, front.asking(url))
                 front.write_ready_file(url, admin_url, self._name)
             await first_of(running, front.stop_asked)
             await front.drain(console.print)
         finally:
-            await actuator.stop()
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            front.close()
+            try:
+                await front.stop_http()
+            finally:
+                await actuator.stop()
+                await front.end(running)
         console.print("stopped")
 
     async def _until_ready(self, front: Frontend, running: list[asyncio.Task[None]]) -> bool:

@@ -19,9 +19,11 @@ from bascule.types import Role, WorkerId
 log = logging.getLogger(__name__)
 
 _RESTARTS = 5
-"""A worker that dies this often in a row, without a stretch of `_STEADY_S` between, is not started again."""
+"""A worker that dies more often in a row, without a stretch of `_STEADY_S` between, is not started again at once."""
 _STEADY_S = 60.0
 _PAUSE_S = 0.2
+_RETRY_S = 60.0
+"""Between the starts of a worker that cannot be kept up, where the others serve."""
 _GRACE_S = 5.0
 
 
@@ -55,6 +57,7 @@ class ProcessActuator:
         self._plans = list(plans)
         self._on_death = on_death
         self._children: dict[WorkerId, asyncio.subprocess.Process] = {}
+        self._carrying_on = False
         self._stopping = False
 
     @property
@@ -62,38 +65,63 @@ class ProcessActuator:
         return {worker: child.pid for worker, child in self._children.items()}
 
     async def run(self) -> None:
-        """Start all workers and keep them running; raises ConfigError when one cannot be kept up."""
+        """Start all workers and keep them running; raises ConfigError when one cannot be kept up, until `carry_on`."""
         async with asyncio.TaskGroup() as group:
             for plan in self._plans:
                 group.create_task(self._keep(plan))
 
+    def carry_on(self) -> None:
+        """Requests are served from now on: a worker that cannot be kept up is its own affair, and is tried now and
+        then."""
+        self._carrying_on = True
+
     async def _keep(self, plan: WorkerPlan) -> None:
         deaths = 0
-        while deaths <= _RESTARTS:
+        while not self._stopping:
             started = time.monotonic()
-            child = await asyncio.create_subprocess_exec(
-                *plan.command(self._model, self._join),
-                *("--parent", str(os.getpid())),
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *plan.command(self._model, self._join),
+                    *("--parent", str(os.getpid())),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                await self._put_off(plan.worker, f"cannot be started ({error.strerror})")
+                continue
             self._children[plan.worker] = child
+            if self._stopping:  # it was not there yet when all others were told
+                child.kill()
             code = await child.wait()
             if self._stopping:
                 return
             how = f"died: {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             self._on_death(plan.worker, how)
-            if code == 2:
-                raise ConfigError(f"worker {plan.worker} could not start; its message is above")
             if code == 0:  # it was told to end, and did so in order
                 deaths = 0
                 log.info("worker %s (pid %d) has ended as it was asked to; starting it anew", plan.worker, child.pid)
                 await asyncio.sleep(_PAUSE_S)
                 continue
             deaths = 1 if time.monotonic() - started > _STEADY_S else deaths + 1
-            log.error("worker %s (pid %d) %s; starting it again", plan.worker, child.pid, how)
-            await asyncio.sleep(min(5.0, _PAUSE_S * 2 ** (deaths - 1)))
-        raise ConfigError(f"worker {plan.worker} died {deaths} times in a row; its messages are above")
+            if code == 2:
+                await self._put_off(plan.worker, "could not start; its message is above")
+            elif deaths > _RESTARTS:
+                await self._put_off(plan.worker, f"died {deaths} times in a row; its messages are above")
+            else:
+                log.error("worker %s (pid %d) %s; starting it again", plan.worker, child.pid, how)
+                await asyncio.sleep(min(5.0, _PAUSE_S * 2 ** (deaths - 1)))
+
+    async def _put_off(self, worker: WorkerId, why: str) -> None:
+        """Wait until it is worth another try; raises ConfigError where nothing is served yet."""
+        if not self._carrying_on:
+            raise ConfigError(f"worker {worker} {why}")
+        log.error(
+            "worker %s %s; mend what is in its way: it is tried again every %g s; all else goes on meanwhile",
+            worker,
+            why,
+            _RETRY_S,
+        )
+        await asyncio.sleep(_RETRY_S)
 
     async def stop(self) -> None:
         """End all workers at once, whatever they run: told first, killed if that does not end them.
