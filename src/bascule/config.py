@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -330,10 +332,12 @@ def read_config_file(path: Path, structs: tuple[type, ...]) -> dict[str, Any]:
     """Keys and values of a TOML file, checked against the fields of `structs`.
 
     Keys are written as in flags (`kv-memory`) or with underscores. Raises ConfigError that names the file, the key and,
-    for an unknown one, the nearest known key.
+    for an unknown one, the nearest known key; also for a file that holds a secret and that others can read.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            raw = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -349,4 +353,15 @@ def read_config_file(path: Path, structs: tuple[type, ...]) -> dict[str, Any]:
         if isinstance(value, dict | list):
             raise ConfigError(f"{path}: {key} must be a single value, not a {type(value).__name__}")
         values[name] = value
+    secrets = [key for key, value in values.items() if _is_secret(key, value)]
+    if secrets and stat.S_ISREG(mode) and mode & 0o077:
+        raise ConfigError(
+            f"{path} holds a secret ({secrets[0]}) and others than its owner can read it (mode "
+            f"{stat.S_IMODE(mode):04o}); do: chmod 600 {path}"
+        )
     return values
+
+
+def _is_secret(key: str, value: object) -> bool:
+    """Keys are, and URLs with a password (before an @) may be."""
+    return key in ("api-key", "admin-key") or (key == "kv-remote" and "@" in str(value))

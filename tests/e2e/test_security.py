@@ -71,6 +71,7 @@ def test_secrets_are_in_no_log_and_on_no_command_line(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     config = tmp_path / "bascule.toml"
     config.write_text(f'api-key = "{api}"\nadmin-key = "{admin}"\n')
+    config.chmod(0o600)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     flags = ["--config", str(config), "--cluster-key-file", str(key), "--log-level=debug", "--transfer=tcp", *MOCK]
     with serve("smollm2", *flags) as cluster:

@@ -147,18 +147,35 @@ def test_files_of_keys_are_their_owners_alone_and_not_empty(tmp_path: Path) -> N
 
 
 def test_an_open_api_is_remarked_upon() -> None:
-    assert list(keys.doubts(HttpConfig(), ())) == []
-    assert "asks for no key" in next(keys.doubts(HttpConfig(host="0.0.0.0"), ()))
-    assert "without TLS" in next(keys.doubts(HttpConfig(host="0.0.0.0"), (FIRST,)))
-    assert list(keys.doubts(HttpConfig(host="0.0.0.0", ssl_certfile=Path("x")), (FIRST,))) == []
+    assert list(keys.doubts(HttpConfig(), (), ())) == []
+    assert "asks for no key" in next(keys.doubts(HttpConfig(host="0.0.0.0"), (), ()))
+    assert "without TLS" in next(keys.doubts(HttpConfig(host="0.0.0.0"), (FIRST,), (ADMIN,)))
+    assert list(keys.doubts(HttpConfig(host="0.0.0.0", ssl_certfile=Path("x")), (FIRST,), (ADMIN,))) == []
 
 
-def test_a_tls_key_that_everybody_can_read_is_remarked_upon(files: Path) -> None:
-    http = HttpConfig(ssl_certfile=files / "one.pem", ssl_keyfile=files / "one.key")
-    for mode, told in ((0o600, 0), (0o640, 0), (0o644, 1)):
-        (files / "one.key").chmod(mode)
-        assert [f"chmod 600 {files / 'one.key'}" in each for each in keys.doubts(http, (FIRST,))] == [True] * told
-    (files / "one.key").chmod(0o600)
+def test_an_admin_api_that_is_open_beside_an_api_that_is_not_is_remarked_upon() -> None:
+    [said] = keys.doubts(HttpConfig(), (FIRST,), ())
+    assert "the admin API for none" in said and "--admin-key-file" in said
+
+
+def test_a_tls_key_that_everybody_can_read_is_refused_and_one_of_a_group_is_remarked_upon(files: Path) -> None:
+    key = files / "one.key"
+    alone = HttpConfig(ssl_certfile=files / "one.pem", ssl_keyfile=key)
+    try:
+        for mode, told in ((0o600, 0), (0o640, 1)):
+            key.chmod(mode)
+            assert keys.tls_of(alone) is not None
+            assert [f"chmod 600 {key}" in each for each in keys.doubts(alone, (FIRST,), (ADMIN,))] == [True] * told
+        key.chmod(0o644)
+        with pytest.raises(ConfigError, match=f"everybody on this machine can read the TLS key .*chmod 600 {key}"):
+            keys.tls_of(alone)
+    finally:
+        key.chmod(0o600)
+    both = files / "both.pem"
+    both.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"chmod 600 {both}"):
+        keys.tls_of(HttpConfig(ssl_certfile=both))
+    assert keys.tls_of(HttpConfig()) is None
 
 
 @pytest.fixture(scope="module")

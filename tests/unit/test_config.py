@@ -15,6 +15,7 @@ from bascule.config import (
     HttpConfig,
     PoolConfig,
     RoutingConfig,
+    StoreConfig,
     parse_size,
     read_config_file,
 )
@@ -58,6 +59,29 @@ def test_a_config_file_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, c
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"bascule\.toml"):
         read_config_file(path, (HttpConfig,))
+
+
+@pytest.mark.parametrize(
+    ("content", "secret"),
+    [
+        ('api_key = "a-secret-key"', "api-key"),
+        ('admin-key = "a-secret-key"', "admin-key"),
+        ('kv-remote = "redis://:a-secret-key@host1,host2"', "kv-remote"),
+    ],
+)
+def test_a_config_file_with_a_secret_is_its_owners_alone(tmp_path: Path, content: str, secret: str) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text(content)
+    for mode in (0o644, 0o640, 0o602):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=f"secret \\({secret}\\) .*chmod 600 {path}") as caught:
+            read_config_file(path, (HttpConfig, StoreConfig))
+        assert "a-secret-key" not in str(caught.value)
+    path.chmod(0o600)
+    assert secret in read_config_file(path, (HttpConfig, StoreConfig))
+    path.write_text('kv-remote = "redis://host1,host2"\napi-key-file = "keys"')
+    path.chmod(0o644)
+    assert len(read_config_file(path, (HttpConfig, StoreConfig))) == 2, "it says where secrets are, and none"
 
 
 def test_the_config_file_fills_in_what_the_command_line_leaves_open(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 from bascule.api.server import check_port
-from bascule.api.tls import tls_context
 from bascule.cli.fitness import Finding, Level, check_advertised, of_clear, of_router, of_workers, tried
 from bascule.cli.joining import check_join, joining
-from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts
+from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts, tls_of
 from bascule.cli.outside import of_servers
 from bascule.cli.report import JsonTarget, write_json
 from bascule.cli.serve import plan_workers
@@ -175,11 +174,10 @@ def _planes(http: HttpConfig, security: SecurityConfig) -> Iterator[Finding]:
     yield tried(lambda: asyncio.run(check_port(http.host, http.port)), f"the API can listen on {http.host}:{http.port}")
     yield tried(lambda: asyncio.run(check_port("127.0.0.1", http.admin_port)), "so can the admin API on loopback")
     yield tried(lambda: cluster_key_of(security), "the cluster key, if there is one, is readable by its owner alone")
-    yield tried(lambda: tls_context(http.ssl_certfile, http.ssl_keyfile), "certificate and key, if any, go together")
-    keys = api_keys(http)
-    admin_keys(http)
+    yield tried(lambda: tls_of(http), "certificate and key, if any, go together")
+    keys, admin = api_keys(http), admin_keys(http)
     yield Finding(Level.OK, "API and admin keys, if any, can be used")
-    for doubt in doubts(http, keys):
+    for doubt in doubts(http, keys, admin):
         yield Finding(Level.DOUBT, doubt)
 
 

@@ -17,10 +17,9 @@ from bascule.api.app import create_app
 from bascule.api.calls import Calls
 from bascule.api.context import Context
 from bascule.api.server import HttpServer
-from bascule.api.tls import tls_context
 from bascule.api.tokens import ModelTokenizer
 from bascule.cli import servers
-from bascule.cli.keys import API_KEY, admin_keys, api_keys, doubts
+from bascule.cli.keys import API_KEY, admin_keys, api_keys, doubts, tls_of
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, HttpConfig, RoutingConfig, SloConfig
 from bascule.errors import ConfigError
@@ -63,9 +62,9 @@ class Frontend:
         """Listens at `bind` for workers with `key`; HTTP starts with `serve_http`."""
         self._http = http
         self._check_ready_file()
-        self._tls = tls_context(http.ssl_certfile, http.ssl_keyfile)
+        self._tls = tls_of(http)
         self._api_keys, self._admin_keys = api_keys(http), admin_keys(http)
-        for doubt in doubts(http, self._api_keys):
+        for doubt in doubts(http, self._api_keys, self._admin_keys):
             log.warning("%s", doubt)
         clock = WallClock()
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from bascule.api.tls import tls_context
 from bascule.config import HttpConfig, SecurityConfig
 from bascule.errors import ConfigError
 from bascule.keys import ClusterKey, is_loopback, read_cluster_key, read_private, write_cluster_key
@@ -74,11 +76,33 @@ def _keys(name: str, given: str | None, file: Path | None, variable: str) -> Ite
             yield key.strip()
 
 
-def doubts(http: HttpConfig, keys: tuple[str, ...]) -> Iterator[str]:
-    """What a person should know about an API that other machines reach, and about its TLS key."""
+def tls_of(http: HttpConfig) -> ssl.SSLContext | None:
+    """What the API speaks TLS with, if it does; raises ConfigError for files that cannot be used, and for a key that
+    everybody on this machine can read."""
+    context = tls_context(http.ssl_certfile, http.ssl_keyfile)
+    key = http.ssl_keyfile or http.ssl_certfile
+    if key is not None and _mode(key) & stat.S_IRWXO:
+        raise ConfigError(f"everybody on this machine can read the TLS key {key}; do: chmod 600 {key}")
+    return context
+
+
+def _mode(path: Path) -> int:
+    """A file's permissions; none of a pipe, which nobody reads twice."""
+    mode = path.stat().st_mode
+    return stat.S_IMODE(mode) if stat.S_ISREG(mode) else 0
+
+
+def doubts(http: HttpConfig, keys: tuple[str, ...], admin: tuple[str, ...]) -> Iterator[str]:
+    """What a person should know about planes that others reach, with these keys of the API and of the admin API, and
+    about the TLS key."""
     tls_key = http.ssl_keyfile or http.ssl_certfile
-    if tls_key is not None and tls_key.exists() and tls_key.stat().st_mode & stat.S_IROTH:
-        yield f"everybody on this machine can read the TLS key {tls_key}; do: chmod 600 {tls_key}"
+    if tls_key is not None and tls_key.exists() and _mode(tls_key) & stat.S_IRWXG:
+        yield f"the group of the TLS key {tls_key} can read it; if that is not meant, do: chmod 600 {tls_key}"
+    if keys and not admin:
+        yield (
+            "the API asks for a key and the admin API for none: every user of this machine may see and drain workers; "
+            "see --admin-key-file"
+        )
     if is_loopback(http.host):
         return
     if not keys:
