@@ -179,6 +179,10 @@ class Hardware(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"there is no class {name!r}; there are {', '.join(self.names) or 'none'}{hint}")
         return found
 
+    def class_of(self, name: str | None, device: str, cores: int) -> ClassFile:
+        """The class of that name, or without one that of workers on such a device; raises ConfigError as these do."""
+        return self.named(name) if name else self.fitting(device, cores)
+
     def fitting(self, device: str, cores: int) -> ClassFile:
         """The class of workers on such a device (`cores` counts on a CPU only), or the only one, where it does not say
         what device it is of; raises ConfigError that says which there are, and how to measure another."""

@@ -18,11 +18,11 @@ from bascule.cli import servers
 from bascule.errors import BasculeError
 from bascule.models.source import read_json
 from bascule.types import CostModel
-from bascule.worker import process, profile
+from bascule.worker import checks, profile
 from fuzz.inputs import DEEP, Made, fuzzing
 
 READERS: dict[str, tuple[Callable[[Path], Any], Any]] = {
-    "a cost model": (process._cost_model, CostModel),
+    "a cost model": (checks.read_cost_model, CostModel),
     "a measured cost": (profile._read, CostModel),
     "a running server": (lambda path: servers.running(), servers.Server),
     "a model's settings": (read_json, dict[str, int]),

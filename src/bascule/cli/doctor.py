@@ -8,12 +8,23 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from bascule.api.server import check_port
-from bascule.cli.fitness import Finding, Level, check_advertised, of_clear, of_router, of_workers, tried
+from bascule.cli.fitness import (
+    Finding,
+    Level,
+    check_advertised,
+    of_clear,
+    of_handoff,
+    of_hardware,
+    of_model,
+    of_router,
+    of_workers,
+    tried,
+)
 from bascule.cli.joining import check_join, joining
 from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts, tls_of
 from bascule.cli.outside import of_servers
@@ -33,9 +44,9 @@ from bascule.config import (
     SloConfig,
     StoreConfig,
 )
+from bascule.control.devices import Device, deal_out
 from bascule.engine.native import build
 from bascule.errors import BasculeError, ConfigError
-from bascule.hardware import read_hardware
 from bascule.keys import check_open, is_loopback, stays_here
 from bascule.models import LoadedModel, catalog, load
 from bascule.native import NativeUnavailable
@@ -87,19 +98,25 @@ def doctor(
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be 1 or more")
     logging.disable(logging.CRITICAL)  # all there is to say is in the findings
-    findings = [*_software(engine_config), *_attempt(lambda: _model(model))]
+    settings = (model_config, engine_config, handoff_config, store_config)
+    loaded, said = _looked_up(model)
+    findings = [*_software(engine_config), said]
+    offered = cache(lambda: None if loaded is None else offered_card(model, loaded, *settings))
+    devices: list[Device] = []
     if join is not None:
         findings += of_workers(engine_config, store_config, workers or 1)
-        offered = partial(_offered, model, model_config, engine_config, handoff_config, store_config)
         findings += _attempt(lambda: _joining(join, http.host, security_config, offered))
     else:
-        attached = len(attach_config.urls)
-        findings += _attempt(lambda: _serving(workers, pools, routing, engine_config, store_config, attached))
+        devices, wrong = _devices(workers, pools, routing, attached=len(attach_config.urls))
+        findings += wrong or of_workers(engine_config, store_config, len(devices), dealt=pools.devices is None)
+        findings += of_router(routing, engine_config, len(devices))
+        findings += of_handoff(routing, handoff_config, store_config)
         findings += _attempt(lambda: _planes(http, security_config))
+    if loaded is not None and (devices or join is not None):
+        findings += of_model(loaded, *settings)
+    findings += of_hardware(hardware_config, devices, offered)
     findings += _attempt(lambda: _clear(security_config, store_config, attach_config))
     findings += _attempt(lambda: of_servers(store_config, attach_config, model_config.model_name or model))
-    if (hardware := hardware_config.hardware) is not None:
-        findings.append(tried(lambda: read_hardware(hardware), f"the hardware file {hardware} can be read"))
     if json is not None:
         write_json([{"level": each.level, "what": each.what, "mend": each.mend} for each in findings], json)
     if json != "-":
@@ -117,17 +134,16 @@ def _attempt(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield Finding(Level.WRONG, str(error))
 
 
-def _serving(
-    workers: int | None,
-    pools: PoolConfig,
-    routing: RoutingConfig,
-    engine: EngineConfig,
-    store: StoreConfig,
-    attached: int,
-) -> Iterator[Finding]:
-    count = len(plan_workers(pools, routing, (), attached=attached)) if workers is None else workers
-    yield from of_workers(engine, store, count, dealt=pools.devices is None)
-    yield from of_router(routing, engine, count)
+def _devices(
+    workers: int | None, pools: PoolConfig, routing: RoutingConfig, *, attached: int
+) -> tuple[list[Device], list[Finding]]:
+    """Those of the workers that are to run here; none where they cannot run so, which is a finding."""
+    try:
+        if workers is not None:
+            return deal_out(pools.devices, workers), []
+        return [plan.device for plan in plan_workers(pools, routing, (), attached=attached)], []
+    except ConfigError as error:
+        return [], [Finding(Level.WRONG, str(error))]
 
 
 def _software(engine: EngineConfig) -> Iterator[Finding]:
@@ -154,19 +170,17 @@ def _kernels() -> Finding:
     return Finding(Level.OK, "native kernels for bfloat16 and 4-bit weights")
 
 
-def _model(model: str) -> Iterator[Finding]:
-    if (spec := _loaded(model)) is None:
-        yield Finding(Level.DOUBT, f"model {model} is not on this machine yet", f"get it: bascule models pull {model}")
-        return
-    said = f"{spec.spec.architecture}, {spec.spec.layers} layers, context {spec.spec.context}"
-    yield Finding(Level.OK, f"model {model}: {said}")
-
-
-def _loaded(model: str) -> LoadedModel | None:
-    """The model; None for one that would have to be fetched first. Raises ModelError."""
+def _looked_up(model: str) -> tuple[LoadedModel | None, Finding]:
+    """The model, if it is on this machine, and what is to be said of it."""
     if any(entry.name == model and entry.state is not catalog.FileState.READY for entry in catalog.installed()):
-        return None
-    return load(model)
+        what = f"model {model} is not on this machine yet"
+        return None, Finding(Level.DOUBT, what, f"get it: bascule models pull {model}")
+    try:
+        loaded = load(model)
+    except BasculeError as error:
+        return None, Finding(Level.WRONG, str(error))
+    said = f"{loaded.spec.architecture}, {loaded.spec.layers} layers, context {loaded.spec.context}"
+    return loaded, Finding(Level.OK, f"model {model}: {said}")
 
 
 def _planes(http: HttpConfig, security: SecurityConfig) -> Iterator[Finding]:
@@ -187,14 +201,6 @@ def _clear(security: SecurityConfig, store: StoreConfig, attach: AttachConfig) -
     except ConfigError:
         return  # said where keys are looked at
     yield from of_clear(key, security, store, attach)
-
-
-def _offered(
-    model: str, form: ModelConfig, engine: EngineConfig, handoff: HandoffConfig, store: StoreConfig
-) -> ModelCard | None:
-    """What a worker here would register with; None where its model is not here yet."""
-    loaded = _loaded(model)
-    return offered_card(model, loaded, form, engine, handoff, store) if loaded is not None else None
 
 
 def _joining(

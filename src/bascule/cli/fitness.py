@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,15 +18,30 @@ from urllib.parse import urlsplit
 import psutil
 from msgspec import Struct
 
-from bascule.config import AttachConfig, EngineConfig, RoutingConfig, SecurityConfig, StoreConfig
+from bascule.config import (
+    AttachConfig,
+    EngineConfig,
+    HandoffConfig,
+    HardwareConfig,
+    ModelConfig,
+    RoutingConfig,
+    SecurityConfig,
+    StoreConfig,
+)
+from bascule.control.devices import Device
 from bascule.errors import BasculeError, ConfigError
+from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey, check_clear, is_loopback
 from bascule.kv.store.places import check_stores, parse_host
 from bascule.kv.store.targets import KEY as REMOTE_KEY
 from bascule.kv.store.targets import parse_remote
 from bascule.machine import cache_home, memory_bytes, most_open_files, raise_open_files
+from bascule.models import LoadedModel
 from bascule.observe.decision_log import opened
-from bascule.router.policy import policy_named
+from bascule.router.policy import keeps_whole, policy_named
+from bascule.types import ModelCard
+from bascule.worker.card import layout_of
+from bascule.worker.checks import check_codecs, check_memory, check_tiers, read_cost_model
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +124,52 @@ def of_router(
         yield tried(lambda: os.close(opened(log_file)), f"decision-log: {log_file} can be written")
 
 
+def of_handoff(routing: RoutingConfig, handoff: HandoffConfig, store: StoreConfig) -> Iterator[Finding]:
+    """Whether the flags of handoffs have an effect under the policy."""
+    yield tried(
+        lambda: _check_handoff(routing, handoff, store), f"policy {routing.policy} goes with the handoff's flags"
+    )
+
+
+def of_model(
+    loaded: LoadedModel, form: ModelConfig, engine: EngineConfig, handoff: HandoffConfig, store: StoreConfig
+) -> Iterator[Finding]:
+    """Whether workers with these settings have room for KV of this model, and can code it."""
+    try:
+        layout = layout_of(loaded, form, engine)
+    except ConfigError as error:
+        yield Finding(Level.WRONG, str(error))
+        return
+    tokens = engine.kv_bytes // layout.block_bytes * layout.block_size
+    yield tried(
+        lambda: check_memory(engine, layout), f"--kv-memory {engine.kv_memory} holds {tokens} tokens of context"
+    )
+    yield tried(lambda: check_tiers(engine, store, layout), "so do the tiers of the KV store, if any, hold some")
+    yield tried(lambda: check_codecs(handoff, store, layout), "codecs, if any, can represent the model's KV")
+    yield tried(lambda: read_cost_model(engine.cost_model), "the cost model, if any, can be read")
+
+
+def of_hardware(
+    config: HardwareConfig, devices: Sequence[Device], card: Callable[[], ModelCard | None]
+) -> Iterator[Finding]:
+    """Whether the hardware file has what workers on these devices are, and is of the model that they offer; `card` is
+    asked only if there is such a file."""
+    if (path := config.hardware) is None:
+        return
+    try:
+        hardware = read_hardware(path)
+        if config.worker_class is not None:
+            hardware.named(config.worker_class)
+        for device in devices:
+            hardware.class_of(config.worker_class, device.kind, len(device.cores))
+        if (offered := card()) is not None:
+            hardware.require_model(offered.name, offered.fingerprint, path)
+    except BasculeError as error:
+        yield Finding(Level.WRONG, str(error))
+    else:
+        yield Finding(Level.OK, f"the hardware file {path} knows such workers")
+
+
 def of_clear(
     key: ClusterKey | None, security: SecurityConfig, store: StoreConfig, attach: AttachConfig = AttachConfig()
 ) -> Iterator[Finding]:
@@ -143,6 +204,19 @@ def check_advertised(host: str) -> None:
             f"--host {host} is no address that peers can connect to; give the one of this machine that they "
             "reach, such as 10.0.0.2"
         )
+
+
+def _check_handoff(routing: RoutingConfig, handoff: HandoffConfig, store: StoreConfig) -> None:
+    """Raises ConfigError for flags of a handoff that could have no effect."""
+    if routing.handoff != "push" and not store.tiers:
+        raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
+    if not keeps_whole(routing.policy):
+        return
+    why = f"has no effect under policy {routing.policy}, which hands nothing over; leave it out, or use another policy"
+    if routing.handoff != "push":
+        raise ConfigError(f"--handoff {routing.handoff} {why}")
+    if handoff.transfer_codec != "none" and (routing.policy == "single" or not handoff.peer_fetch):
+        raise ConfigError(f"--transfer-codec {handoff.transfer_codec} {why}")
 
 
 def _memory(engine: EngineConfig, store: StoreConfig, workers: int) -> Finding:

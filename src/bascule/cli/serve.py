@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -14,7 +15,7 @@ from typing import Annotated
 import uvloop
 from cyclopts import Parameter
 
-from bascule.cli.fitness import act_on, of_clear, of_router, of_workers
+from bascule.cli.fitness import act_on, of_clear, of_handoff, of_hardware, of_model, of_router, of_workers
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
 from bascule.cli.models import pull_with_progress
@@ -41,8 +42,9 @@ from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey
 from bascule.link_wire import LINK_TRANSPORTS
 from bascule.models import LoadedModel, catalog, load
-from bascule.router.policy import keeps_whole, lacking
+from bascule.router.policy import lacking
 from bascule.types import LinkCost, Role, WorkerId
+from bascule.worker.card import offered_card
 
 _JOIN = "tcp://127.0.0.1:*"
 _SPLIT, _WHOLE = (1, 1, 0), (0, 0, 2)
@@ -82,7 +84,7 @@ def serve(
     workers = len(plan_workers(pools, routing, (), attached=len(attach_config.urls)))
     act_on(of_workers(engine_config, store_config, workers, dealt=pools.devices is None))
     act_on(of_router(routing, engine_config, workers))
-    _check_handoff(routing, handoff_config, store_config)
+    act_on(of_handoff(routing, handoff_config, store_config))
     key = cluster_key_of(security_config)
     act_on(of_clear(key, security_config, store_config, attach_config))
     told = flags_of(
@@ -94,24 +96,16 @@ def serve(
         plans = plan_workers(pools, routing, flags, attached=len(attach_config.urls))
         if model in catalog.CATALOG:
             pull_with_progress(model)
+        loaded = load(model)
+        if plans:
+            act_on(of_model(loaded, model_config, engine_config, handoff_config, store_config))
+        offered = partial(offered_card, model, loaded, model_config, engine_config, handoff_config, store_config)
+        act_on(of_hardware(hardware_config, [plan.device for plan in plans], offered))
         links = known_links(hardware_config, plans, handoff_config.transfer)
         deployment = Deployment(
-            model, load(model), plans, pools, routing, http, model_config, slo_config, attach_config, key, links
+            model, loaded, plans, pools, routing, http, model_config, slo_config, attach_config, key, links
         )
         uvloop.run(deployment.run())
-
-
-def _check_handoff(routing: RoutingConfig, handoff: HandoffConfig, store: StoreConfig) -> None:
-    """Raises ConfigError for flags of a handoff that could have no effect."""
-    if routing.handoff != "push" and not store.tiers:
-        raise ConfigError(f"--handoff {routing.handoff} needs a KV store; give --kv-host, --kv-disk or --kv-remote")
-    if not keeps_whole(routing.policy):
-        return
-    why = f"has no effect under policy {routing.policy}, which hands nothing over; leave it out, or use another policy"
-    if routing.handoff != "push":
-        raise ConfigError(f"--handoff {routing.handoff} {why}")
-    if handoff.transfer_codec != "none" and (routing.policy == "single" or not handoff.peer_fetch):
-        raise ConfigError(f"--transfer-codec {handoff.transfer_codec} {why}")
 
 
 @contextmanager
@@ -170,11 +164,7 @@ def known_links(
     names: dict[WorkerId, tuple[str, ...]] = {}
     for plan in plans:
         device = plan.device
-        found = (
-            hardware.named(config.worker_class)
-            if config.worker_class
-            else hardware.fitting(device.kind, len(device.cores))
-        )
+        found = hardware.class_of(config.worker_class, device.kind, len(device.cores))
         names[plan.worker] = (plan.worker, found.name or "")
     typical = hardware.typical(same_machine=True, transports=ways)
     costs: dict[tuple[WorkerId, WorkerId], LinkCost] = {}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from bascule.cli.fitness import act_on, check_advertised, of_clear, of_workers
+from bascule.cli.fitness import act_on, check_advertised, of_clear, of_hardware, of_workers
 from bascule.cli.joining import check_join
 from bascule.cli.keys import cluster_key_of
 from bascule.config import (
@@ -25,7 +25,9 @@ from bascule.config import (
 from bascule.control.devices import parse_device
 from bascule.errors import ConfigError
 from bascule.keys import check_open, is_loopback, stays_here
+from bascule.models import load
 from bascule.types import Role, WorkerId
+from bascule.worker.card import offered_card
 from bascule.worker.process import WorkerSettings, run
 
 log = logging.getLogger(__name__)
@@ -87,10 +89,12 @@ def worker(
     if key is not None:
         log.info("with the cluster key, messages and KV over TCP are encrypted, and nobody without it is let in")
     check_advertised(host)
+    place = parse_device(device)
     if parent is None:  # else the launcher has looked
         act_on(of_workers(engine_config, store_config, 1))
         act_on(of_clear(key, security_config, store_config))
-    place = parse_device(device)
+        settings = (model_config, engine_config, handoff_config, store_config)
+        act_on(of_hardware(hardware_config, [place], lambda: offered_card(model, load(model), *settings)))
     run(
         WorkerSettings(
             model=model,

@@ -27,13 +27,14 @@ def card_of(
     return ModelCard(
         name=name,
         fingerprint=fingerprint(source, spec, dtype if quantize in ("auto", "none") else f"{dtype} {quantize}"),
-        context=_bounded_context(spec.context, context),
+        context=bounded_context(spec.context, context),
         vocab=spec.vocab,
         layout=spec.kv_layout(dtype, block_size),
     )
 
 
-def _bounded_context(own: int, asked: int | None) -> int:
+def bounded_context(own: int, asked: int | None) -> int:
+    """What is asked for, or else the model's own, in tokens; raises ConfigError for more than that."""
     if asked is None:
         return own
     if not 0 < asked <= own:

@@ -8,8 +8,8 @@ from bascule.config import EngineConfig, HandoffConfig, ModelConfig, StoreConfig
 from bascule.engine.mock import mock_card
 from bascule.kv.codecs.choice import fingerprint_with
 from bascule.models import LoadedModel
-from bascule.models.card import card_of
-from bascule.types import ModelCard
+from bascule.models.card import bounded_context, card_of
+from bascule.types import KVLayout, ModelCard
 
 
 def mock_card_of(model: str, loaded: LoadedModel, form: ModelConfig, engine: EngineConfig) -> ModelCard:
@@ -20,6 +20,17 @@ def mock_card_of(model: str, loaded: LoadedModel, form: ModelConfig, engine: Eng
         block_size=engine.block_size,
     )
     return structs.replace(card, name=form.model_name or model)
+
+
+def layout_of(loaded: LoadedModel, form: ModelConfig, engine: EngineConfig) -> KVLayout:
+    """How KV lies in memory, known of the model's description alone.
+
+    Raises ConfigError for a context that the model has not.
+    """
+    if engine.engine == "mock":
+        return mock_card(block_size=engine.block_size).layout
+    bounded_context(loaded.spec.context, form.max_model_len)
+    return loaded.spec.kv_layout(form.dtype, engine.block_size)
 
 
 def as_offered(card: ModelCard, loaded: LoadedModel, handoff: HandoffConfig, store: StoreConfig) -> ModelCard:

@@ -9,31 +9,28 @@ import signal
 import time
 import uuid
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import msgspec
 
 from bascule.clock import WallClock
 from bascule.config import EngineConfig, HandoffConfig, HardwareConfig, ModelConfig, SloConfig, StoreConfig
 from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner
 from bascule.engine.protocol import Runner
-from bascule.errors import UNREADABLE, ConfigError
+from bascule.errors import ConfigError
 from bascule.hardware import read_hardware
 from bascule.keys import ClusterKey
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
-from bascule.kv.store.base import Store
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.coding import Coding
-from bascule.machine import end_with_parent, memory_bytes
+from bascule.machine import end_with_parent
 from bascule.models import LoadedModel, load
-from bascule.types import CostModel, Epoch, ModelCard, Role, Tier, WorkerId
+from bascule.types import CostModel, Epoch, ModelCard, Role, WorkerId
 from bascule.wire import Starting
-from bascule.worker.card import as_offered, mock_card_of
+from bascule.worker.card import as_offered, layout_of, mock_card_of
+from bascule.worker.checks import check_settings, read_cost_model
 from bascule.worker.link import RouterSocket
 from bascule.worker.parts import Identity, Parts
 from bascule.worker.profile import cpu_name, profiled
@@ -113,21 +110,13 @@ def build(settings: WorkerSettings) -> Parts:
     config = settings.engine_config
     codec, pushed = settings.store_config.kv_codec, settings.handoff_config.transfer_codec
     loaded = load(settings.model)
+    check_settings(
+        config, settings.handoff_config, settings.store_config, layout_of(loaded, settings.model_config, config)
+    )
     runner = _mock_runner(settings, loaded) if config.engine == "mock" else _torch_runner(settings, loaded)
     runner.card = as_offered(runner.card, loaded, settings.handoff_config, settings.store_config)
     layout = runner.card.layout
-    if config.kv_bytes > (memory := memory_bytes()):
-        raise ConfigError(
-            f"--kv-memory {config.kv_memory} is more than this machine's memory of {memory}; ask for less"
-        )
     num_blocks = config.kv_bytes // layout.block_bytes
-    if num_blocks < 2:
-        raise ConfigError(
-            f"kv-memory {config.kv_memory} holds {num_blocks} blocks of {layout.block_bytes} bytes "
-            f"({layout.block_size} tokens each); give a few hundred blocks, {2 * layout.block_bytes} bytes at the least"
-        )
-    if settings.store_config.tiers and not config.prefix_cache:
-        raise ConfigError("--kv-host, --kv-disk and --kv-remote need the prefix cache; leave out --no-prefix-cache")
     coding = Coding.of(pushed, layout)
     stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
@@ -145,7 +134,7 @@ def build(settings: WorkerSettings) -> Parts:
     engine.publishes = bool(stores) or (config.prefix_cache and settings.handoff_config.peer_fetch)
     return Parts(
         runner=runner,
-        tiers=_tiers(stores, arena, books, runner.card, codec) if stores else None,
+        tiers=Tiers(stores, arena, books, runner.card.fingerprint, Forms(codec, layout)) if stores else None,
         arena=arena,
         books=books,
         hasher=hasher,
@@ -155,21 +144,6 @@ def build(settings: WorkerSettings) -> Parts:
         cost=cost,
         coding=coding,
     )
-
-
-def _tiers(stores: list[Store], arena: Arena, books: Books, card: ModelCard, codec: str) -> Tiers:
-    for store in stores:
-        capacity = store.stats().capacity_bytes
-        if capacity is not None and store.tier is not Tier.REMOTE and capacity < 2 * card.layout.block_bytes:
-            raise ConfigError(
-                f"--kv-{store.tier}: {capacity} bytes hold no two blocks of {card.layout.block_bytes}; give a few "
-                "hundred blocks, or leave the key out"
-            )
-    try:
-        forms = Forms(codec, card.layout)
-    except ConfigError as error:
-        raise ConfigError(f"--kv-codec: {error}") from error
-    return Tiers(stores, arena, books, card.fingerprint, forms)
 
 
 def _torch_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
@@ -197,7 +171,7 @@ def _torch_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
 def _mock_runner(settings: WorkerSettings, loaded: LoadedModel) -> Runner:
     """Its steps take what the cost model says; a hardware file says only what they are expected to take."""
     card = mock_card_of(settings.model, loaded, settings.model_config, settings.engine_config)
-    return MockRunner(card, _cost_model(settings.engine_config.cost_model), time.sleep)
+    return MockRunner(card, read_cost_model(settings.engine_config.cost_model), time.sleep)
 
 
 def _measured(settings: WorkerSettings, parts: Parts) -> CostModel:
@@ -213,23 +187,12 @@ def _known_cost(settings: WorkerSettings, card: ModelCard) -> CostModel:
     """What steps are said to cost, before any is taken; raises ConfigError for a hardware file of another model."""
     path, name = settings.hardware_config.hardware, settings.hardware_config.worker_class
     if path is None:
-        return _cost_model(settings.engine_config.cost_model)
+        return read_cost_model(settings.engine_config.cost_model)
     hardware = read_hardware(path)
     hardware.require_model(card.name, card.fingerprint, path)
-    found = hardware.named(name) if name else hardware.fitting(settings.device_kind, len(settings.cores))
+    found = hardware.class_of(name, settings.device_kind, len(settings.cores))
     log.info("what steps cost is that of the class %s in %s", found.name, path)
     return found.cost
-
-
-def _cost_model(path: Path | None) -> CostModel:
-    if path is None:
-        return CostModel()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=CostModel)
-    except OSError as error:
-        raise ConfigError(f"cannot read the cost model {path}: {error.strerror}") from error
-    except UNREADABLE as error:
-        raise ConfigError(f"{path} is not a cost model: {error}") from error
 
 
 def end_with_launcher(parent: int) -> None:
