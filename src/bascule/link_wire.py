@@ -1,4 +1,4 @@
-"""What a router and a worker say of the links to other workers; `wire` has all other messages."""
+"""What a router says of the links between workers, to workers and to who only asks; `wire` has all other messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from bascule.types import Count, Epoch, Seconds, Size, WorkerId
+from bascule.types import Count, Epoch, ModelCard, Seconds, Size, WorkerId
 
 LINK_TRANSPORTS = ("shm", "tcp")
 MOST_RUNS = 50
@@ -65,3 +65,31 @@ class LinkMeasured(Struct, frozen=True, tag=True, kw_only=True):
     reason: str = ""
     busy: bool = False
     """Why it was not measured will pass."""
+
+
+class Probe(Struct, frozen=True, tag=True):
+    """Asks how a worker would fare here, without being one; answered by `Probed`."""
+
+    version: int
+    addresses: tuple[str, ...] = ()
+    """`host:port`, where the router is to try whether it can connect."""
+
+
+class Probed(Struct, frozen=True, tag=True):
+    """What a router finds of whoever sent a `Probe`."""
+
+    version: int
+    release: str
+    clock: float
+    """The time of day here, in seconds since 1970."""
+    tokenizer: str
+    """Digest of the vocabulary that this router uses; empty if it is not known."""
+    unreachable: str = ""
+    """The first address that did not answer, and why."""
+    card: ModelCard | None = None
+    """Of the cluster's own workers, which all that join must match; None before the first has joined (and from older
+    releases)."""
+    members: tuple[Neighbour, ...] = ()
+    """All that are there; attached servers have no addresses."""
+    attached_vocab: int | None = None
+    """Entries of the vocabulary that attached servers are used with; None where there are none."""

@@ -17,6 +17,8 @@ from bascule.link_wire import LinkMeasured, MeasureLink
 from bascule.link_wire import Neighbour as Neighbour
 from bascule.link_wire import Neighbours as Neighbours
 from bascule.link_wire import PeerAddress as PeerAddress
+from bascule.link_wire import Probe as Probe
+from bascule.link_wire import Probed as Probed
 from bascule.types import (
     CostModel,
     Count,
@@ -39,7 +41,7 @@ from bascule.types import (
     check_salt,
 )
 
-VERSION = 8
+VERSION = 9
 """Of this protocol; a worker and a router of different versions refuse each other."""
 
 MAX_MESSAGE = 64 << 20
@@ -215,14 +217,6 @@ class Goodbye(Struct, frozen=True, tag=True):
     epoch: Epoch
 
 
-class Probe(Struct, frozen=True, tag=True):
-    """Asks how a worker would fare here, without being one; answered by `Probed`."""
-
-    version: int
-    addresses: tuple[str, ...] = ()
-    """`host:port`, where the router is to try whether it can connect."""
-
-
 WorkerMessage = (
     Starting
     | Register
@@ -245,22 +239,6 @@ WorkerMessage = (
 class Registered(Struct, frozen=True, tag=True):
     epoch: Epoch
     heartbeat_s: Annotated[float, Meta(gt=0, le=1e6)]
-
-
-class Probed(Struct, frozen=True, tag=True):
-    """What a router finds of whoever sent a `Probe`."""
-
-    version: int
-    release: str
-    clock: float
-    """The time of day here, in seconds since 1970."""
-    tokenizer: str
-    """Digest of the vocabulary that this router uses; empty if it is not known."""
-    unreachable: str = ""
-    """The first address that did not answer, and why."""
-    card: ModelCard | None = None
-    """Of the cluster's own workers, which all that join must match; None before the first has joined (and from older
-    releases)."""
 
 
 class Reregister(Struct, frozen=True, tag=True):

@@ -103,6 +103,7 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
     assert let_in.returncode == 0, let_in.stdout
     assert "the router connects back to 127.0.0.1" in let_in.stdout and "vocabulary is that of" in let_in.stdout
     assert alike.returncode == 0 and "context and codecs are those of the cluster's workers" in alike.stdout
+    assert "this host connects to the cluster's workers (1 tried)" in alike.stdout
     assert differs.returncode == 1
     assert wrong(differs.stdout) == [
         "block size 32 here, 16 at the cluster's workers; start all with the same --block-size",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
 from pathlib import Path
 
 import msgspec
@@ -9,6 +12,8 @@ import pytest
 from membership_rig import offer
 from msgspec.structs import replace
 
+from bascule import __version__
+from bascule.cli import joining as at_router
 from bascule.cli.fitness import Level
 from bascule.cli.joining import compared
 from bascule.config import EngineConfig, HandoffConfig, ModelConfig, StoreConfig
@@ -16,8 +21,8 @@ from bascule.engine.mock import mock_card
 from bascule.errors import RegistrationRefused
 from bascule.models import load
 from bascule.router.view import ClusterView
-from bascule.types import ModelCard
-from bascule.wire import VERSION, Probed, Starting, encode, from_router
+from bascule.types import ModelCard, WorkerId
+from bascule.wire import VERSION, Neighbour, Probed, Starting, encode, from_router
 from bascule.worker.card import offered_card
 
 CARD = mock_card()
@@ -68,6 +73,45 @@ def test_weights_are_not_blamed_for_what_another_difference_does_to_the_fingerpr
         "block size 16",
         "context length 8192",
     ]
+
+
+def found_at(answer: Probed, monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> dict[Level, list[str]]:
+    """What is wrong or in doubt, and what is fine, for a worker here at a router that answers so."""
+
+    async def ask(*_: object) -> Probed:
+        return replace(answer, clock=time.time())
+
+    monkeypatch.setattr(at_router, "_ask", ask)
+    lines: dict[Level, list[str]] = {level: [] for level in Level}
+    for finding in asyncio.run(at_router.joining("tcp://x:1", "127.0.0.1", None, CARD, name)):
+        lines[finding.level].append(finding.line)
+    return lines
+
+
+def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        nobody = f"127.0.0.1:{gone.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        here = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        near, far = Neighbour(WorkerId("near"), (here,)), Neighbour(WorkerId("far"), (here, nobody))
+        fine = Probed(VERSION, __version__, 0.0, "", card=CARD, members=(near, Neighbour(WorkerId("at-0"), ())))
+        good = found_at(fine, monkeypatch, "mine")
+        bad = found_at(replace(fine, members=(near, far)), monkeypatch, "near")
+    assert good[Level.DOUBT] == good[Level.WRONG] == []
+    assert "this host connects to the cluster's workers (1 tried)" in good[Level.OK]
+    assert "the name mine is free" in good[Level.OK]
+    [doubt], [wrong] = bad[Level.DOUBT], bad[Level.WRONG]
+    assert f"cannot connect to worker far at {nobody} (connection refused); check its --host" in doubt
+    assert wrong == "the name near is taken by another in the cluster; give another with --id, or stop that one first"
+
+
+def test_the_vocabulary_of_attached_servers_binds_the_first_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Probed(VERSION, __version__, 0.0, "", attached_vocab=CARD.vocab)
+    assert found_at(answer, monkeypatch)[Level.WRONG] == []
+    [line] = found_at(replace(answer, attached_vocab=7), monkeypatch)[Level.WRONG]
+    assert line.startswith(f"vocabulary of {CARD.vocab} here, 7 at the attached servers; start router and workers")
 
 
 def test_an_older_routers_answer_has_no_card_and_an_older_doctor_leaves_it_out() -> None:

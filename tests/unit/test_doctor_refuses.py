@@ -101,3 +101,8 @@ def test_a_worker_for_another_router_is_looked_at_in_the_same_way(doctor: Run, s
 def test_workers_that_are_listed_have_a_device_each(doctor: Run, smollm2: Path) -> None:
     code, out, _ = doctor(smollm2, "--port=0", "--workers=3", f"--devices={Device('cpu')}")
     assert code == 1 and "--devices lists 1 devices for 3 workers" in out
+
+
+def test_a_name_is_for_a_worker_that_joins(doctor: Run) -> None:
+    code, _, error = doctor("--id=decode-0")
+    assert code == 2 and "--id decode-0 is for a worker that joins a router; give --join" in error

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from bascule.cli import router as alone
 from bascule.cli import serve as serving
 from bascule.cli.serve import Deployment
 from bascule.config import AttachConfig, HttpConfig, ModelConfig, PoolConfig, RoutingConfig, SloConfig
@@ -163,7 +164,9 @@ class FailingFront:
     link = SimpleNamespace(address="")
     membership = SimpleNamespace(lost=lambda worker, how: None)
     attachments = SimpleNamespace(workers=())
-    service = SimpleNamespace(view=SimpleNamespace(members=("one",), links=SimpleNamespace(expect=lambda links: None)))
+    service = SimpleNamespace(
+        ready=True, view=SimpleNamespace(members=("one",), links=SimpleNamespace(expect=lambda links: None))
+    )
 
     def __init__(self, *_: object) -> None:
         self.stop_asked, self._up = asyncio.Event(), asyncio.Event()
@@ -212,3 +215,13 @@ def test_whatever_ends_serving_clients_are_told_before_workers_are_stopped(monke
     with pytest.raises(ConfigError, match="something has failed"):
         asyncio.run(deployment.run())
     assert FailingFront.done == ["clients are told", "workers are stopped", "closed"]
+
+
+def test_whatever_ends_a_router_its_clients_are_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    FailingFront.done = []
+    monkeypatch.setattr(alone, "Frontend", FailingFront)
+    monkeypatch.setattr(alone, "load", lambda model: None)
+    configs: tuple[Any, ...] = (RoutingConfig(), HttpConfig(), ModelConfig(), SloConfig(), AttachConfig())
+    with pytest.raises(ConfigError, match="something has failed"):
+        asyncio.run(alone._run("model", "bind", *configs, None))
+    assert FailingFront.done == ["clients are told", "closed"]

@@ -23,6 +23,7 @@ from bascule.wire import (
     VERSION,
     Goodbye,
     Heartbeat,
+    Neighbour,
     Neighbours,
     OtherVersion,
     Probe,
@@ -40,12 +41,14 @@ def nobody() -> str:
         return f"127.0.0.1:{listening.getsockname()[1]}"
 
 
-def at_the_door(config: RoutingConfig, script: Callable[[Entrance, FakeLink], Any]) -> FakeLink:
+def at_the_door(
+    config: RoutingConfig, script: Callable[[Entrance, FakeLink], Any], view: ClusterView | None = None
+) -> FakeLink:
     """What is said to those whom `script` lets knock, once all of them have been answered."""
 
     async def run() -> FakeLink:
         link = FakeLink()
-        entrance = Entrance(link, config, "vocabulary", lambda: CARD)  # type: ignore[arg-type]
+        entrance = Entrance(link, config, view or ClusterView())  # type: ignore[arg-type]
         script(entrance, link)
         while entrance._trying:
             await asyncio.sleep(0.01)
@@ -88,8 +91,12 @@ def test_a_worker_out_of_reach_is_refused_unless_that_is_how_it_is_meant(
 
 
 def test_who_only_asks_is_told_and_does_not_join() -> None:
-    where = nobody()
-    link = at_the_door(RoutingConfig(), lambda entrance, _: entrance.answer(Epoch("x"), Probe(VERSION, (where,))))
+    where, view = nobody(), ClusterView(tokenizer="vocabulary")
+    one, server = offer("one"), offer("attached-0")
+    view.add(replace(one, card=replace(CARD, tokenizer="vocabulary"), kv_addresses=("127.0.0.1:2",)), 0.0)
+    view.add(replace(server, card=replace(CARD, vocab=7)), 0.0, attached=True)
+    ask = Probe(VERSION, (where,))
+    link = at_the_door(RoutingConfig(), lambda entrance, _: entrance.answer(Epoch("x"), ask), view)
     [(_, answer)] = link.sent
     assert isinstance(answer, Probed)
     assert (answer.version, answer.tokenizer, answer.unreachable) == (
@@ -97,7 +104,11 @@ def test_who_only_asks_is_told_and_does_not_join() -> None:
         "vocabulary",
         f"{where} (connection refused)",
     )
-    assert answer.card == CARD
+    assert answer.card == view.own and answer.attached_vocab == 7
+    assert answer.members == (
+        Neighbour(WorkerId("one"), (one.peer.address, "127.0.0.1:2")),
+        Neighbour(WorkerId("attached-0"), ()),
+    )
     bench = Bench()
     bench.membership.apply(Epoch("x"), Probe(VERSION))
     assert bench.view.members == {} and bench.link.sent == []

@@ -42,7 +42,7 @@ class Bench:
         config, clock = RoutingConfig(suspect_after=30.0, dead_after=60.0, check_reach=check_reach), WallClock()
         self.view, self.link = ClusterView(1000), Deaf()
         service = Service(self.view, config, clock)
-        entrance = Entrance(self.link, config, "")  # type: ignore[arg-type]
+        entrance = Entrance(self.link, config, self.view)  # type: ignore[arg-type]
         self.membership = Membership(self.link, service, config, clock, entrance)  # type: ignore[arg-type]
 
     async def join(self, address: str, epoch: str = "w-1") -> None:

@@ -62,6 +62,7 @@ def doctor(
     *,
     workers: int | None = None,
     join: str | None = None,
+    id: str | None = None,
     json: JsonTarget = None,
     pools: Annotated[PoolConfig, Flat] = PoolConfig(),
     routing: Annotated[RoutingConfig, Flat] = RoutingConfig(),
@@ -90,6 +91,8 @@ def doctor(
         How many workers are to run here (default: as `serve` runs, or one with --join).
     join
         Address of a router that a worker here is to join; then --host is where its peers are to reach it.
+    id
+        With --join: the name that the worker is to have.
     json
         File to write the findings to as JSON (`-` for standard output, instead of the lines).
     config
@@ -97,6 +100,8 @@ def doctor(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be 1 or more")
+    if id is not None and join is None:
+        raise ConfigError(f"--id {id} is for a worker that joins a router; give --join, or leave it out")
     logging.disable(logging.CRITICAL)  # all there is to say is in the findings
     settings = (model_config, engine_config, handoff_config, store_config)
     loaded, said = _looked_up(model)
@@ -105,7 +110,7 @@ def doctor(
     devices: list[Device] = []
     if join is not None:
         findings += of_workers(engine_config, store_config, workers or 1)
-        findings += _attempt(lambda: _joining(join, http.host, security_config, offered))
+        findings += _attempt(lambda: _joining(join, http.host, security_config, offered, id))
     else:
         devices, wrong = _devices(workers, pools, routing, attached=len(attach_config.urls))
         findings += wrong or of_workers(engine_config, store_config, len(devices), dealt=pools.devices is None)
@@ -204,7 +209,7 @@ def _clear(security: SecurityConfig, store: StoreConfig, attach: AttachConfig) -
 
 
 def _joining(
-    join: str, host: str, security: SecurityConfig, offered: Callable[[], ModelCard | None]
+    join: str, host: str, security: SecurityConfig, offered: Callable[[], ModelCard | None], name: str | None
 ) -> Iterator[Finding]:
     check_join(join)
     key = cluster_key_of(security)
@@ -212,4 +217,4 @@ def _joining(
         if doubt := check_open(key, security.insecure, what, stays):
             yield Finding(Level.DOUBT, doubt)
     check_advertised(host)
-    yield from asyncio.run(joining(join, host, key, offered()))
+    yield from asyncio.run(joining(join, host, key, offered(), name))

@@ -69,11 +69,10 @@ class Frontend:
         clock = WallClock()
         decision_log = DecisionLog(routing.decision_log) if routing.decision_log is not None else None
         self.journal = Journal(routing.policy, decision_log)
-        vocabulary = loaded.tokenizer.digest
-        view = ClusterView(tokenizer=vocabulary)
+        view = ClusterView(tokenizer=loaded.tokenizer.digest)
         self.service = Service(view, routing, clock, slo.slo, self.journal)
         self.link = RouterLink(bind, key)
-        entrance = Entrance(self.link, routing, vocabulary, lambda: view.weights.card)
+        entrance = Entrance(self.link, routing, view)
         self.membership = Membership(self.link, self.service, routing, clock, entrance)
         self.attachments = Attachments(attach, routing, _our_model(loaded, name), self.membership, clock)
         self.stop_asked = asyncio.Event()

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from bascule import __version__
@@ -15,11 +16,13 @@ from bascule.keys import ClusterKey
 from bascule.reach import CONNECT_S, first_unreachable
 from bascule.router.skew import MOST_S, skewed
 from bascule.types import Epoch, ModelCard
-from bascule.wire import VERSION, Probe, Probed, RouterMessage
+from bascule.wire import VERSION, Neighbour, Probe, Probed, RouterMessage
 from bascule.worker.link import RouterSocket
 
 _ANSWER_S = 3 * CONNECT_S
 """The router tries one address meanwhile; a wrong key is known for sure after some 3 s."""
+_MOST_TRIED = 64
+"""Workers that are connected to, all at once."""
 _SAME_MODEL = "start all workers with the same model"
 
 
@@ -29,10 +32,12 @@ def check_join(join: str) -> None:
         raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
 
 
-async def joining(join: str, host: str, key: ClusterKey | None, card: ModelCard | None) -> list[Finding]:
-    """Findings about the router at `join` as a worker at `host` with `key` meets it.
+async def joining(
+    join: str, host: str, key: ClusterKey | None, card: ModelCard | None, name: str | None = None
+) -> list[Finding]:
+    """Findings about the router at `join` as a worker at `host` with `key` meets it, and about the workers there.
 
-    `card` is what the worker would register with; None if it is not known.
+    `card` is what the worker would register with, and `name` its id; None if it is not known.
     """
     try:
         listening = await asyncio.start_server(lambda _, writer: writer.close(), host, 0)
@@ -66,7 +71,12 @@ async def joining(join: str, host: str, key: ClusterKey | None, card: ModelCard 
             "give --host an address of this machine that the others reach, and let them through in its firewall",
         ),
         _clock(answer.clock - here),
+        *await _reaching(answer.members),
     ]
+    if name is not None:
+        taken = any(member.worker == name for member in answer.members)
+        what = f"the name {name} is {'taken by another in the cluster' if taken else 'free'}"
+        findings.append(found(not taken, what, "give another with --id, or stop that one first"))
     if card is None:
         return findings
     if card.tokenizer and answer.tokenizer:
@@ -75,6 +85,25 @@ async def joining(join: str, host: str, key: ClusterKey | None, card: ModelCard 
         findings.append(found(same, what, "start router and workers with the same model"))
     if answer.card is not None:
         findings += compared(card, answer.card)
+    elif answer.attached_vocab not in (None, card.vocab):
+        what = f"vocabulary of {card.vocab} here, {answer.attached_vocab} at the attached servers"
+        findings.append(Finding(Level.WRONG, what, "start router and workers with the same model"))
+    return findings
+
+
+async def _reaching(members: Sequence[Neighbour]) -> list[Finding]:
+    """Whether this host connects to the workers that are there. Whether they connect to it is not known before one has
+    joined from here."""
+    workers = [member for member in members if member.addresses][:_MOST_TRIED]
+    why = await asyncio.gather(*(first_unreachable(worker.addresses) for worker in workers))
+    mend = "check its --host, and the firewalls between; until then no KV goes there"
+    findings = [
+        Finding(Level.DOUBT, f"this host cannot connect to worker {worker.worker} at {reason}", mend)
+        for worker, reason in zip(workers, why, strict=True)
+        if reason is not None
+    ]
+    if workers and not findings:
+        findings.append(Finding(Level.OK, f"this host connects to the cluster's workers ({len(workers)} tried)"))
     return findings
 
 

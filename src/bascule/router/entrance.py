@@ -11,7 +11,8 @@ from bascule import __version__
 from bascule.config import RoutingConfig
 from bascule.reach import first_unreachable
 from bascule.router.link import RouterLink
-from bascule.types import Epoch, ModelCard
+from bascule.router.view import ClusterView
+from bascule.types import Epoch
 from bascule.wire import VERSION, Neighbour, Probe, Probed, Register, RegistrationRefusal
 
 log = logging.getLogger(__name__)
@@ -31,19 +32,11 @@ class Entrance:
     said that only workers reach each other, it is told of and taken in all the same.
     """
 
-    def __init__(
-        self,
-        link: RouterLink,
-        config: RoutingConfig,
-        tokenizer: str,
-        card: Callable[[], ModelCard | None] = lambda: None,
-    ) -> None:
-        """`tokenizer` and `card` are what who only asks is told: the vocabulary's digest, and what workers must match
-        by now."""
+    def __init__(self, link: RouterLink, config: RoutingConfig, view: ClusterView) -> None:
+        """Who only asks is told of `view` what a worker would meet."""
         self._link = link
-        self._card = card
+        self._view = view
         self._refuses = config.check_reach and config.handoff != "store"
-        self._tokenizer = tokenizer
         self._trying: dict[Epoch, asyncio.Task[None]] = {}
 
     def admit(self, sender: Epoch, offer: Register, take_in: TakeIn) -> None:
@@ -77,8 +70,18 @@ class Entrance:
 
     async def _answer(self, sender: Epoch, probe: Probe) -> None:
         unreached = await first_unreachable(probe.addresses[:_MOST_PROBED])
-        clock, unreachable = time.time(), unreached or ""
-        self._link.send(sender, Probed(VERSION, __version__, clock, self._tokenizer, unreachable, self._card()))
+        members = self._view.members.values()
+        answer = Probed(
+            VERSION,
+            __version__,
+            time.time(),
+            self._view.tokenizer,
+            unreached or "",
+            self._view.own,
+            tuple(Neighbour(one.id, ()) if one.attached else neighbour(one.registration) for one in members),
+            next((one.registration.card.vocab for one in members if one.attached), None),
+        )
+        self._link.send(sender, answer)
 
     def close(self) -> None:
         for task in self._trying.values():
