@@ -110,6 +110,7 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
         "context length 100 here, 8192 at the cluster's workers; start all workers with the same --max-model-len",
         "KV codecs push-int8 here, none at the cluster's workers; start all with the same --kv-codec and "
         "--transfer-codec",
+        "--transfer-codec: codec int8 needs KV of float32, bfloat16, float16, and this KV is uint8; use none",
     ]
     assert [locked_out.returncode, nobody.returncode, other.returncode] == [1, 1, 1]
     assert "give router and workers the same --cluster-key-file" in wrong(locked_out.stdout)[0]
