@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -22,14 +21,18 @@ from bascule.kv.transfer.select import open_session
 from bascule.peer_wire import Fetch, Fetched, PeerMessage
 from bascule.types import Epoch, ModelCard, Salt, TicketId
 from bascule.worker.learning import Links
+from bascule.worker.peer_threads import PeerThreads
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _THREADS = 4
+"""For each worker that asks."""
 _PIECE = 32
 """Blocks pushed at a time: between two pieces a fetch that is taken back ends."""
+_PIECE_S = 60.0
+"""Who takes longer to receive a piece gets no more."""
 
 Bring = Callable[[Sequence[int], Salt], Awaitable[object]]
 
@@ -77,25 +80,31 @@ class Lender:
         self._bring = bring
         self._loans: dict[TicketId, Loan] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads = ThreadPoolExecutor(_THREADS, "kv-lend")
+        self._threads = PeerThreads(_THREADS, "kv-lend")
 
     def lend(self, asker: Epoch, fetch: Fetch) -> None:
         """Give a peer what it asks for; answers `Fetched` in any case."""
         if fetch.ticket not in self._loans:
             loan = self._loans[fetch.ticket] = Loan(fetch, asker)
-            task = asyncio.create_task(self._lend(loan))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.create_task(self._lend(loan)))
 
     def revoke(self, asker: Epoch, ticket: TicketId) -> bool:
         """A peer wants no more of what it asked for: stop writing, and say so. False if this is no loan."""
         if (loan := self._loans.get(ticket)) is None or loan.asker != asker:
             return False
+        self._give_up(loan)
+        return True
+
+    def _give_up(self, loan: Loan) -> None:
+        """Its push ends with an error, and the loan with an answer."""
         loan.given_up = True
         if loan.session is not None:
-            # Its push ends with an error, and the loan with an answer.
-            self._threads.submit(loan.session.close)
-        return True
+            # In none of the asker's threads: all of them may be waiting for it.
+            self._keep(asyncio.create_task(asyncio.to_thread(loan.session.close)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _lend(self, loan: Loan) -> None:
         reason = self._mismatch(loan.fetch)
@@ -151,7 +160,8 @@ class Lender:
         """Piece by piece; when this returns or raises, nothing more is written."""
         fetch = loan.fetch
         endpoints = [Endpoint(each.transport, each.address, each.machine) for each in fetch.endpoints]
-        session = await self._in_thread(partial(open_session, self._senders, endpoints, fetch.ticket, fetch.secret))
+        opening = partial(open_session, self._senders, endpoints, fetch.ticket, fetch.secret)
+        session = await self._in_thread(loan, opening)
         loan.session = session
         try:
             for start in range(0, len(moves), _PIECE):
@@ -160,13 +170,16 @@ class Lender:
                 piece, begun = moves[start : start + _PIECE], perf_counter()
                 size = len(piece) * self._card.layout.block_bytes
                 codec = self._coding.codec_for(size, self._links.wire_rate(fetch.worker, session.transport))
-                pushed = await self._in_thread(partial(self._push_piece, loan, session, piece, codec))
+                async with asyncio.timeout(_PIECE_S):
+                    pushed = await self._in_thread(loan, partial(self._push_piece, loan, session, piece, codec))
                 seconds = perf_counter() - begun
                 self.bytes_sent[session.transport] += pushed.wire_bytes
                 self._links.crossed(fetch.worker, session.transport, pushed.wire_bytes, seconds - pushed.idle_s)
                 self._links.pushed(fetch.worker, size, seconds)
+        except TimeoutError:
+            raise TransferError(f"{len(piece)} blocks were not taken within {_PIECE_S:g} s") from None
         finally:
-            await self._in_thread(session.close)
+            await asyncio.to_thread(session.close)
 
     def _push_piece(self, loan: Loan, session: Session, piece: Sequence[Move], codec: Codec | None) -> Pushed:
         """In a thread: the blocks lie in the asker's arena when this returns."""
@@ -178,14 +191,13 @@ class Lender:
         loan.checksums += [there[place] for place in range(len(piece))]
         return pushed
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _in_thread(self, loan: Loan, call: Callable[[], T]) -> T:
+        with self._threads.of(loan.asker) as threads:
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
 
     async def close(self) -> None:
         """Give up what is under way."""
         for loan in self._loans.values():
-            loan.given_up = True
-            if loan.session is not None:
-                self._threads.submit(loan.session.close)
+            self._give_up(loan)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()

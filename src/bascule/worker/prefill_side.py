@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -42,6 +42,7 @@ from bascule.wire import PeerAddress, Submit
 from bascule.worker.deadlines import Deadlines
 from bascule.worker.learning import Links
 from bascule.worker.outgoing import Endings, Outgoing, Pusher, close_late
+from bascule.worker.peer_threads import PeerThreads
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ROUNDS = 2
+_DIGEST_THREADS = 4
+_PUSH_THREADS = 8
+"""For each decode worker."""
 _REPEAT_S = 1.0
 """A commit without verdict is repeated, and leases are renewed, this often."""
 
@@ -106,7 +110,8 @@ class PrefillSide:
         self._by_key: dict[Key, Outgoing] = {}
         self._by_ticket: dict[TicketId, Outgoing] = {}
         self._endings = Endings()
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="push")
+        self._digests = ThreadPoolExecutor(_DIGEST_THREADS, "digest")
+        self._threads = PeerThreads(_PUSH_THREADS, "push")
 
     # ------------------------------------------------------------ what the worker tells
 
@@ -127,7 +132,7 @@ class PrefillSide:
         handoff.computed = full + (1 if progress.last and rest else 0)
         handoff.changed.set()
         if not handoff.pushing:
-            self._threads.submit(self._pusher.digest, handoff)
+            self._digests.submit(self._pusher.digest, handoff)
 
     def first_token(self, key: Key, token: int) -> None:
         """The prompt is computed, and this is the first token (it has left for the router)."""
@@ -177,7 +182,8 @@ class PrefillSide:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._endings.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._digests.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     # ------------------------------------------------------------ one handoff
 
@@ -286,18 +292,22 @@ class PrefillSide:
     async def _open(self, handoff: Outgoing, reserved: Reserved, secret: bytes) -> Session:
         """Connect by the first transport of the decode side's list that works from here."""
         endpoints = [Endpoint(offer.transport, offer.address, offer.machine) for offer in reserved.endpoints]
-        opening = self._threads.submit(open_session, self._senders, endpoints, handoff.ticket, secret)
+        with self._threads.of(handoff.decode.epoch) as threads:
+            opening = threads.submit(open_session, self._senders, endpoints, handoff.ticket, secret)
+            session = await self._opened(opening)
+        handoff.transport = session.transport
+        return session
+
+    async def _opened(self, opening: Future[Session]) -> Session:
         try:
             async with asyncio.timeout(self._config.handoff_timeout):
-                session = await asyncio.wrap_future(opening)
+                return await asyncio.wrap_future(opening)
         except (TransferError, TimeoutError) as error:
             opening.add_done_callback(close_late)
             raise HandoffFailed(str(error) or "the decode worker cannot be reached", again=False) from error
         except asyncio.CancelledError:
             opening.add_done_callback(close_late)
             raise
-        handoff.transport = session.transport
-        return session
 
     async def _push(self, handoff: Outgoing, reserved: Reserved, session: Session) -> None:
         """Send blocks as they are computed, until all of the prompt's lie in the peer's arena."""
@@ -317,7 +327,7 @@ class PrefillSide:
                 handoff.changed.clear()
                 await handoff.changed.wait()
             if sent == reserved.have_blocks or handoff.checksums_from(reserved.have_blocks) is None:
-                await self._in_thread(partial(self._pusher.send, handoff, session, [], sent, None))
+                await self._in_thread(handoff, partial(self._pusher.send, handoff, session, [], sent, None))
         except TransferError as error:
             raise HandoffFailed(str(error), again=True) from error
         except TimeoutError:
@@ -332,7 +342,7 @@ class PrefillSide:
         codec = None
         if handoff.round == 1:  # whatever went wrong with coded blocks does not go wrong twice
             codec = self._coding.codec_for(size, self.links.wire_rate(peer, handoff.transport))
-        sent = await self._in_thread(partial(self._pusher.send, handoff, session, moves, first, codec))
+        sent = await self._in_thread(handoff, partial(self._pusher.send, handoff, session, moves, first, codec))
         self.bytes_sent[handoff.transport] += sent.wire_bytes
         self.links.crossed(peer, handoff.transport, sent.wire_bytes, sent.link_s)
         self.links.pushed(peer, size, asyncio.get_running_loop().time() - begin)
@@ -366,8 +376,8 @@ class PrefillSide:
         self._peers.forget(handoff.decode)
         raise VerdictLost
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
+    async def _in_thread(self, handoff: Outgoing, call: Callable[[], T]) -> T:
         """Run a blocking transfer call, for as long as a handoff may go without a sign of life."""
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        async with asyncio.timeout(self._config.handoff_timeout):
-            return await running
+        with self._threads.of(handoff.decode.epoch) as threads:
+            async with asyncio.timeout(self._config.handoff_timeout):
+                return await asyncio.get_running_loop().run_in_executor(threads, call)
