@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from time import sleep
 
 import msgspec
@@ -44,7 +45,7 @@ from bascule.kv.transfer.frames import (
     payload,
     ticket_key,
 )
-from bascule.kv.transfer.shm import ShmSender
+from bascule.kv.transfer.shm import ShmSender, _answers
 from bascule.kv.transfer.tcp_sender import TcpSender
 
 WRITER_WITH_HEIR = """
@@ -244,6 +245,18 @@ def test_a_sender_forgets_the_memory_of_receivers_that_are_gone(shm: Link) -> No
         successor.grant()
         sender.open(successor.receiver.endpoint, TICKET, SECRET).close()
         assert list(sender._mapped) == [successor.receiver.endpoint.address]
+
+
+def test_a_receiver_that_is_stopped_and_has_no_room_for_a_connection_is_not_gone(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        stopped = stack.enter_context(socket.socket(socket.AF_UNIX))
+        stopped.bind(str(tmp_path / "kv"))
+        stopped.listen(0)
+        kind, failed = socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0
+        while not failed:
+            failed = stack.enter_context(socket.socket(socket.AF_UNIX, kind)).connect_ex(stopped.getsockname())
+        assert _answers(stopped.getsockname())
+    assert not _answers(str(tmp_path / "kv"))
 
 
 # ---------------------------------------------------------------- processes and raw bytes
