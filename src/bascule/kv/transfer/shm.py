@@ -10,7 +10,7 @@ import os
 import select
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from weakref import WeakSet
@@ -153,21 +153,22 @@ class ShmReceiver:
             self._tickets.pop(known.grant.ticket, None)
         return safe
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, admitted: Callable[[], None]) -> None:
         channel = Channel(connection)
         try:
             with peer_process(connection) as process:
-                self._attend(channel, process)
+                self._attend(channel, process, admitted)
         finally:
             channel.close()
 
-    def _attend(self, channel: Channel, process: int) -> None:
+    def _attend(self, channel: Channel, process: int, admitted: Callable[[], None]) -> None:
         """Serve one writer until it has stopped for good, or until nobody waits for it any more."""
         try:
             announce = channel.receive(_ANSWER_SECONDS)
             if announce is None:
                 return
             known, writer = self._admit(announce)
+            admitted()
         except (_Refusal, Malformed) as error:
             with self._lock:
                 self.refusals[str(error) if isinstance(error, _Refusal) else "malformed"] += 1

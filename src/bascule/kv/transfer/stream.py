@@ -29,23 +29,34 @@ class Stream:
         """The other end's address; raises OSError once it is gone."""
         return "{}:{}".format(*self._connection.getpeername()[:2])
 
-    def wait(self, events: int, seconds: float | None) -> int:
-        """Wait for poll `events`; returns those that came. Raises TimeoutError after `seconds` (None: never)."""
+    def wait(self, events: int, seconds: float | None, *files: int) -> int:
+        """Wait for poll `events`, or until one of `files` is readable; returns the events that came.
+
+        Raises TimeoutError after `seconds` (None: never).
+        """
         poller = select.poll()
         poller.register(self._connection, events)
-        ready = poller.poll(None if seconds is None else seconds * 1000)
+        for file in files:
+            poller.register(file, select.POLLIN)
+        ready = dict(poller.poll(None if seconds is None else seconds * 1000))
         if not ready:
             raise TimeoutError(f"nothing moved for {seconds:g} s")
-        return ready[0][1]
+        return ready.get(self._connection.fileno(), 0)
 
-    def read(self, count: int, seconds: float | None) -> bytes:
-        """`count` bytes, or none where the peer has ended; raises ConnectionError if it ends in the middle."""
+    def read(self, count: int, seconds: float) -> bytes:
+        """`count` bytes, or none where the peer has ended; raises ConnectionError if it ends in the middle.
+
+        Raises TimeoutError if not all have come after `seconds`, however it is that they come.
+        """
         data = bytearray(count)
         memory = Buffers([memoryview(data)])
+        deadline = monotonic() + seconds
         while memory.left:
-            self.wait(select.POLLIN, seconds)
             try:
+                self.wait(select.POLLIN, max(0.0, deadline - monotonic()))
                 self.receive_some(memory)
+            except TimeoutError:
+                raise TimeoutError(f"{count - memory.left} of {count} bytes came within {seconds:.3g} s") from None
             except ConnectionError:
                 if memory.left == count:
                     return b""
