@@ -22,7 +22,8 @@ class Reach:
     def __init__(self) -> None:
         self.unreachable: dict[WorkerId, str] = {}
         """The address that does not answer, and why."""
-        self._known: dict[WorkerId, Neighbour] = {}
+        self.known: dict[WorkerId, Neighbour] = {}
+        """The other workers there are, as the router tells."""
         self._untried: dict[WorkerId, Neighbour] = {}
         self._news = asyncio.Event()
 
@@ -32,16 +33,16 @@ class Reach:
             self._forget(gone)
         for neighbour in message.come:
             self._forget(neighbour.worker)
-            self._known[neighbour.worker] = self._untried[neighbour.worker] = neighbour
+            self.known[neighbour.worker] = self._untried[neighbour.worker] = neighbour
         self._news.set()
 
     def forget_all(self) -> None:
         """The router is another one, and will tell anew."""
-        for worker in list(self._known):
+        for worker in list(self.known):
             self._forget(worker)
 
     def _forget(self, worker: WorkerId) -> None:
-        for kept in (self._known, self._untried, self.unreachable):
+        for kept in (self.known, self._untried, self.unreachable):
             kept.pop(worker, None)
 
     async def watch(self) -> None:
@@ -53,14 +54,14 @@ class Reach:
                     async with asyncio.timeout(_AGAIN_S if self.unreachable else None):
                         await self._news.wait()
                 except TimeoutError:
-                    self._untried = {worker: self._known[worker] for worker in self.unreachable}
+                    self._untried = {worker: self.known[worker] for worker in self.unreachable}
             batch = [self._untried.pop(worker) for worker in list(self._untried)[:_AT_ONCE]]
             await self._try(batch)
 
     async def _try(self, batch: Sequence[Neighbour]) -> None:
         found = await asyncio.gather(*(first_unreachable(neighbour.addresses) for neighbour in batch))
         for neighbour, why in zip(batch, found, strict=True):
-            if self._known.get(neighbour.worker) is not neighbour:
+            if self.known.get(neighbour.worker) is not neighbour:
                 continue
             before = self.unreachable.pop(neighbour.worker, None)
             if why is not None:

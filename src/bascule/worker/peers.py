@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import zmq
 
@@ -19,6 +20,22 @@ from bascule.wire import PeerAddress, encode
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Epoch, PeerMessage], None]
+
+_QUIET_S = 60.0
+"""What is under way with a peer sends there every second, but for fetches, and these end without an answer too."""
+
+
+@dataclass
+class _Connection:
+    peer: PeerAddress
+    socket: MessageSocket
+    reader: asyncio.Task[None]
+    used: float
+    """When something was sent, by the loop's clock."""
+
+    def close(self) -> None:
+        self.reader.cancel()
+        self.socket.close()
 
 
 class Peers:
@@ -36,9 +53,10 @@ class Peers:
         self._context = context
         self._key = key
         self._epoch = epoch
-        self._connections: dict[str, MessageSocket] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._connections: dict[str, _Connection] = {}
+        """By address."""
         self._peers: dict[WorkerId, PeerAddress] = {}
+        """Who each worker was when we connected."""
         self._door = Doorkeeper(context, key)
         self._listener = MessageSocket(context, zmq.ROUTER, linger_ms=0, key=key)
         self._door.watch(self._listener, "the socket for peers")
@@ -56,21 +74,24 @@ class Peers:
 
     def send(self, peer: PeerAddress, message: PeerMessage) -> None:
         """Send to a peer's listening socket; connects on first use. To an address that is none nothing is sent."""
-        connection = self._connections.get(peer.address)
-        if connection is None:
-            self._forget_earlier(peer)
-            connection = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch, key=self._key)
-            try:
-                connection.connect(peer.address)
-            except zmq.ZMQError as error:
-                connection.close()
-                log.warning("peer %s cannot be at %r: %s", peer.worker, peer.address[:200], error.strerror)
-                return
-            self._connections[peer.address] = connection
-            self._peers[peer.worker] = peer
-            answers = connection.deliver(lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))
-            self._readers[peer.address] = asyncio.create_task(answers)
-        connection.post([encode(message)])
+        connection = self._connections.get(peer.address) or self._connect(peer)
+        if connection is not None:
+            connection.used = asyncio.get_running_loop().time()
+            connection.socket.post([encode(message)])
+
+    def _connect(self, peer: PeerAddress) -> _Connection | None:
+        self._forget_earlier(peer)
+        socket = MessageSocket(self._context, zmq.DEALER, linger_ms=0, identity=self._epoch, key=self._key)
+        try:
+            socket.connect(peer.address)
+        except zmq.ZMQError as error:
+            socket.close()
+            log.warning("peer %s cannot be at %r: %s", peer.worker, peer.address[:200], error.strerror)
+            return None
+        answers = socket.deliver(lambda frames: self._handler(peer.epoch, from_peer(frames[-1])))
+        connection = self._connections[peer.address] = _Connection(peer, socket, asyncio.create_task(answers), 0.0)
+        self._peers[peer.worker] = peer
+        return connection
 
     def answer(self, epoch: Epoch, message: PeerMessage) -> None:
         """Send to a peer that has connected to us."""
@@ -79,8 +100,16 @@ class Peers:
     def forget(self, peer: PeerAddress) -> None:
         """Close the connection to a peer that does not answer; a later send connects anew."""
         if (connection := self._connections.pop(peer.address, None)) is not None:
-            self._readers.pop(peer.address).cancel()
             connection.close()
+        if self._peers.get(peer.worker) == peer:
+            del self._peers[peer.worker]
+
+    def forget_departed(self, present: Container[WorkerId]) -> None:
+        """Close the connections to workers that are not `present`, once nothing is under way there any more."""
+        quiet = asyncio.get_running_loop().time() - _QUIET_S
+        for connection in list(self._connections.values()):
+            if connection.peer.worker not in present and connection.used <= quiet:
+                self.forget(connection.peer)
 
     def _forget_earlier(self, peer: PeerAddress) -> None:
         """A new incarnation listens elsewhere; nobody answers at the old address any more."""
@@ -89,8 +118,6 @@ class Peers:
             self.forget(earlier)
 
     def close(self) -> None:
-        for reader in self._readers.values():
-            reader.cancel()
         for connection in self._connections.values():
             connection.close()
         self._listener.close()

@@ -54,6 +54,7 @@ from bascule.worker.store_side import StoreSide
 log = logging.getLogger(__name__)
 
 _RENEW_S = 1.0
+_DEPARTED_S = 5.0
 _EXPIRE_S = 0.1
 _REFIT_S = 2.0
 
@@ -168,6 +169,7 @@ class Worker:
             asyncio.create_task(self._reach.watch()),
             asyncio.create_task(self._standing.ask_for_leave()),
             asyncio.create_task(_every(_RENEW_S, self._prefill.renew)),
+            asyncio.create_task(_every(_DEPARTED_S, lambda: self._peers.forget_departed(self._reach.known))),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
             asyncio.create_task(_every(_EXPIRE_S, self._deadlines.check)),
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
