@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from chaos.phases import HUNG_S
 from chaos.schedule import DEAD_S, LEASE_S
 
 
@@ -57,7 +58,9 @@ class Case:
     def is_felt(self) -> bool:
         """Whether the request cannot go on where it is. Once accepted, it may no longer need its prefill worker; that
         may go on alone while blocks are written."""
-        return self.at not in ("accepted", "written") and (self.fault in (KILLED, UNTOLD, DEAD) or self.order == "drop")
+        return self.at not in ("accepted", "written") and (
+            self.fault in (KILLED, UNTOLD, DEAD, HANGS) or self.order == "drop"
+        )
 
     @property
     def leaves_kv(self) -> bool:
@@ -70,6 +73,7 @@ class Case:
 
 
 KILLED, UNTOLD, BRIEFLY, DEAD = "kill -9", "kill -9, nobody tells", "paused briefly", "paused until dead"
+HANGS = "step hangs"
 _SLACK_S = 8.0
 
 
@@ -83,6 +87,8 @@ def _cases() -> Iterator[Case]:
         for phase in PHASES:
             yield Case(phase.name, phase.side, fault, order, phase.at, promised_s, seconds)
     for name, whose, fault, order, at, promised_s, *seconds_s in (
+        ("prefilling", "prefill", HANGS, "hang", "prefilling", HUNG_S + 2.0),
+        ("decoding", "decode", HANGS, "hang", "decoding", HUNG_S + 2.0),
         ("queued", "router link", "submission lost", "drop", "queued", 5.0),
         ("transferring", "transfer", "connection cut", "cut", "transferring", 2.0),
         ("transferring", "transfer", "frame flipped", "flip", "transferring", 2.0),

@@ -1,4 +1,4 @@
-"""Faults that wait for a certain request to come to a certain phase: the worker dies, sleeps, or loses what is said."""
+"""Faults that wait for a certain request to come to a phase: the worker dies, sleeps, hangs, or loses what is said."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from bascule.engine.core import Progress, StepResult
+from bascule.engine.mock import MockRunner
 from bascule.peer_wire import Accepted, Commit, Written
 from bascule.wire import StepTokens, Submit, TokenItem
+from bascule.worker import steploop
 from bascule.worker.arrivals import Arrivals
 from bascule.worker.decode_side import DecodeSide
 from bascule.worker.link import RouterSocket
@@ -21,6 +23,8 @@ from bascule.worker.worker import Worker
 from chaos.orders import Order, Orders
 
 ENDS = ("die", "sleep", "note")
+HUNG_S = 3.0
+"""For how long a worker that hangs to order waits for the end of a step."""
 MID_STREAM = 10
 """The position at which a request counts as decoding."""
 
@@ -38,12 +42,21 @@ def end_here(orders: Orders, order: Order, request: str, detail: str) -> None:
         time.sleep(0)  # the signal is taken here at the latest
 
 
+def hang_here(orders: Orders, order: Order, request: str, detail: str) -> None:
+    """Let the next step never end; all else in this process goes on."""
+    steploop._LEAST_S = steploop._FIRST_S = HUNG_S
+    MockRunner.execute = lambda *_: time.sleep(1e6)  # type: ignore[method-assign, assignment, return-value]
+    orders.report(order, request, detail)
+
+
 def end_at_phases(orders: Orders) -> None:
     """Those in the middle of a write are elsewhere, where writes are bent."""
 
     def reached(phase: str, request: str, attempt: int) -> None:
         if (order := orders.take(*ENDS, what=phase_of(phase, request, attempt))) is not None:
             end_here(orders, order, request, phase)
+        elif (order := orders.take("hang", what=phase_of(phase, request, attempt))) is not None:
+            hang_here(orders, order, request, phase)
 
     _while_prefilling(reached)
     _while_decoding(reached)

@@ -23,6 +23,7 @@ QUICK = {
     "committed-decode-kill_-9",
     "decoding-decode-kill_-9",
     "decoding-decode-kill_-9,_nobody_tells",
+    "decoding-decode-step_hangs",
     "decoding-router_link-last_token_lost",
 }
 

@@ -15,12 +15,12 @@ from msgspec.structs import replace
 from bascule.engine.protocol import Runner, Sampled, Slice
 from bascule.engine.scheduler import EngineLimits, Grant, Scheduler
 from bascule.engine.sequence import Found, Key, Output, Phase, Progress, Sequence, Work, blocks_for
-from bascule.engine.work import EngineLoad, Failure, StepResult
+from bascule.engine.work import EngineLoad, Failure, StepResult, UnderWay
 from bascule.errors import InvalidRequest
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
-from bascule.policies.cost_fit import StepSample, step_sample
+from bascule.policies.cost_fit import StepSample, predicted, step_sample
 from bascule.types import BlockHash, CostModel, RequestId, Salt
 
 __all__ = ["Engine", "EngineLimits", "EngineLoad", "Failure", "Found", "Output", "Progress", "StepResult", "Work"]
@@ -62,6 +62,10 @@ class Engine:
         self._adopted_blocks: list[int] = []
         """Written into the arena by a peer, and not yet on the device."""
         self._samples: deque[StepSample] = deque(maxlen=_SAMPLES)
+        self._steps = 0
+        """Begun so far."""
+        self._batch: list[Slice] = []
+        """Of the step that is being computed."""
 
     @property
     def cost(self) -> CostModel:
@@ -230,6 +234,7 @@ class Engine:
                 sequence.granted = tokens
             if not plan:
                 return StepResult()
+            self._steps, self._batch = self._steps + 1, batch
             news = self._news()
         self._arena.prepare(self._books.high_water)
         try:
@@ -237,14 +242,25 @@ class Engine:
         except Exception as error:
             logger.exception("a step over %d sequences failed", len(plan))
             with self._lock:
+                self._batch = []
                 return self._fail(plan, f"the engine step failed: {type(error).__name__}: {error}", news)
         with self._lock:
+            self._batch = []
             del self._adopted_blocks[: len(handed_in)]
             result = self._apply(plan, sampled, self._now(), news)
             # A token takes planning and bookkeeping too: a tenth of a small model's step.
             seconds = self._now() - woken
             self._samples.append(step_sample(((part.start, len(part.tokens)) for part in batch), seconds))
             return result
+
+    def under_way(self) -> UnderWay | None:
+        """The step that is being computed; None between steps."""
+        with self._lock:
+            steps, batch = self._steps - 1, self._batch
+        if not batch:
+            return None
+        sample = step_sample(((part.start, len(part.tokens)) for part in batch), 0.0)
+        return UnderWay(steps, len(batch), float(predicted(self.cost, [sample])[0]))
 
     def take_samples(self) -> list[StepSample]:
         """The latest steps since the last call, in order, with their seconds from planning to tokens."""

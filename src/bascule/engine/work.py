@@ -100,6 +100,16 @@ class StepResult(Struct, frozen=True, kw_only=True):
     executed: bool = False
 
 
+class UnderWay(Struct, frozen=True):
+    """The step that is being computed."""
+
+    steps: int
+    """How many were begun before it."""
+    sequences: int
+    expected_s: float
+    """What the cost model says that it takes; 0 where that knows nothing."""
+
+
 class EngineLoad(Struct, frozen=True):
     running: int
     """Sequences that hold blocks, paused and parked handoffs among them."""

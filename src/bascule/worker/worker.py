@@ -48,7 +48,7 @@ from bascule.worker.parts import Brought, Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.standing import Standing, offer_of
-from bascule.worker.steploop import StepLoop, items_of
+from bascule.worker.steploop import LOOK_S, StepLoop, items_of
 from bascule.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Worker:
             clock,
         )
         self._costs = StepCosts(parts.engine, parts.cost)
-        self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed)
+        self._steps = StepLoop(parts.engine, self._stepped, self._steps_failed, clock=clock)
         card = parts.runner.card
         if parts.tiers is not None:
             self._store = StoreSide(
@@ -172,6 +172,7 @@ class Worker:
             asyncio.create_task(_every(_DEPARTED_S, lambda: self._peers.forget_departed(self._reach.known))),
             asyncio.create_task(_every(_EXPIRE_S, self._decode.expire)),
             asyncio.create_task(_every(_EXPIRE_S, self._deadlines.check)),
+            asyncio.create_task(_every(LOOK_S, self._steps.watch)),
             asyncio.create_task(_every(REPORT_S, self._reporter.tell_changes)),
             asyncio.create_task(_every(_REFIT_S, self._costs.refit)),
         ]
