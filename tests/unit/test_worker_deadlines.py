@@ -6,13 +6,14 @@ import asyncio
 import math
 
 import pytest
-from handoff_rig import SAMPLING, pair
+from handoff_rig import SAMPLING, SOURCE, pair
+from test_worker_handoff import decode_side, prepare
 from worker_rig import EPOCH, Cluster, over_sockets
 
 from bascule.clock import VirtualClock
 from bascule.engine.sequence import Key
-from bascule.peer_wire import Prepare
-from bascule.types import RequestId, SamplingParams
+from bascule.peer_wire import Abort, Prepare
+from bascule.types import RequestId, SamplingParams, TicketId
 from bascule.wire import Submit
 from bascule.worker import deadlines
 from bascule.worker.deadlines import Deadlines
@@ -86,3 +87,24 @@ def test_a_handoff_takes_the_time_that_is_left_along() -> None:
             assert both.prefill._deadlines.left(Key(RequestId("r"), 1)) == math.inf
 
     asyncio.run(run())
+
+
+def test_a_handoff_that_comes_to_nothing_leaves_no_time_limit_behind() -> None:
+    with decode_side() as rigged:
+        limits = rigged.side._deadlines
+
+        def comes(request: str, ticket: str, **changes: object) -> None:
+            asked = prepare(request=RequestId(request), ticket=TicketId(ticket), timeout_s=600.0, **changes)
+            rigged.side.apply(SOURCE.epoch, asked)
+
+        comes("refused", "t1", prompt=())
+        assert limits._ends == {}
+        comes("given up", "t2")
+        comes("tried again", "t3")
+        assert {key.request for key in limits._ends} == {"given up", "tried again"}
+        rigged.side.apply(SOURCE.epoch, Abort(TicketId("t2")))
+        comes("tried again", "t4")
+        rigged.side.apply(SOURCE.epoch, Abort(TicketId("t3")))
+        assert {key.request for key in limits._ends} == {"tried again"}, "its second ticket lives"
+        rigged.forget_all()
+        assert limits._ends == {}

@@ -38,6 +38,7 @@ from bascule.peer_wire import (
     Written,
 )
 from bascule.types import Epoch, ModelCard, TicketId
+from bascule.worker.deadlines import Deadlines
 from bascule.worker.grants import Grants
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class DecodeSide:
         clock: Clock,
         answer: Callable[[Epoch, PeerMessage], None],
         wake: Callable[[], None],
+        deadlines: Deadlines | None = None,
     ) -> None:
         """`answer` sends to the prefill worker with that epoch; `wake` is called when a sequence may run."""
         self.refused: Counter[str] = Counter()
@@ -108,6 +110,7 @@ class DecodeSide:
         self._clock = clock
         self._answer = answer
         self._wake = wake
+        self._deadlines = deadlines or Deadlines()
         self._last_expiry = clock.now()
         self._tickets: dict[TicketId, Incoming] = {}
         self._promised: deque[Incoming] = deque()
@@ -193,6 +196,7 @@ class DecodeSide:
             return
         incoming = Incoming(prepare, sender, self._next_deadline())
         self._tickets[prepare.ticket] = incoming
+        self._deadlines.bound(incoming.key, prepare.timeout_s)
         if (mismatch := self._mismatch(prepare)) is not None:
             self._refuse(incoming, *mismatch)
             return
@@ -353,6 +357,8 @@ class DecodeSide:
         if incoming in self._promised:
             self._promised.remove(incoming)
         incoming.stage = Stage.REFUSED
+        if not any(one.key == incoming.key and one.stage is not Stage.REFUSED for one in self._tickets.values()):
+            self._deadlines.forget(incoming.key)
         if kind not in ("aborted", "cancelled"):
             self.refused[kind] += 1
             log.warning("refused a handoff of %s: %s", incoming.key.request, reason)

@@ -126,6 +126,7 @@ class Worker:
             clock,
             answer=self._peers.answer,
             wake=self._steps.wake,
+            deadlines=self._deadlines,
         )
         self._grants.receivers = open_receivers(
             parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs, key
@@ -278,8 +279,6 @@ class Worker:
     # ------------------------------------------------------------ from peers
 
     def _peer_message(self, sender: Epoch, message: PeerMessage) -> None:
-        if isinstance(message, Prepare):
-            self._deadlines.bound(Key(message.request, message.attempt), message.timeout_s)
         if isinstance(message, Prepare | Written | Commit | Abort | Renew):
             self._decode.apply(sender, message)
         elif isinstance(message, Fetched):
