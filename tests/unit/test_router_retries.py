@@ -234,3 +234,70 @@ async def test_a_handoff_is_not_lost_while_either_side_has_it_or_one_is_silent()
         rig.beat("d")
     assert rig.where() == ("p", 1)
     await drop(starting)
+
+
+async def waits_in_vain(rig: Rig, name: str, seconds: float, *, vanishes: bool = False) -> None:
+    """A request that is placed, and given up after so long."""
+    starting = rig.start(name, timeout=1e6 if vanishes else seconds)
+    await settle()
+    assert rig.where(name) == ("a", 0)
+    rig.clock.advance(seconds)
+    if vanishes:
+        starting.cancel()
+    rig.service.tick()
+    await asyncio.gather(starting, return_exceptions=True)
+
+
+@scenario
+async def test_a_worker_that_lets_one_request_after_another_wait_in_vain_gets_none_for_a_while() -> None:
+    rig = Rig({"a": Role.MIXED})
+    await waits_in_vain(rig, "r0", 20.0)
+    await waits_in_vain(rig, "r1", 20.0, vanishes=True)
+    assert not rig.resting("a")
+    await waits_in_vain(rig, "r2", 20.0)
+    assert rig.resting("a") and rig.service.state().rests == {"a": 1}
+
+
+@scenario
+async def test_clients_without_patience_say_nothing_of_a_worker() -> None:
+    rig = Rig({"a": Role.MIXED})
+    for number in range(5):
+        await waits_in_vain(rig, f"r{number}", 2.0)
+        await waits_in_vain(rig, f"s{number}", 2.0, vanishes=True)
+    assert rig.service.view.members[WorkerId("a")].strikes == 0
+
+
+@scenario
+async def test_a_worker_that_brings_tokens_of_other_requests_does_not_hang() -> None:
+    rig = Rig({"a": Role.MIXED})
+    other = await rig.begin("other")
+    for number in range(5):
+        starting = rig.start(f"r{number}", timeout=20.0)
+        await settle()
+        rig.clock.advance(15.0)
+        rig.tokens("a", item(number, 7, name="other"))
+        rig.clock.advance(5.0)
+        rig.service.tick()
+        await asyncio.gather(starting, return_exceptions=True)
+    assert rig.service.view.members[WorkerId("a")].strikes == 0
+    await drop(other)
+
+
+@scenario
+async def test_a_stream_that_stops_is_put_down_to_who_decodes_and_a_handoff_under_way_to_nobody() -> None:
+    rig = Rig({"p": Role.PREFILL, "d": Role.DECODE}, policy="disaggregated")
+
+    async def stops(name: str, *, handed_over: bool) -> dict[WorkerId, int]:
+        starting = rig.start(name, timeout=20.0)
+        await settle()
+        rig.tokens("p", item(0, 7, name=name))
+        if handed_over:
+            rig.tokens("d", item(1, 8, name=name))
+        flight = await starting
+        rig.clock.advance(20.0)
+        rig.service.tick()
+        assert flight.ended
+        return {member.id: member.strikes for member in rig.service.view.members.values()}
+
+    assert await stops("r0", handed_over=False) == {"p": 0, "d": 0}
+    assert await stops("r1", handed_over=True) == {"p": 0, "d": 1}

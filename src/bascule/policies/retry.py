@@ -10,6 +10,7 @@ MOST_TRIES = 5
 """Attempts of one request that may come to nothing in any way. It may be what ends the workers that it is lost with, so
 this is less than how often in a row `serve` starts a worker anew."""
 
+_SILENT_S, _SILENT_TIMES = 10.0, 2.0
 _STOCK, _EARNED = 100.0, 0.2
 _STRIKES = 3
 _LONGEST_REST_S = 30.0
@@ -52,6 +53,12 @@ class Budget:
 def exhausted(failures: int, losses: int) -> bool:
     """Whether a request has had its tries: so many were given up by workers, and so many ended in another way."""
     return failures >= MOST_FAILURES or failures + losses >= MOST_TRIES
+
+
+def seems_hung(silent_s: float, expected_s: float) -> bool:
+    """Whether a worker has failed a request that was given up waiting: for so long it has brought nothing of this one
+    or any other, and `expected_s` it was predicted to need. A client that has no patience does not prove that."""
+    return silent_s >= max(_SILENT_S, _SILENT_TIMES * expected_s)
 
 
 def rest_s(strikes: int) -> float:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 
-from bascule.policies.retry import Budget, Cause, exhausted, rest_s
+from bascule.policies.retry import Budget, Cause, exhausted, rest_s, seems_hung
 from bascule.router.flight import Flight
 from bascule.router.view import ClusterView
 from bascule.types import Placement, WorkerId
@@ -30,6 +30,8 @@ class Retries:
         """How often each worker was left alone for failing."""
         self._view = view
         self._budget = Budget()
+        self._heard: dict[WorkerId, float] = {}
+        """When each worker last brought a token."""
 
     def refused(self, flight: Flight, cause: Cause, failed: WorkerId | None, now: float) -> str:
         """Why a request whose attempt has just ended is not placed again; empty if it is."""
@@ -42,6 +44,17 @@ class Retries:
             return "not tried again, for too many requests fail at present: see the workers' logs, and send it again"
         self.counts[cause] += 1
         return ""
+
+    def waited_in_vain(self, flight: Flight, now: float) -> None:
+        """A request is about to be given up, by its time limit or its client. A worker whose heartbeats go on may hang
+        all the same; that it was silent for so long is told by what it brought of all its requests."""
+        if flight.placed is None or not (flight.prefilling or flight.handed_over):
+            return  # of a handoff under way, nobody knows here who holds it up
+        worker, since = flight.placed.prefill, flight.placed_at
+        if flight.handed_over:
+            worker, since = flight.placed.decode, max(since, flight.latest_at)
+        if seems_hung(now - max(since, self._heard.get(worker, since)), flight.expected_s):
+            self._struck(worker, flight.placed_at, now)
 
     def _struck(self, worker: WorkerId, placed_at: float, now: float) -> None:
         """A worker has failed a request. If that was placed before the worker's latest rest, it says nothing new."""
@@ -64,6 +77,7 @@ class Retries:
 
     def brought(self, flight: Flight, worker: WorkerId, now: float) -> None:
         """A worker has brought the latest tokens of a request: it works, once that is decoding, or the end."""
+        self._heard[worker] = now
         if flight.ended:
             self._budget.earn()
         if flight.placed is not None and not flight.handed_over and (flight.ended or worker == flight.placed.decode):

@@ -225,6 +225,7 @@ class Service:
             if (lost := self.retries.unheard(flight, now)) and flight.placed is not None:
                 self._again(flight, Cause.UNHEARD, lost, flight.placed.decode)
         for flight in [flight for flight in self._flights.values() if now >= flight.deadline]:
+            self.retries.waited_in_vain(flight, now)
             self._stop_workers(flight)
             self._end_with(flight, too_late(flight))
         for flight in self.relay.overdue(now):
@@ -354,6 +355,7 @@ class Service:
                 self._end_with(flight, error)
 
     def _cancelled(self, flight: Flight) -> None:
+        self.retries.waited_in_vain(flight, self._clock.now())
         self._stop_workers(flight)
         self._forget(flight)
         if flight.finish is not None:
