@@ -136,6 +136,8 @@ class StoreConfig:
 
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 1e6
 """Beyond these, a bound is a slip of the pen."""
+MOST_TIMEOUT_S = 3600.0
+"""What a request may ask for, unless its server's own time limit is longer: whatever waits for it has an end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,8 @@ class RoutingConfig:
     queue_limit: int = 1024
     """Requests that may wait for a worker; more are answered 429."""
     request_timeout: float = 600.0
-    """Seconds after which a request ends with an error (header X-Request-Timeout overrides it)."""
+    """Seconds after which a request ends with an error (header X-Request-Timeout overrides it, up to
+    an hour or this, if it is more)."""
     decision_log: Path | None = None
     """File to which each request's decision and outcome is appended, a line of JSON each."""
     suspect_after: float = 3.0

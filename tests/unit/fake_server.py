@@ -81,6 +81,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.reset()
         self.bodies: list[Body] = []
+        self.heads: list[str] = []
+        """Request line and headers of each completion."""
         self.left = 0
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -122,6 +124,7 @@ class FakeServer:
                 elif path == "/v1/models":
                     writer.write(self.models)
                 else:
+                    self.heads.append(head)
                     length = int(head.lower().split("content-length:")[1].split()[0])
                     await self._complete(json.loads(await reader.readexactly(length)), reader, writer)
                     return

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from api_rig import CONTEXT, KV_TOKENS, REMOTE, WAIT, ApiRig, says
+from starlette.datastructures import Headers
 
+from bascule.api.context import timeout_of
+from bascule.errors import InvalidRequest
 from bascule.types import FinishReason
 
 
@@ -191,6 +194,14 @@ def test_the_timeout_comes_from_the_header_or_the_configuration(rig: ApiRig) -> 
     rig.complete(max_tokens=1)
     rig.post("/v1/completions", {"model": "tiny", "prompt": "a"}, headers={"X-Request-Timeout": "1.5"})
     assert [request.timeout for request in rig.backend.requests] == [60.0, 1.5]
+
+
+def test_the_header_may_lengthen_the_time_up_to_an_hour_or_the_server_s_own_limit() -> None:
+    headers = Headers({"X-Request-Timeout": "5000"})
+    assert timeout_of(Headers({"X-Request-Timeout": "3600"}), 60.0) == 3600.0
+    with pytest.raises(InvalidRequest, match="at most 3600 seconds"):
+        timeout_of(headers, 60.0)
+    assert timeout_of(headers, 5000.0) == 5000.0
 
 
 def test_a_long_text_is_tokenised_too(rig: ApiRig) -> None:

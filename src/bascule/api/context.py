@@ -14,7 +14,7 @@ from bascule.api.fields import wrong_value
 from bascule.api.prompts import Served
 from bascule.api.tokens import Tokenizer
 from bascule.clock import Clock
-from bascule.config import LEAST_SLO_S, MOST_SLO_S
+from bascule.config import LEAST_SLO_S, MOST_SLO_S, MOST_TIMEOUT_S
 from bascule.errors import Unavailable
 from bascule.observe.metrics import Metrics
 from bascule.router.backend import Backend
@@ -86,8 +86,11 @@ def backend_id_of(headers: Headers, request_id: str) -> str:
 
 
 def timeout_of(headers: Headers, default: float) -> float:
-    """Seconds that a request may take; raises InvalidRequest for a header that is no positive number."""
-    return _seconds_of(headers, TIMEOUT, default)
+    """Seconds that a request may take; raises InvalidRequest for a header that is no positive number, or too large."""
+    seconds, most = _seconds_of(headers, TIMEOUT, default), max(default, MOST_TIMEOUT_S)
+    if seconds > most:
+        raise wrong_value(TIMEOUT, f"must be at most {most:g} seconds.")
+    return seconds
 
 
 def slo_of(headers: Headers, default: Slo) -> Slo | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import httpx
@@ -17,6 +19,10 @@ from bascule.wire import Failed, StepTokens, Submit, TokenItem, WorkerMessage
 log = logging.getLogger(__name__)
 
 Key = tuple[RequestId, int]
+
+_SILENT_S = 30.0
+"""A stream that is given up, when none of this server's has brought anything for so long, makes it doubtful: it may
+hang, though it answers heartbeats."""
 
 
 class Served(Struct, frozen=True, kw_only=True):
@@ -41,15 +47,20 @@ class AttachedClient:
         epoch: Epoch,
         deliver: Callable[[WorkerMessage], None],
         on_trouble: Callable[[Trouble], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_trouble` hears of what went wrong before the request's failure is delivered."""
+        """`on_trouble` hears of what went wrong before the request's failure is delivered; `now` is in seconds."""
         self._http = http
         self._served = served
         self._worker = worker
         self._epoch = epoch
         self._deliver = deliver
         self._on_trouble = on_trouble
+        self._now = now
+        self._heard_at = -math.inf
+        """When a chunk came last."""
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._begun: dict[Key, float] = {}
 
     @property
     def running(self) -> int:
@@ -57,18 +68,26 @@ class AttachedClient:
 
     def submit(self, submission: Submit) -> None:
         key = (submission.request, submission.attempt)
+        self._begun[key] = self._now()
         task = self._tasks[key] = asyncio.get_running_loop().create_task(self._run(submission))
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        task.add_done_callback(lambda _: self._ended(key))
 
     def cancel(self, request: RequestId, attempt: int) -> None:
         """Closes the stream, by which the server knows."""
-        if (task := self._tasks.get((request, attempt))) is not None:
-            task.cancel()
+        key = (request, attempt)
+        if (task := self._tasks.get(key)) is None:
+            return
+        if self._now() - max(self._heard_at, self._begun[key]) > _SILENT_S:
+            self._on_trouble(Trouble(f"has sent nothing of any output for {_SILENT_S:g} s", doubt=True))
+        task.cancel()
 
     def stop(self) -> None:
         """End all streams; the server itself is not ours to stop."""
         for task in list(self._tasks.values()):
             task.cancel()
+
+    def _ended(self, key: Key) -> None:
+        del self._tasks[key], self._begun[key]
 
     async def _run(self, submission: Submit) -> None:
         try:
@@ -95,13 +114,14 @@ class AttachedClient:
         _refuse_what_cannot_be_continued(submission)
 
         def on_chunk(chunk: Chunk) -> bool:
+            self._heard_at = self._now()
             if items := output.take(chunk):
                 self._tell(items)
             return False
 
         name = f"{submission.request}.{submission.attempt}" if submission.attempt else submission.request
         body = completion_body(self._served.model, prompt, sampling, drawn, ends, submission.salt)
-        await converse(self._http, body, name, on_chunk)
+        await converse(self._http, body, name, on_chunk, submission.timeout_s)
         self._tell([output.end()])
 
     def _tell(self, items: Sequence[TokenItem]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from bascule.config import MOST_TIMEOUT_S
 from bascule.errors import UNREADABLE
 from bascule.types import Salt, SamplingParams
 
@@ -25,6 +27,7 @@ MAX_REST_S = 30.0
 _MAX_ERROR = 64 << 10
 _ERROR_S = 5.0
 _LAST_WORDS_S = 1.0
+_LEAST_TIMEOUT_S = 0.001
 _JSON = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
 
 
@@ -126,13 +129,22 @@ def _signed(seed: int) -> int:
     return signed if signed != -1 else (1 << 63) - 1
 
 
-async def converse(http: httpx.AsyncClient, body: bytes, name: str, on_chunk: Callable[[Chunk], bool]) -> None:
+async def converse(
+    http: httpx.AsyncClient,
+    body: bytes,
+    name: str,
+    on_chunk: Callable[[Chunk], bool],
+    timeout_s: float = math.inf,
+) -> None:
     """Send a completion and hand each chunk to `on_chunk`, until that returns True or the stream ends.
 
-    `name` is what the server may call the request in its log. Cancelling closes the connection. Raises Trouble (what
-    `on_chunk` raises included) and httpx.HTTPError.
+    `name` is what the server may call the request in its log. In `timeout_s` it need not go on: Bascule does not;
+    others, who do not know the header, learn of it when the connection is closed. Cancelling does that. Raises Trouble
+    (what `on_chunk` raises included) and httpx.HTTPError.
     """
     headers = {**_JSON, "X-Request-Id": name}
+    if timeout_s < math.inf:
+        headers["X-Request-Timeout"] = f"{min(max(timeout_s, _LEAST_TIMEOUT_S), MOST_TIMEOUT_S):.3f}"
     async with http.stream("POST", "/v1/completions", content=body, headers=headers) as response:
         if response.status_code != HTTPStatus.OK:
             raise await refusal(response)
