@@ -57,6 +57,8 @@ class Prepare(Struct, frozen=True, tag=True, kw_only=True):
     """Seconds that the request has left."""
     salt: Salt = b""
     """Both sides hash the tokens with it."""
+    priority: int = 0
+    """As in `Submit`."""
 
     def __post_init__(self) -> None:
         check_salt(self.salt)

@@ -47,7 +47,6 @@ VERSION = 9
 MAX_MESSAGE = 64 << 20
 """Bytes; a longer message is dropped by the socket and its connection closed."""
 
-
 Name = Annotated[WorkerId, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 """What a worker may call itself: its id stands in headers, metrics and command lines."""
 Stage = Annotated[str, Meta(max_length=1000)]
@@ -284,6 +283,8 @@ class Submit(Struct, frozen=True, tag=True, kw_only=True):
     """Answer `Saved` once the prompt's KV is in that tier of the store."""
     salt: Salt = b""
     """Its KV is for requests of the same salt only, wherever it comes to lie."""
+    priority: int = 0
+    """Lower goes first."""
 
     def __post_init__(self) -> None:
         check_salt(self.salt)

@@ -42,6 +42,7 @@ def work(
     handoff: bool = False,
     slo: Slo | None = None,
     salt: bytes = b"",
+    priority: int = 0,
 ) -> Work:
     return Work(
         request=RequestId(name),
@@ -52,6 +53,7 @@ def work(
         handoff=handoff,
         slo=slo,
         salt=salt,
+        priority=priority,
     )
 
 

@@ -32,7 +32,7 @@ from bascule.worker.prefill_side import PrefillSide
 CHUNK = 16
 PROMPT = tuple(range(1, 55))
 SAMPLING = greedy(4)
-OWN_SLO = Slo(1.0, 0.05, 0.15)
+OWN_SLO, OWN_PRIORITY = Slo(1.0, 0.05, 0.15), -3
 SOURCE = PeerAddress(WorkerId("p"), Epoch("p-1"), "tcp://127.0.0.1:1")
 TARGET = PeerAddress(WorkerId("d"), Epoch("d-1"), "tcp://127.0.0.1:2")
 KEY = Key(RequestId("r"), 1)
@@ -100,6 +100,7 @@ class Pair:
                 sampling=SAMPLING,
                 slo=OWN_SLO,
                 salt=salt,
+                priority=OWN_PRIORITY,
             ),
             TARGET,
         )

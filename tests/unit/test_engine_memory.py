@@ -67,6 +67,47 @@ def test_the_older_of_two_is_never_held_up_by_the_younger() -> None:
     assert rig.tokens("young") == reference(SECOND, greedy(20))
 
 
+def test_the_lowest_priority_gives_its_blocks_up_first_and_goes_on_later() -> None:
+    """Lower numbers go first, as at the router."""
+    rig = Rig(blocks=10)
+    rig.engine.submit(work("low", FIRST, greedy(20), priority=1))
+    rig.run(until=lambda: len(rig.tokens("low")) == 2)
+    rig.engine.submit(work("high", SECOND, greedy(20), priority=-1))
+    preempted = False
+    for count in range(1, 21):
+        rig.step()
+        assert len(rig.tokens("high")) == count, "it is never held up"
+        preempted |= rig.engine.load().waiting == 1
+    assert preempted and len(rig.tokens("low")) < 20, "the memory is too small for both"
+    rig.run()
+    assert rig.tokens("low") == reference(FIRST, greedy(20))
+    assert rig.tokens("high") == reference(SECOND, greedy(20))
+    rig.assert_idle()
+
+
+def test_of_equal_priority_the_youngest_gives_way() -> None:
+    rig = Rig(blocks=13)
+    for name, start, priority in (("a", 100, 5), ("b", 200, 5), ("c", 300, 0)):
+        rig.engine.submit(work(name, range(start, start + 12), greedy(20), priority=priority))
+    rig.run(until=lambda: rig.engine.load().running == 3)
+    rig.run(until=lambda: rig.engine.load().running < 3)
+    assert [one.key.request for one in rig.engine._scheduler.waiting] == ["b"]
+    rig.run(until=lambda: rig.engine.load().running < 2)
+    assert [one.key.request for one in rig.engine._scheduler.waiting] == ["a", "b"]
+    rig.run()
+    for name, start in (("a", 100), ("b", 200), ("c", 300)):
+        assert rig.tokens(name) == reference(range(start, start + 12), greedy(20))
+    rig.assert_idle()
+
+
+def test_those_that_wait_in_a_worker_go_by_priority_too() -> None:
+    rig = Rig(sequences=1)
+    for number, priority in enumerate((3, -2, 0)):
+        rig.engine.submit(work(f"r{number}", FIRST, greedy(2), priority=priority))
+    rig.run()
+    assert list(rig.times) == ["r1", "r2", "r0"]
+
+
 def test_admission_leaves_each_running_stream_room_for_its_next_block() -> None:
     rig = Rig(blocks=6)
     rig.engine.submit(work("running", FIRST, greedy(8)))

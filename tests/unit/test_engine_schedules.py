@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from engine_rig import BLOCK, Rig, bring, reference, work
-from hypothesis import settings
+from engine_rig import BLOCK, MAX_STEPS, Rig, bring, reference, work
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bascule.engine.core import Work
-from bascule.engine.sequence import Key
+from bascule.engine.sequence import Key, Phase
 from bascule.kv.books import Lease
 from bascule.types import CostModel, SamplingParams, Slo
 
@@ -28,6 +28,7 @@ samplings = st.builds(
     st.sampled_from([0.0, 1.0]),
     st.integers(0, 2),
 )
+priorities = st.integers(-1, 1)
 
 
 @cache
@@ -69,10 +70,18 @@ class EngineMachine(RuleBasedStateMachine):
             cost=cost,
         )
 
-    @rule(target=submitted, prompt=prompts, sampling=samplings, handoff=st.booleans(), sent=st.integers(0, 3))
-    def submit(self, prompt: tuple[int, ...], sampling: SamplingParams, handoff: bool, sent: int) -> Key:
+    @rule(
+        target=submitted,
+        prompt=prompts,
+        sampling=samplings,
+        handoff=st.booleans(),
+        sent=st.integers(0, 3),
+        priority=priorities,
+    )
+    def submit(self, prompt: tuple[int, ...], sampling: SamplingParams, handoff: bool, sent: int, priority: int) -> Key:
         generated = expected(prompt, sampling)[: min(sent, sampling.max_tokens - 1)]
-        asked = work(f"r{len(self.works)}", prompt, sampling, generated=generated, handoff=handoff)
+        name = f"r{len(self.works)}"
+        asked = work(name, prompt, sampling, generated=generated, handoff=handoff, priority=priority)
         key = Key(asked.request, asked.attempt)
         self.works[key] = asked
         self.rig.engine.submit(asked)
@@ -113,8 +122,8 @@ class EngineMachine(RuleBasedStateMachine):
     def give_back(self) -> None:
         self.leases.pop(0).release()
 
-    @rule(prompt=prompts, sampling=samplings)
-    def adopt(self, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
+    @rule(prompt=prompts, sampling=samplings, priority=priorities)
+    def adopt(self, prompt: tuple[int, ...], sampling: SamplingParams, priority: int) -> None:
         """Hand over from a second engine, which computes the prompt just for this."""
         if sampling.max_tokens == 1:
             return
@@ -127,7 +136,7 @@ class EngineMachine(RuleBasedStateMachine):
         source = peer.progress[-1].blocks[: len(lease.blocks)]
         target = lease.blocks[: len(source)]
         self.rig.arena.bytes[:, target[lease.cached :]] = peer.arena.bytes[:, list(source[lease.cached :])]
-        asked = work(asked.request, prompt, sampling, generated=peer.tokens(asked.request))
+        asked = work(asked.request, prompt, sampling, generated=peer.tokens(asked.request), priority=priority)
         self.works[Key(asked.request, asked.attempt)] = asked
         self.rig.engine.adopt(asked, lease)
 
@@ -182,3 +191,34 @@ class EngineMachine(RuleBasedStateMachine):
 
 EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestRandomSchedules = EngineMachine.TestCase
+
+
+def first_in_rank(rig: Rig) -> Key | None:
+    """Of the sequences that run: the oldest of the best priority."""
+    running = [one for one in rig.engine._scheduler.sequences.values() if one.phase is Phase.RUNNING]
+    return min(running, key=lambda one: (one.work.priority, one.arrival)).key if running else None
+
+
+@given(asked=st.lists(st.tuples(prompts, samplings, priorities, st.integers(0, 6)), min_size=2, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_who_is_first_in_rank_never_gives_way_and_all_come_to_their_end(
+    asked: list[tuple[tuple[int, ...], SamplingParams, int, int]],
+) -> None:
+    rig = Rig(blocks=BLOCKS)
+
+    def step() -> None:
+        first = first_in_rank(rig)
+        rig.step()
+        sequences = rig.engine._scheduler.sequences
+        assert first not in sequences or sequences[first].phase is Phase.RUNNING
+
+    for number, (prompt, sampling, priority, steps) in enumerate(asked):
+        rig.engine.submit(work(f"r{number}", prompt, sampling, priority=priority))
+        for _ in range(steps):
+            step()
+    while rig.engine.has_work():
+        assert rig.steps < MAX_STEPS
+        step()
+    for number, (prompt, sampling, _, _) in enumerate(asked):
+        assert rig.tokens(f"r{number}") == expected(prompt, sampling)
+    rig.assert_idle()

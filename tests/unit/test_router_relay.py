@@ -34,7 +34,7 @@ class RelayBench(Bench):
 @scenario
 async def test_the_second_leg_follows_the_first_ones_saved_kv() -> None:
     bench = RelayBench()
-    task = bench.start(tokens=40, salt=salt_of("ann"))
+    task = bench.start(tokens=40, salt=salt_of("ann"), priority=-3)
     await settle()
     [first] = bench.sent("p")
     assert (first.save_to, first.decode, first.sampling.max_tokens) == (Tier.HOST, None, 1)
@@ -47,7 +47,7 @@ async def test_the_second_leg_follows_the_first_ones_saved_kv() -> None:
     [second] = bench.sent("d")
     assert (second.generated, second.sampling.max_tokens, second.save_to) == ((50,), 8, None)
     assert second.stored_tokens == 40
-    assert first.salt == second.salt == salt_of("ann")
+    assert first.salt == second.salt == salt_of("ann") and first.priority == second.priority == -3
     bench.saved()
     assert len(bench.sent("d")) == 1
     bench.tokens("d", *(item(at, 50 + at, finish=FinishReason.LENGTH if at == 7 else None) for at in range(1, 8)))

@@ -93,7 +93,7 @@ class Bench:
         self.service.tokens(StepTokens(WorkerId(worker), Epoch(f"{worker}-1"), items))
 
     def start(
-        self, name: str = "r", tokens: int = 10, timeout: float = 60.0, salt: bytes = b""
+        self, name: str = "r", tokens: int = 10, timeout: float = 60.0, salt: bytes = b"", priority: int = 0
     ) -> asyncio.Task[Flight]:
         request = Request(
             id=RequestId(name),
@@ -101,6 +101,7 @@ class Bench:
             sampling=SamplingParams(max_tokens=8),
             timeout=timeout,
             salt=salt,
+            priority=priority,
         )
         return asyncio.create_task(self.service.start(request))
 

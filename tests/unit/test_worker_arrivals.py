@@ -56,8 +56,9 @@ def test_requests_go_to_the_engine_and_to_handoffs_until_the_worker_leaves() -> 
     async def scenario(two: Two) -> None:
         handoffs = Handoffs()
         ours = arrivals(two, handoffs)
-        ours.submit(PLAIN)
+        ours.submit(structs.replace(PLAIN, priority=-3))
         assert (handoffs.begun, waiting(two.rigs[0])) == (["r"], 1)
+        assert [one.work.priority for one in two.rigs[0].engine._scheduler.waiting] == [-3]
         ours.close()
         ours.submit(structs.replace(PLAIN, request=RequestId("late")))
         assert (handoffs.begun, waiting(two.rigs[0]), ours.received) == (["r"], 1, 1)

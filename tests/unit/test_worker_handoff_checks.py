@@ -7,7 +7,7 @@ import math
 
 import pytest
 from engine_rig import BLOCK, reference
-from handoff_rig import KEY, OWN_SLO, PROMPT, SAMPLING, SOURCE, Pair, pair, verdicts
+from handoff_rig import KEY, OWN_PRIORITY, OWN_SLO, PROMPT, SAMPLING, SOURCE, Pair, pair, verdicts
 
 from bascule.engine.core import Work
 from bascule.kv.books import Lease
@@ -18,17 +18,17 @@ EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "sealed"
 
 
 def test_what_a_request_asks_for_itself_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Slo | None] = []
+    asked: list[tuple[Slo | None, int]] = []
     with pair("loopback") as both:
         adopt = both.target.adopt
 
         def watch(work: Work, lease: Lease) -> None:
-            asked.append(work.slo)
+            asked.append((work.slo, work.priority))
             adopt(work, lease)
 
         monkeypatch.setattr(both.target, "adopt", watch)
         both.loop.run_until_complete(both.run())
-    assert asked == [OWN_SLO]
+    assert asked == [(OWN_SLO, OWN_PRIORITY)]
 
 
 @EVERY

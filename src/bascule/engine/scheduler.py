@@ -1,15 +1,16 @@
 """The batch scheduler: which sequences hold blocks, which give theirs up, and what the next step computes.
 
 The idea: every sequence just has known tokens, and computed ones that must catch up. A plan gives each running sequence
-the blocks for what it knows (taking them from the youngest if none are left), admits waiting ones as long as the
+the blocks for what it knows (taking them from the last in rank if none are left), admits waiting ones as long as the
 running ones keep room to grow, lets prompts jump over what has meanwhile come into the cache, and leaves the sharing
 out of tokens to `policies.batch`. Nothing here is thread-safe; the engine calls it under its lock.
 
-Those that wait go in the order of `policies.order`: first those that have begun, then the shortest uncached prompt,
-with ageing; and so do running prompts in the step's tokens. Nobody overtakes the first in line, even if only the first
-lacks memory: a large prompt is passed by the shorter ones of the time that it takes itself, and then memory gathers
-for it. Only who waits for a sibling to compute what they share lets others by. Who gives blocks up goes by arrival
-alone, so that the oldest always comes to its end.
+Those that wait go by priority, and within one in the order of `policies.order`: first those that have begun, then the
+shortest uncached prompt, with ageing; and so do running prompts in the step's tokens. Nobody overtakes the first in
+line, even if only the first lacks memory: a large prompt is passed by the shorter ones of the time that it takes
+itself, and then memory gathers for it. Only who waits for a sibling to compute what they share lets others by. Who
+gives blocks up goes by rank, which is priority and then arrival, so that the oldest of the best priority always comes
+to its end.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Scheduler:
         self._slo = limits.slo
         self._batch = BatchLimits(chunk_tokens=limits.chunk_tokens, step_tokens=limits.step_tokens)
         self._running: list[Sequence] = []
-        """In order of arrival."""
+        """By rank: those that keep their blocks longest first."""
         self._stuck_at: int | None = None
         """Available blocks when a plan came out empty; planning again makes no sense before there are others."""
 
@@ -176,19 +177,20 @@ class Scheduler:
 
     def _rank(self, sequence: Sequence, cached: int) -> None:
         """Set a sequence's place in line, if `cached` blocks of what it knows need not be computed."""
+        priority = sequence.work.priority
         if sequence.has_begun:
-            sequence.place = place_in_line(0, 0.0, sequence.arrived_s)
+            sequence.place = (priority, *place_in_line(0, 0.0, sequence.arrived_s))
             return
         context = cached * self._books.block_size
         work_s = part_seconds(self._reckoned, PrefillPart(len(sequence.tokens) - context, context))
-        sequence.place = place_in_line(1, work_s, sequence.arrived_s)
+        sequence.place = (priority, *place_in_line(1, work_s, sequence.arrived_s))
 
     def _wait(self, sequence: Sequence) -> None:
         self._rank(sequence, self._books.count_cached(sequence.findable))
         insort(self.waiting, sequence, key=_by_place)
 
     def _run(self, sequence: Sequence) -> None:
-        insort(self._running, sequence, key=_by_arrival)
+        insort(self._running, sequence, key=_by_rank)
         self._stuck_at = None
 
     def _available(self) -> int:
@@ -196,14 +198,14 @@ class Scheduler:
         return counts.free + counts.cached
 
     def _preemptible(self) -> list[Sequence]:
-        """Running sequences that grow here, oldest first. A handoff's blocks are being read by a peer."""
+        """Running sequences that grow here, by rank. A handoff's blocks are being read by a peer."""
         return [sequence for sequence in self._running if not sequence.handoff]
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all it knows; False if it has to sit this step out.
 
-        The youngest gives its blocks up first, which may be this one. The only one that could give up waits with what
-        it has: starting over would not bring it further.
+        The last in rank gives its blocks up first, which may be this one. The only one that could give up waits with
+        what it has: starting over would not bring it further.
         """
         if sequence.phase is not Phase.RUNNING:
             return False
@@ -211,14 +213,15 @@ class Scheduler:
             candidates = self._preemptible()
             if len(candidates) < 2:
                 return False
-            youngest = candidates[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = candidates[-1]
+            self._preempt(last)
+            if last is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks; it is next to be admitted, and recomputes what is not found in the cache then."""
+        """Take a sequence's blocks; it is the next of its priority to be admitted, and recomputes what is not found in
+        the cache then."""
         self._running.remove(sequence)
         sequence.give_up_blocks()
         self._wait(sequence)
@@ -276,9 +279,9 @@ _LOOKED_AT = 8
 """Waiting sequences whose prefix is looked up anew before each step that could admit one."""
 
 
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _by_rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.work.priority, sequence.arrival
 
 
-def _by_place(sequence: Sequence) -> tuple[tuple[int, float], int]:
+def _by_place(sequence: Sequence) -> tuple[tuple[int, int, float], int]:
     return sequence.place, sequence.arrival

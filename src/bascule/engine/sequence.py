@@ -52,7 +52,7 @@ class Sequence:
         self.key = Key(work.request, work.attempt)
         self.arrival = arrival
         self.arrived_s = arrived_s
-        self.place = (0, arrived_s)
+        self.place = (work.priority, 0, arrived_s)
         """What it waits by, for blocks and for tokens of a step: `policies.order`; the scheduler's."""
         self.tokens = self._known(work)
         self.computed = 0

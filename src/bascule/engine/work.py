@@ -23,6 +23,8 @@ class Work(Struct, frozen=True, kw_only=True):
     """None for the engine's own."""
     salt: Salt = b""
     """Only what has the same shares KV with it."""
+    priority: int = 0
+    """Lower goes first, and keeps its blocks longest."""
 
 
 class Key(NamedTuple):

@@ -51,6 +51,7 @@ class Relay:
             stored_tokens=flight.known_tokens - 1,
             timeout_s=flight.deadline - now,
             salt=flight.request.salt,
+            priority=flight.request.priority,
         )
 
     def overdue(self, now: float) -> Iterator[Flight]:

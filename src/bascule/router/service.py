@@ -312,6 +312,7 @@ class Service:
             fetch=self.view.lender(chosen),
             timeout_s=flight.deadline - now,
             salt=flight.request.salt,
+            priority=flight.request.priority,
         )
         if chosen.handed_by is not None:
             submission = self.relay.first_leg(flight, submission, chosen.handed_by)

@@ -205,6 +205,7 @@ class Handoffs:
             sampling=submission.sampling,
             slo=submission.slo,
             salt=submission.salt,
+            priority=submission.priority,
         )
         handoff.target.engine.adopt(work, handoff.lease)
         handoff.lease = None

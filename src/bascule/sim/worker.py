@@ -225,6 +225,7 @@ class SimWorker:
             handoff=handoff,
             slo=submission.slo,
             salt=submission.salt,
+            priority=submission.priority,
         )
         try:
             self.engine.submit(work)

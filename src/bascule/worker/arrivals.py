@@ -156,6 +156,7 @@ class Arrivals:
                     handoff=submission.decode is not None,
                     slo=submission.slo,
                     salt=submission.salt,
+                    priority=submission.priority,
                 )
             )
         except RequestError as error:

@@ -309,6 +309,7 @@ class DecodeSide:
             sampling=prepare.sampling,
             slo=prepare.slo,
             salt=prepare.salt,
+            priority=prepare.priority,
         )
         try:
             self._engine.adopt(work, lease)

@@ -272,6 +272,7 @@ class PrefillSide:
                 slo=handoff.submission.slo,
                 salt=handoff.submission.salt,
                 timeout_s=self._deadlines.left(handoff.key),
+                priority=handoff.submission.priority,
             ),
         )
         try:
