@@ -205,6 +205,7 @@ class StoreLoad(Struct, frozen=True, kw_only=True):
     capacity_bytes: Count | None = None
     """None where no bound is known."""
     evictions: Count = 0
+    """In the `remote` tier those of all its users, as each of them sees them since its own start."""
     errors: dict[str, Count] = {}
     """Blocks not read, taken or dropped, by reason."""
     invalid: dict[str, Count] = {}
@@ -353,43 +354,3 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     clock_skew_s: float | None = None
     """How far its time of day is behind the router's (ahead where negative); None while unknown."""
     load: WorkerLoad
-
-
-class RoutingFigures(Struct, frozen=True, kw_only=True):
-    """What the router has decided since it started, and how well it predicted."""
-
-    errors: dict[str, float] = {}
-    """Median of |predicted - actual| / actual over the latest completed requests, by term (`ttft`, `tpot`)."""
-    decisions: dict[str, int] = {}
-    """Placements by kind (`local`, `remote`)."""
-    rejected: dict[str, int] = {}
-    """Requests answered 429, by reason (`queue`, `slo`)."""
-    policy_failures: int = 0
-    """Decisions that a plug-in policy failed to make."""
-    log_lost: int = 0
-    """Requests that could not be written to the decision log."""
-
-
-class ClusterState(Struct, frozen=True, kw_only=True):
-    workers: tuple[WorkerStatus, ...]
-    queued: int
-    """Requests that wait unbound at the router."""
-    active: int
-    """Requests placed and not ended."""
-    routing: RoutingFigures = RoutingFigures()
-    store_handoffs: int = 0
-    """Requests that went from one worker to another by way of the KV store."""
-    retries: dict[str, int] = {}
-    """Requests placed again, by cause (`failed`, `lost`, `unheard`, `moved`); `refused` for want of a budget."""
-    rests: dict[str, int] = {}
-    """How often workers got no requests for a while because they failed many, by worker."""
-    kv_faults: dict[str, int] = {}
-    """Reports of workers' KV that were lost (`gap`) or not usable (`overflow`, `malformed`, `stranger`), and those that
-    an audit of the index has asked for (`strayed`), by kind."""
-    index_violations: int = 0
-    """What the last audit of the router's prefix index found; must be 0."""
-
-    @property
-    def integrity_violations(self) -> int:
-        """Of the index and of all workers' books."""
-        return self.index_violations + sum(worker.load.integrity_violations for worker in self.workers)

@@ -137,9 +137,23 @@ def test_a_full_server_that_evicts_takes_everything(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-lru"))
     store = open_remote(stack, process.url)
     names = [name_of(number) for number in range(40)]
+    assert store.stats().evictions == 0
     assert sum(store.put({name: value_of(1, 400_000)}) for name in names) == 40
     assert store.get([names[-1]]) == [value_of(1, 400_000)]
     assert store.stats().evictions > 0
+    assert open_remote(stack, process.url).stats().evictions == 0, "what was before it is none of its own"
+
+
+def test_what_servers_evict_counts_from_the_first_look_and_never_falls(stack: ExitStack) -> None:
+    store = open_remote(stack, "redis://127.0.0.1:1")
+    [server] = store._servers.values()
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for evicted in (5000, 5003, None, 5010, 0, 4):  # unreachable once, and started anew
+            reply = [7, {"used_memory": 8}, {"evicted_keys": evicted}]
+            patch.setattr(server, "pipeline", lambda _, reply=reply: reply)
+            counts.append(store.stats().evictions)
+    assert counts == [0, 3, 3, 10, 10, 14]
 
 
 def test_a_wrong_password_is_a_counted_miss(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,9 +25,10 @@ from bascule.clock import WallClock
 from bascule.errors import InvalidRequest, NotFound
 from bascule.observe.decisions import DecisionRecords
 from bascule.observe.metrics import Metrics
+from bascule.observe.state import ClusterState, RoutingFigures
+from bascule.observe.totals import counts_of
 from bascule.router.backend import LinkEnds, LinkReport, ReloadStatus
 from bascule.types import (
-    ClusterState,
     CostModel,
     Delta,
     Epoch,
@@ -37,7 +38,6 @@ from bascule.types import (
     Placement,
     Request,
     Role,
-    RoutingFigures,
     Slo,
     TokenLogprobs,
     WorkerId,
@@ -243,7 +243,14 @@ class FakeBackend:
         )
 
     def state(self) -> ClusterState:
-        return ClusterState(workers=(self.worker,), queued=4, active=5, routing=self.routing, kv_faults={"gap": 3})
+        return ClusterState(
+            workers=(self.worker,),
+            queued=4,
+            active=5,
+            routing=self.routing,
+            kv_faults={"gap": 3},
+            totals=counts_of(self.worker.load),
+        )
 
     def drain(self, worker: WorkerId, timeout: float | None = None) -> WorkerStatus:
         self.operations.append(("drain", timeout))

@@ -65,8 +65,8 @@ class Bench:
         self.view = ClusterView(1000)
         self.link = FakeLink()
         config = RoutingConfig()
-        service = Service(self.view, config, self.clock)
-        self.membership = Membership(self.link, service, config, self.clock)  # type: ignore[arg-type]
+        self.service = Service(self.view, config, self.clock)
+        self.membership = Membership(self.link, self.service, config, self.clock)  # type: ignore[arg-type]
         for name in workers:
             self.hear(offer(name))
 

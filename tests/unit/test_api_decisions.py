@@ -11,7 +11,7 @@ from test_api_service import samples
 from test_observe_decisions import LOCAL, REMOTE, attempt, record
 
 from bascule.observe.decisions import Actual, Outcome, Record
-from bascule.types import RoutingFigures
+from bascule.observe.state import RoutingFigures
 
 TERMS = {"queue_s", "load_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s", "gap_s", "harm_s"}
 

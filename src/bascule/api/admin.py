@@ -14,8 +14,8 @@ from bascule.api.decisions import decision_routes
 from bascule.api.openapi import PATH, admin_document
 from bascule.api.operations import operation_routes, worker_fields
 from bascule.observe.decisions import DecisionRecords
+from bascule.observe.state import ClusterState
 from bascule.router.backend import Backend, Operations
-from bascule.types import ClusterState
 
 
 def create_admin_app(

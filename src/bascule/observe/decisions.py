@@ -10,8 +10,9 @@ from itertools import islice
 
 from msgspec import Struct, msgpack
 
+from bascule.observe.state import RoutingFigures
 from bascule.policies.snapshot import Candidate
-from bascule.types import FinishReason, Placement, RequestId, RoutingFigures, Slo
+from bascule.types import FinishReason, Placement, RequestId, Slo
 
 KEPT = 4096
 """Requests that are remembered once they have ended; those that ended first are forgotten first."""

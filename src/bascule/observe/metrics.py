@@ -12,7 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bascule.clock import Clock
-from bascule.types import PEER, ClusterState, RoutingFigures, Tier, WorkerLoad
+from bascule.observe.state import ClusterState, RoutingFigures
+from bascule.observe.totals import COUNTERS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -129,7 +130,6 @@ class _ClusterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         state = self._state()
-        loads = [worker.load for worker in state.workers]
         yield GaugeMetricFamily("bascule_requests_queued", "Requests that wait at the router", state.queued)
         yield GaugeMetricFamily("bascule_requests_active", "Requests placed and not ended", state.active)
         yield _workers(state)
@@ -140,10 +140,8 @@ class _ClusterCollector(Collector):
             "Violations of the KV books, the store tiers' accounts and the router's prefix index (must be 0)",
             state.integrity_violations,
         )
-        yield _summed("bascule_handoff_bytes", "Bytes of KV pushed to peers", "transport", loads, _bytes_of)
-        yield _summed("bascule_handoff_refused", "Handoffs refused by the receiver", "reason", loads, _refused_of)
-        yield from _stores(loads)
-        yield from _fetches(loads)
+        yield from _totals(state)
+        yield _store_blocks(state)
         yield CounterMetricFamily(
             "bascule_store_handoffs", "Requests handed over by way of the KV store", state.store_handoffs
         )
@@ -154,51 +152,14 @@ class _ClusterCollector(Collector):
         yield _counted("bascule_kv_event_faults", "Reports of KV that were lost or not usable", "kind", state.kv_faults)
 
 
-def _stores(loads: list[WorkerLoad]) -> Iterator[Metric]:
-    """Where prompts' KV was found, and what the tiers of the store hold and have done, by tier."""
-    tiers = {tier: [load.stores[tier] for load in loads if tier in load.stores] for tier in Tier}
-    hits: dict[str, int] = {}
-    for tier, each_of in tiers.items():
-        if each_of:
-            hits[tier] = sum(each.hit_tokens for each in each_of)
-    if fetched := sum(load.fetches.hit_tokens for load in loads):
-        hits[PEER] = fetched
-    hits[Tier.DEVICE] = max(0, sum(load.hit_tokens for load in loads) - sum(hits.values()))
-    yield _counted("bascule_kv_hit_tokens", "Prompt tokens found and not computed", "tier", hits)
-    moved = CounterMetricFamily("bascule_kv_store_bytes", "Bytes of KV moved", labels=["tier", "way"])
-    spent = CounterMetricFamily("bascule_kv_store_load_seconds", "Spent on loading KV", labels=["tier"])
-    spared = CounterMetricFamily("bascule_kv_store_spared_seconds", "Computing that loads spared", labels=["tier"])
-    evicted = CounterMetricFamily("bascule_kv_store_evictions", "Blocks evicted from a tier", labels=["tier"])
-    faults = CounterMetricFamily("bascule_kv_store_faults", "Blocks not read or taken", labels=["tier", "reason"])
-    invalid = CounterMetricFamily("bascule_kv_store_invalid", "Blocks that were not valid", labels=["tier", "reason"])
-    held = GaugeMetricFamily("bascule_kv_store_blocks", "Blocks that a tier holds", labels=["tier"])
-    for tier, each_of in tiers.items():
-        if not each_of:
-            continue
-        held.add_metric([tier], max(each.blocks for each in each_of))
-        moved.add_metric([tier, "loaded"], sum(each.loaded_bytes for each in each_of))
-        moved.add_metric([tier, "saved"], sum(each.saved_bytes for each in each_of))
-        spent.add_metric([tier], sum(each.load_s for each in each_of))
-        spared.add_metric([tier], sum(each.spared_s for each in each_of))
-        evicted.add_metric([tier], sum(each.evictions for each in each_of))
-        for reason, count in sum((Sums(each.errors) for each in each_of), Sums()).items():
-            faults.add_metric([tier, reason], count)
-        for reason, count in sum((Sums(each.invalid) for each in each_of), Sums()).items():
-            invalid.add_metric([tier, reason], count)
-    yield from (held, moved, spent, spared, evicted, faults, invalid)
-
-
-def _fetches(loads: list[WorkerLoad]) -> Iterator[Metric]:
-    """What workers have fetched from each other."""
-    fetches = [load.fetches for load in loads]
-    for name, told, total in (
-        ("bytes", "Bytes of KV that workers fetched from others", sum(each.bytes for each in fetches)),
-        ("seconds", "Spent on fetching KV", sum(each.fetch_s for each in fetches)),
-        ("spared_seconds", "Computing that fetches spared", sum(each.spared_s for each in fetches)),
-    ):
-        yield CounterMetricFamily(f"bascule_kv_fetch_{name}", told, total)
-    failed = sum((Sums(each.failed) for each in fetches), Sums())
-    yield _counted("bascule_kv_fetch_failed", "Fetches that brought nothing", "reason", failed)
+def _totals(state: ClusterState) -> Iterator[Metric]:
+    """What workers have counted: handoffs, hits, what the tiers of the store and fetches have done."""
+    for name, (text, labels) in COUNTERS.items():
+        family = CounterMetricFamily(name, text, labels=labels)
+        for key, total in state.totals.items():
+            if key[0] == name:
+                family.add_metric(key[1:], total)
+        yield family
 
 
 def _prediction_errors(state: ClusterState) -> Metric:
@@ -237,6 +198,13 @@ def _blocks(state: ClusterState) -> Metric:
     return family
 
 
+def _store_blocks(state: ClusterState) -> Metric:
+    family = GaugeMetricFamily("bascule_kv_store_blocks", "Blocks that a tier holds", labels=["tier"])
+    for tier, blocks in state.store_blocks.items():
+        family.add_metric([tier], blocks)
+    return family
+
+
 def _workers(state: ClusterState) -> Metric:
     family = GaugeMetricFamily("bascule_workers", "Members of the cluster", labels=["state"])
     states = Sums(worker.state for worker in state.workers)
@@ -253,26 +221,8 @@ def _sequences(state: ClusterState) -> Metric:
     return family
 
 
-def _summed(
-    name: str, text: str, label: str, loads: list[WorkerLoad], part: Callable[[WorkerLoad], dict[str, int]]
-) -> Metric:
-    """A counter by `label`, over all workers."""
-    sums: Sums[str] = Sums()
-    for load in loads:
-        sums.update(part(load))
-    return _counted(name, text, label, sums)
-
-
 def _counted(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
     for value, count in counts.items():
         family.add_metric([value], count)
     return family
-
-
-def _bytes_of(load: WorkerLoad) -> dict[str, int]:
-    return load.handoff_bytes
-
-
-def _refused_of(load: WorkerLoad) -> dict[str, int]:
-    return load.handoff_refused

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from msgspec import Struct, field
 
+from bascule.observe.state import ClusterState
 from bascule.types import (
-    ClusterState,
     CostModel,
     Delta,
     FinishReason,

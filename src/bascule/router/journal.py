@@ -8,9 +8,10 @@ from collections.abc import Callable
 from bascule.errors import DeadlineExceeded, Overloaded, RequestError
 from bascule.observe.decision_log import DecisionLog
 from bascule.observe.decisions import Actual, Attempt, DecisionRecords, Outcome, Record
+from bascule.observe.state import RoutingFigures
 from bascule.policies.snapshot import Candidate, Decision
 from bascule.router.flight import Flight
-from bascule.types import FinishReason, RoutingFigures, Slo
+from bascule.types import FinishReason, Slo
 
 
 class Journal:

@@ -274,6 +274,7 @@ class Membership:
                     why,
                     peer,
                 )
+        self._service.tallies.heard(member, message.load)
         self._view.heartbeat(member, message.load, self._clock.now(), message.runs)
         if was_suspect:
             log.warning("worker %s is back", member.id)

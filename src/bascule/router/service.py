@@ -9,6 +9,7 @@ from collections import Counter
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import InvalidRequest, RequestError, Unavailable, WorkerFailure
+from bascule.observe.state import ClusterState
 from bascule.policies.admit import LATE_S, has_room, is_late, worth_starting
 from bascule.policies.order import place_in_line
 from bascule.policies.retry import Cause
@@ -24,8 +25,9 @@ from bascule.router.queries import Queries
 from bascule.router.refusals import NO_SECOND_HAND, OTHER_WEIGHTS, overloaded, stranded, too_late
 from bascule.router.relay import Relay
 from bascule.router.retries import Retries
+from bascule.router.tallies import Tallies
 from bascule.router.view import ClusterView, Member
-from bascule.types import ClusterState, ModelCard, Request, RequestId, Slo, WorkerId
+from bascule.types import ModelCard, Request, RequestId, Slo, WorkerId
 from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit, TokenItem
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Service:
         self._door = Door(config, view, self._queries, self._line)
         self.relay = Relay()
         self.retries = Retries(view)
+        self.tallies = Tallies(view)
         self._attached: set[WorkerId] = set()
         """Ids of attached servers, of earlier ones too."""
         self._back_by = -math.inf
@@ -123,6 +126,8 @@ class Service:
             store_handoffs=self.relay.count,
             retries=dict(self.retries.counts),
             rests=dict(self.retries.rests),
+            totals=self.tallies.totals(),
+            store_blocks=self.tallies.store_blocks(),
         )
 
     # ------------------------------------------------------------ what members report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,16 @@ class Stores:
             del rows[row]
             if not rows:
                 del self._sharing[place]
+
+    def places(self) -> Iterator[tuple[Tier, Collection[int]]]:
+        """Each place by its tier, and the rows of the workers that share it."""
+        for (tier, _), rows in self._sharing.items():
+            yield tier, rows.keys()
+
+    def speaks_for(self, row: int, tier: Tier) -> bool:
+        """Whether a worker has that tier, and is of those that share its place the one that has been there longest."""
+        place = self._places[row].get(tier)
+        return place is not None and next(iter(self._sharing[place])) == row
 
     def columns(self) -> StoreColumns | None:
         """What policies see, to be read at once; None where there is no store."""

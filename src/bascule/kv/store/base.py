@@ -137,7 +137,7 @@ class Tally:
         with self._lock:
             self._faults[fault] += blocks
 
-    def stats(self, *, blocks: int, size: int, capacity: int | None, evicted_elsewhere: int = 0) -> StoreStats:
+    def stats(self, *, blocks: int, size: int, capacity: int | None) -> StoreStats:
         """The counts, with what the tier holds: `size` and `capacity` in bytes."""
         with self._lock:
             return StoreStats(
@@ -146,6 +146,6 @@ class Tally:
                 capacity_bytes=capacity,
                 hits=self._hits,
                 misses=self._misses,
-                evictions=self._evictions + evicted_elsewhere,
+                evictions=self._evictions,
                 errors={fault: count for fault, count in self._faults.items() if count},
             )

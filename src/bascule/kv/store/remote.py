@@ -63,6 +63,8 @@ class RemoteStore:
         self._tally = Tally()
         self._typical_bytes = _ROUND_BYTES // 4
         """A block's size, as last seen."""
+        self._evicted: dict[str, int] = {}
+        """What each server had evicted since its own start when it was last asked."""
         self._closed = False
 
     def put(self, items: Mapping[BlockHash, Blob]) -> int:
@@ -129,13 +131,16 @@ class RemoteStore:
         self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))
 
     def stats(self) -> StoreStats:
-        """Asks the servers that can be reached; their blocks are all keys of their databases."""
+        """Asks the servers that can be reached; their blocks are all keys of their databases, and their evictions those
+        since they were first asked."""
         told: list[ServerFacts] = []
 
         def ask(server: Server) -> None:
             # Servers for hire do not tell everyone, which is no reason to do without them.
             with suppress(ResponseError):
-                told.append(server.facts())
+                told.append(facts := server.facts())
+                self._tally.evicted(max(facts.evictions - self._evicted.get(server.label, facts.evictions), 0))
+                self._evicted[server.label] = facts.evictions
 
         self._everywhere(ask)
         facts = list(told)
@@ -144,7 +149,6 @@ class RemoteStore:
             blocks=sum(each.keys for each in facts),
             size=sum(each.bytes for each in facts),
             capacity=sum(each.capacity_bytes for each in facts) if bounded else None,
-            evicted_elsewhere=sum(each.evictions for each in facts),
         )
 
     def check_integrity(self) -> list[str]:

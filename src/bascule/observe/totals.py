@@ -1,0 +1,97 @@
+"""What workers count, summed up over all of them, those that have left included: totals that never fall."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from bascule.types import PEER, StoreLoad, Tier, WorkerLoad
+
+Key = tuple[str, ...]
+"""A counter's name in the metrics, and the values of its labels."""
+
+HITS = "bascule_kv_hit_tokens"
+EVICTIONS = "bascule_kv_store_evictions"
+
+COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "bascule_handoff_bytes": ("Bytes of KV pushed to peers", ("transport",)),
+    "bascule_handoff_refused": ("Handoffs refused by the receiver", ("reason",)),
+    HITS: ("Prompt tokens found and not computed", ("tier",)),
+    "bascule_kv_store_bytes": ("Bytes of KV moved", ("tier", "way")),
+    "bascule_kv_store_load_seconds": ("Spent on loading KV", ("tier",)),
+    "bascule_kv_store_spared_seconds": ("Computing that loads spared", ("tier",)),
+    EVICTIONS: ("Blocks evicted from a tier", ("tier",)),
+    "bascule_kv_store_faults": ("Blocks not read or taken", ("tier", "reason")),
+    "bascule_kv_store_invalid": ("Blocks that were not valid", ("tier", "reason")),
+    "bascule_kv_fetch_bytes": ("Bytes of KV that workers fetched from others", ()),
+    "bascule_kv_fetch_seconds": ("Spent on fetching KV", ()),
+    "bascule_kv_fetch_spared_seconds": ("Computing that fetches spared", ()),
+    "bascule_kv_fetch_failed": ("Fetches that brought nothing", ("reason",)),
+}
+"""By name: what it counts, and its labels."""
+
+
+def counts_of(load: WorkerLoad) -> dict[Key, float]:
+    """All that one worker has counted since its start."""
+    counts: dict[Key, float] = {}
+    _put(counts, load.handoff_bytes, "bascule_handoff_bytes")
+    _put(counts, load.handoff_refused, "bascule_handoff_refused")
+    for tier, store in load.stores.items():
+        counts |= _counts_of_tier(tier, store)
+    fetches = load.fetches
+    if fetches.hit_tokens:
+        counts[HITS, PEER] = fetches.hit_tokens
+    counts["bascule_kv_fetch_bytes",] = fetches.bytes
+    counts["bascule_kv_fetch_seconds",] = fetches.fetch_s
+    counts["bascule_kv_fetch_spared_seconds",] = fetches.spared_s
+    _put(counts, fetches.failed, "bascule_kv_fetch_failed")
+    elsewhere = sum(count for key, count in counts.items() if key[0] == HITS)
+    counts[HITS, Tier.DEVICE] = max(0, load.hit_tokens - elsewhere)
+    return counts
+
+
+def _counts_of_tier(tier: Tier, store: StoreLoad) -> dict[Key, float]:
+    counts: dict[Key, float] = {
+        (HITS, tier): store.hit_tokens,
+        ("bascule_kv_store_bytes", tier, "loaded"): store.loaded_bytes,
+        ("bascule_kv_store_bytes", tier, "saved"): store.saved_bytes,
+        ("bascule_kv_store_load_seconds", tier): store.load_s,
+        ("bascule_kv_store_spared_seconds", tier): store.spared_s,
+        (EVICTIONS, tier): store.evictions,
+    }
+    _put(counts, store.errors, "bascule_kv_store_faults", tier)
+    _put(counts, store.invalid, "bascule_kv_store_invalid", tier)
+    return counts
+
+
+def _put(counts: dict[Key, float], parts: Mapping[str, int], *key: str) -> None:
+    counts.update({(*key, label): count for label, count in parts.items()})
+
+
+class Totals:
+    """What all workers have counted since this was made. As long as it lives, no total falls."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[Key, float] = defaultdict(float)
+        self._told: dict[Key, float] = dict.fromkeys(
+            ((name,) for name, (_, labels) in COUNTERS.items() if not labels), 0
+        )
+        self._told[HITS, Tier.DEVICE] = 0
+
+    def grew(self, before: WorkerLoad, now: WorkerLoad, *, remote: bool) -> None:
+        """A worker tells its counts anew. `remote`: whether what the servers of the `remote` tier have evicted is for
+        this one to tell; all that share them see the same."""
+        known = counts_of(before)
+        for key, count in counts_of(now).items():
+            if remote or key != (EVICTIONS, Tier.REMOTE):
+                self._sums[key] += count - known.get(key, 0)
+
+    def read(self) -> dict[Key, float]:
+        """All totals by now.
+
+        A worker may tell of a hit before it tells which tier it came from, and the device's share is what is left: it
+        does not fall for that, but stands still until it has caught up.
+        """
+        for key, count in self._sums.items():
+            self._told[key] = max(self._told.get(key, 0), count)
+        return dict(self._told)
