@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from enum import StrEnum
 from typing import Annotated, NewType
 
@@ -237,6 +238,27 @@ class FetchLoad(Struct, frozen=True, kw_only=True):
     """Fetches that brought nothing, by reason."""
 
 
+class Brought(Struct, frozen=True):
+    """KV of one request's prompt that came from the KV store or from a peer; counts by `Tier`, or `PEER`."""
+
+    tokens: dict[str, Count] = {}
+    """Of the prompt, found there and not computed."""
+    seconds: Figure = 0.0
+    """That the request waited for it before the engine had it. What is loaded beside computing adds nothing."""
+    bytes: dict[str, Count] = {}
+    """Moved for it by then, as they were stored or sent, used or not."""
+    spared_s: Figure = 0.0
+    """Seconds of computing that this has spared, by the cost model."""
+
+    def __add__(self, other: Brought) -> Brought:
+        return Brought(
+            dict(Counter(self.tokens) + Counter(other.tokens)),
+            self.seconds + other.seconds,
+            dict(Counter(self.bytes) + Counter(other.bytes)),
+            self.spared_s + other.spared_s,
+        )
+
+
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
@@ -334,8 +356,8 @@ class Delta(Struct, frozen=True, kw_only=True):
     """Set on the last delta only."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was found and not computed (the same on every delta of a request)."""
-    loaded_tokens: dict[str, int] = {}
-    """Those of them that came from a `Tier` of the store or a `PEER`."""
+    brought: Brought = Brought()
+    """What of it came from the KV store or from a peer (the same, too)."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):

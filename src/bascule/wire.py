@@ -20,10 +20,10 @@ from bascule.link_wire import PeerAddress as PeerAddress
 from bascule.link_wire import Probe as Probe
 from bascule.link_wire import Probed as Probed
 from bascule.types import (
+    Brought,
     CostModel,
     Count,
     Epoch,
-    Figure,
     FinishReason,
     ModelCard,
     RequestId,
@@ -153,10 +153,7 @@ class Loaded(Struct, frozen=True, tag=True, kw_only=True):
     epoch: Epoch
     request: RequestId
     attempt: Attempt
-    tokens: dict[str, Count]
-    """By the `Tier` that they came from, or `PEER`."""
-    seconds: Figure
-    """That the request waited for it before the engine had it."""
+    brought: Brought
 
 
 class Saved(Struct, frozen=True, tag=True):

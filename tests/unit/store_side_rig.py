@@ -16,10 +16,10 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
-from bascule.types import BlockHash, CostModel, Tier
+from bascule.types import BlockHash, Brought, CostModel, Tier
 from bascule.wire import Submit
 from bascule.worker.loader import Load
-from bascule.worker.store_side import Brought, StoreSide
+from bascule.worker.store_side import StoreSide
 
 HASHER = BlockHasher("mock", BLOCK)
 OUTPUT = 5

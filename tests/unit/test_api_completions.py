@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from bascule.api.context import timeout_of
 from bascule.errors import InvalidRequest
-from bascule.types import FinishReason
+from bascule.types import Brought, Delta, FinishReason
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,21 @@ def test_a_completion_has_text_usage_and_a_finish_reason(rig: ApiRig) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 5, 8)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_usage_sums_what_was_brought_for_each_prompt_once(rig: ApiRig) -> None:
+    brought = Brought({"disk": 2}, 0.25, {"disk": 640}, 1.5)
+    rig.backend.script = lambda request: [
+        Delta(tokens=(97,), finish=FinishReason.LENGTH, cached_tokens=2, brought=brought)
+    ]
+    details = rig.complete(prompt=["abc", "abd"], n=2).json()["usage"]["prompt_tokens_details"]
+    assert details == {
+        "cached_tokens": 4,
+        "loaded_tokens": {"disk": 4},
+        "loaded_bytes": {"disk": 1280},
+        "load_s": 0.5,
+        "spared_s": 3.0,
+    }
 
 
 def test_sixteen_tokens_are_generated_unless_asked_otherwise(rig: ApiRig) -> None:

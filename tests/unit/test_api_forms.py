@@ -13,7 +13,7 @@ from bascule.api.chat import ChatForm
 from bascule.api.completions import CompletionForm
 from bascule.api.forms import Form, Usage, Writer
 from bascule.api.text import Piece, TokenReport
-from bascule.types import FinishReason, TokenLogprobs
+from bascule.types import Brought, FinishReason, TokenLogprobs
 
 FORMS: list[Form] = [CompletionForm(ByteTokenizer()), ChatForm(ByteTokenizer())]
 
@@ -66,3 +66,16 @@ def test_a_chunk_that_says_more_than_its_text_does_so_after_plain_ones_too(
     writer = Writer(form, "r", 5, 'a "model"', token_ids=False, usage=True)
     writer.chunk(0, Piece(text="plain", tokens=(7,)), None)
     assert parsed(writer.chunk(0, piece, usage)) == whole(form, 0, piece, usage, token_ids=False, has_usage=True)
+
+
+def test_usage_says_what_kv_was_brought_and_nothing_of_what_was_not() -> None:
+    assert Usage(5, 2, 3).fields()["prompt_tokens_details"] == {"cached_tokens": 3}
+    brought = Brought({"disk": 2, "peer": 1}, 0.25, {"disk": 640, "peer": 320}, 1.5)
+    assert Usage(5, 2, 3, brought).fields()["prompt_tokens_details"] == {
+        "cached_tokens": 3,
+        "loaded_tokens": {"disk": 2, "peer": 1},
+        "loaded_bytes": {"disk": 640, "peer": 320},
+        "load_s": 0.25,
+        "spared_s": 1.5,
+    }
+    assert Usage(5, 2, 0, Brought(seconds=0.5)).fields()["prompt_tokens_details"] == {"cached_tokens": 0, "load_s": 0.5}

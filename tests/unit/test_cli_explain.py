@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from api_rig import ApiRig
 from test_api_decisions import add
-from test_observe_decisions import record
+from test_observe_decisions import REMOTE, attempt, record
 
 from bascule.cli import servers
 from bascule.cli.admin_api import NotAnswered
@@ -45,6 +45,18 @@ def test_the_only_server_of_this_machine_is_found(rig: ApiRig, capsys: pytest.Ca
         assert re.search(row, said, re.MULTILINE), said
     servers.withdraw(path)
     assert servers.running() == []
+
+
+def test_what_kv_was_brought_and_what_that_spared_is_told(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    one = record("r")
+    rig.records.open(one)
+    rig.records.decided(one, attempt(REMOTE))
+    brought = {"loaded_tokens": {"disk": 160}, "loaded_bytes": {"disk": 2_340_000}, "load_s": 0.012, "spared_s": 0.4}
+    rig.records.ended(one, Outcome.COMPLETED, Actual(ttft_s=1.0, e2e_s=2.0, cached_tokens=176, **brought))
+    explain("r", admin=rig.admin.url)
+    said = " ".join(capsys.readouterr().out.split())
+    loaded = "of which loaded 160 from disk (2.3 MB), waited for 12.0 ms, computing spared 400.0 ms"
+    assert f"176 prompt tokens cached, {loaded}" in said
 
 
 def test_a_rejected_request_is_explained_without_a_choice(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,8 @@ actuals = st.builds(
     cached_tokens=st.none() | counts,
     loaded_tokens=st.dictionaries(st.sampled_from(["host", "disk", "peer"]), counts),
     load_s=seconds,
+    loaded_bytes=st.dictionaries(st.sampled_from(["host", "disk", "peer"]), counts),
+    spared_s=seconds,
     finish=st.none() | st.sampled_from(FinishReason),
     error=names,
 )

@@ -11,7 +11,7 @@ import pytest
 from bascule.errors import WorkerFailure
 from bascule.policies.retry import Cause
 from bascule.router.flight import Flight
-from bascule.types import FinishReason, Request, RequestId, SamplingParams, Tier, WorkerId
+from bascule.types import Brought, FinishReason, Request, RequestId, SamplingParams, Tier, WorkerId
 from bascule.wire import TokenItem
 
 ID = RequestId("r")
@@ -116,12 +116,12 @@ def test_cancelling_wakes_the_reader_and_ends_the_output() -> None:
 
 def test_what_an_attempt_loaded_that_brought_no_token_does_not_count() -> None:
     async def test(flight: Flight) -> None:
-        flight.loaded, flight.load_s = {Tier.HOST: 160}, 0.5
+        flight.brought = Brought({Tier.HOST: 160}, 0.5)
         flight.retry(Cause.FAILED, WorkerId("a"))
-        assert (flight.loaded, flight.load_s) == ({}, 0.0)
-        flight.loaded = {Tier.DISK: 16}
+        assert flight.brought == Brought()
+        flight.brought = Brought({Tier.DISK: 16})
         flight.take(item(0, attempt=1))
         flight.retry(Cause.LOST, WorkerId("b"))
-        assert flight.loaded == {Tier.DISK: 16}, "with its first token, this is what the client is told"
+        assert flight.brought == Brought({Tier.DISK: 16}), "with its first token, this is what the client is told"
 
     run(test)

@@ -10,8 +10,10 @@ from test_router_service import Bench, item, scenario
 from bascule.errors import DeadlineExceeded, Overloaded
 from bascule.observe.decisions import Outcome, Record
 from bascule.router.policy import PlugIn
-from bascule.types import CostModel, FinishReason, Placement, Role, Slo, WorkerId
+from bascule.types import Brought, CostModel, Epoch, FinishReason, Placement, RequestId, Role, Slo, WorkerId
+from bascule.wire import Loaded, encode, from_worker
 
+BROUGHT = Brought({"disk": 6, "peer": 2}, 0.1, {"disk": 960, "peer": 256}, 0.5)
 COST = CostModel(step_s=0.01, token_s=0.001)
 
 
@@ -45,6 +47,30 @@ async def test_a_completed_request_has_its_prediction_beside_what_happened() -> 
     (attempt,) = record.attempts
     assert attempt.reason and len(attempt.candidates) > 1 and attempt.candidates[0].placement == attempt.chosen
     assert bench.service.state().routing.errors.keys() == {"ttft", "tpot"}
+
+
+@scenario
+async def test_what_kv_was_brought_for_a_request_is_told_to_its_client_and_recorded() -> None:
+    bench = Bench()
+    starting = bench.start()
+    await settle()
+    for told in (Brought({"disk": 4}, 0.1, {"disk": 640}, 0.3), BROUGHT):
+        bench.service.loaded(loaded(told))
+    bench.tokens("p", item(0, 7))
+    bench.service.loaded(loaded(Brought({"disk": 9})))  # of what computes it again, say
+    flight = await starting
+    bench.tokens("d", item(1, 8, finish=FinishReason.LENGTH))
+    assert [delta.brought async for delta in flight] == [BROUGHT]
+    actual = only(bench).actual
+    assert (actual.loaded_tokens, actual.load_s) == (BROUGHT.tokens, 0.1)
+    assert (actual.loaded_bytes, actual.spared_s) == (BROUGHT.bytes, 0.5)
+
+
+def loaded(brought: Brought) -> Loaded:
+    message = Loaded(worker=WorkerId("p"), epoch=Epoch("p-1"), request=RequestId("r"), attempt=0, brought=brought)
+    read = from_worker(encode(message))
+    assert isinstance(read, Loaded)
+    return read
 
 
 @scenario

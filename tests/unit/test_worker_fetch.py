@@ -17,9 +17,9 @@ from bascule.engine.sequence import Key
 from bascule.kv.codecs import codec_named
 from bascule.kv.transfer.coding import Coding
 from bascule.peer_wire import Fetch, Fetched, PeerMessage
-from bascule.types import PEER, CostModel, KVLayout, RequestId
+from bascule.policies.load import LEAST_SHARE
+from bascule.types import PEER, Brought, CostModel, KVLayout, RequestId
 from bascule.wire import FetchFrom
-from bascule.worker.parts import Brought
 
 EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 
@@ -204,7 +204,11 @@ def test_a_slow_peer_is_not_waited_for_and_what_it_gives_late_is_used_all_the_sa
             for found in rig.step().found:
                 two.fetches.found(found)
         assert [each.token for each in rig.outputs[key]] == reference(prompt, greedy(OUTPUT))
-        assert came[-1].tokens == {PEER: 8 * BLOCK}
+        figures = two.fetches.figures()
+        patience_s = LEAST_SHARE * 0.2 * len(prompt)
+        assert came[-1] == Brought({PEER: 8 * BLOCK}, came[-1].seconds, {PEER: figures.bytes}, figures.spared_s)
+        assert 0 < came[-1].seconds <= patience_s, "what comes beside computing was not waited for"
+        assert figures.bytes > 0 and figures.spared_s == pytest.approx(8 * BLOCK * 0.2)
         assert two.fetches.figures().hit_tokens == 8 * BLOCK
         two.fetches.give_up(key)
         assert computed[: 2 * BLOCK + 1] == [*range(2 * BLOCK), 10 * BLOCK]

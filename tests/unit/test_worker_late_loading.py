@@ -62,6 +62,8 @@ def test_what_is_loaded_from_the_back_meanwhile_is_not_computed(
         loads = node.side.loads()[Tier.HOST]
         assert loads.hit_tokens == 30 * BLOCK
         assert loads.spared_s == pytest.approx(30 * BLOCK * KNOWN.token_s)
+        assert brought.spared_s == pytest.approx(loads.spared_s), "what comes late adds to it, as to tokens and bytes"
+        assert brought.bytes == {Tier.HOST: loads.loaded_bytes}
         await finish(node, store)
         assert len(store.asked) == 3, "nobody needs more of it"
 
@@ -288,7 +290,7 @@ def test_what_is_loaded_late_is_told_before_the_tokens(store: Gated) -> None:
         go.set()
         deltas = [delta async for delta in await starting]
         await other
-        assert [each.loaded_tokens for each in deltas] == [{Tier.HOST: 8 * BLOCK}] * len(deltas)
+        assert [each.brought.tokens for each in deltas] == [{Tier.HOST: 8 * BLOCK}] * len(deltas)
         assert deltas[0].cached_tokens == 8 * BLOCK
         assert [token for each in deltas for token in each.tokens] == reference(prompt, greedy(2))
         parts.runner.execute = execute  # type: ignore[method-assign]

@@ -61,6 +61,8 @@ def test_what_one_worker_computed_another_one_loads(stack: ExitStack, own_memory
         brought = await second.complete([*prompt_of(1), 7, 8])
         assert brought is not None
         assert brought.tokens == {Tier.HOST: 10 * BLOCK}
+        assert brought.bytes == {Tier.HOST: second.side.loads()[Tier.HOST].loaded_bytes}
+        assert sum(brought.bytes.values()) > 10 * second.rig.runner.card.layout.block_bytes, "records have headers"
         assert second.rig.engine.load().hit_tokens == 10 * BLOCK
         assert second.side.loads()[Tier.HOST].hit_tokens == 10 * BLOCK
         assert await second.complete(prompt_of(1)) is None, "it is on the device already"

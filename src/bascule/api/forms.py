@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 from msgspec import Struct
 
 from bascule.api.text import Piece
+from bascule.types import Brought
 
 _encode = msgspec.json.Encoder().encode
 
@@ -40,23 +40,29 @@ class Form(Protocol):
 
 
 class Usage(Struct, frozen=True):
-    """Token counts; `cached_tokens` are those of the prompt whose KV was found and not computed, `loaded_tokens` those
-    of them that came from a tier of the store, or from another worker."""
+    """Token counts; `cached_tokens` are those of the prompt whose KV was found and not computed, `brought` what of it
+    came from a tier of the store, or from another worker."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    loaded_tokens: Mapping[str, int] = {}
+    brought: Brought = Brought()
 
     def fields(self) -> dict[str, object]:
-        cached: dict[str, object] = {"cached_tokens": self.cached_tokens}
-        if self.loaded_tokens:
-            cached["loaded_tokens"] = self.loaded_tokens
+        brought = {
+            "loaded_tokens": self.brought.tokens,
+            "loaded_bytes": self.brought.bytes,
+            "load_s": self.brought.seconds,
+            "spared_s": self.brought.spared_s,
+        }
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": cached,
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                **{name: value for name, value in brought.items() if value},
+            },
         }
 
 

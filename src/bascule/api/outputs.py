@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
 from msgspec import Struct
@@ -15,7 +14,7 @@ from bascule.api.tokens import Tokenizer
 from bascule.errors import WorkerFailure
 from bascule.observe.metrics import OutputTimer
 from bascule.router.backend import Backend, Generation
-from bascule.types import Delta, Placement, Request, RequestId, Slo
+from bascule.types import Brought, Delta, Placement, Request, RequestId, Slo
 
 
 class Output:
@@ -29,7 +28,7 @@ class Output:
         self._generation: Generation | None = None
         self._deltas: AsyncIterator[Delta] | None = None
         self._cached_tokens = 0
-        self._loaded_tokens: dict[str, int] = {}
+        self._brought = Brought()
 
     async def start(self, backend: Backend) -> Placement:
         """Returns where it was placed, once its first tokens are there; raises RequestError."""
@@ -45,7 +44,7 @@ class Output:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens, self._loaded_tokens)
+        return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens, self._brought)
 
     async def next_piece(self) -> Piece:
         """The text that has come since, the last piece with `finish`; a stop string ends the backend's work too."""
@@ -56,7 +55,7 @@ class Output:
         except StopAsyncIteration:
             raise WorkerFailure("The output ended before it was finished. Send the request again.") from None
         self._timer.delivered()
-        self._cached_tokens, self._loaded_tokens = delta.cached_tokens, delta.loaded_tokens
+        self._cached_tokens, self._brought = delta.cached_tokens, delta.brought
         piece = self._text.push(delta)
         if piece.finish is not None:
             if self._generation is not None:
@@ -96,7 +95,7 @@ class Outputs:
             prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in prompts),
-            loaded_tokens=sum((Counter(usage.loaded_tokens) for usage in prompts), Counter()),
+            brought=sum((usage.brought for usage in prompts), Brought()),
         )
 
 

@@ -123,10 +123,12 @@ def _comparison(attempts: list[dict[str, Any]], actual: dict[str, Any]) -> Table
 
 def _summary(actual: dict[str, Any]) -> str:
     loaded = ", ".join(f"{count} from {tier}" for tier, count in actual["loaded_tokens"].items())
+    moved = sum(actual["loaded_bytes"].values()) / 1e6
     return (
         f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
         f"{actual['cached_tokens']} prompt tokens cached"
-        + (f", of which loaded {loaded}, waited for {_ms(actual['load_s'])} ms" if loaded else "")
+        + (f", of which loaded {loaded} ({moved:.1f} MB), waited for {_ms(actual['load_s'])} ms" if loaded else "")
+        + (f", computing spared {_ms(actual['spared_s'])} ms" if loaded else "")
         + (f"; waited {_ms(actual['load_s'])} ms for KV that did not come" if actual["load_s"] and not loaded else "")
     )
 

@@ -69,6 +69,10 @@ class Actual(Struct, frozen=True, kw_only=True, array_like=True):
     """Those of them that came from the store, by tier, or from a peer."""
     load_s: float = 0.0
     """What the request waited for that at the worker, before its prompt was begun."""
+    loaded_bytes: dict[str, int] = {}
+    """Moved for it, as they were stored or sent, used or not."""
+    spared_s: float = 0.0
+    """Of computing, by the worker's cost model."""
     finish: FinishReason | None = None
     error: str = ""
     """What the client was told, if it was an error."""

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from bascule.errors import RequestError
 from bascule.observe.decisions import Record
 from bascule.policies.retry import Cause
-from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
+from bascule.types import BlockHash, Brought, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import TokenItem
 
 
@@ -71,10 +71,8 @@ class Flight:
         self._gap_since: float | None = None
         self.cached_tokens: int | None = None
         """Prompt tokens that the first prefill found."""
-        self.loaded: dict[str, int] = {}
-        """Those of them that came from the store, by tier, or from a peer."""
-        self.load_s = 0.0
-        """What loading took."""
+        self.brought = Brought()
+        """What of it came from the store or from a peer."""
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -152,7 +150,7 @@ class Flight:
             self.excluded |= {failed}
         self._held.clear()
         if self.cached_tokens is None:
-            self.loaded, self.load_s = {}, 0.0
+            self.brought = Brought()
 
     def take(self, item: TokenItem) -> bool:
         """Take a token if it belongs to this attempt and its output; returns whether the output has grown."""
@@ -238,5 +236,5 @@ class Flight:
             logprobs=logprobs,
             finish=items[-1].finish,
             cached_tokens=self.cached_tokens or 0,
-            loaded_tokens=self.loaded,
+            brought=self.brought,
         )

@@ -101,8 +101,10 @@ def _actual(flight: Flight, now: float, error: RequestError | None) -> Actual:
         e2e_s=now - flight.received,
         output_tokens=tokens,
         cached_tokens=flight.cached_tokens,
-        loaded_tokens=flight.loaded,
-        load_s=flight.load_s,
+        loaded_tokens=flight.brought.tokens,
+        load_s=flight.brought.seconds,
+        loaded_bytes=flight.brought.bytes,
+        spared_s=flight.brought.spared_s,
         finish=flight.finish,
         error="" if error is None else error.message,
     )

@@ -193,7 +193,7 @@ class Service:
         """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
         flight = self._flights.get(message.request)
         if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
-            flight.loaded, flight.load_s = message.tokens, message.seconds
+            flight.brought = message.brought
 
     def saved(self, message: Saved) -> None:
         """The KV of a request's first leg is in the store."""

@@ -58,7 +58,7 @@ class TierPlace:
         return True
 
 
-class Brought(Struct, frozen=True):
+class Supplied(Struct, frozen=True):
     """What a prompt has got from the store."""
 
     submission: Submit
@@ -76,7 +76,7 @@ class TierSide:
         agenda: Agenda,
         engine: Callable[[], SimEngine],
         tell: Callable[[Tier, Sequence[BlockHash], Sequence[BlockHash]], None],
-        ready: Callable[[Brought], None],
+        ready: Callable[[Supplied], None],
     ) -> None:
         """`tell` reports what came into a tier and what is missing there; `ready` gets each request when it has all
         that it waits for."""
@@ -126,24 +126,24 @@ class TierSide:
         )
         loaded = {tier: count * self._size for tier, count in Counter(run[:blocks]).items()}
         seconds = load_seconds(self._costs, loaded, self._token_bytes)
-        brought = Brought(submission, loaded, seconds)
+        supplied = Supplied(submission, loaded, seconds)
         if not blocks:
-            self._ready(brought)
+            self._ready(supplied)
             return
         self.waiting[key] = len(tokens) - (here + blocks) * self._size
-        self._agenda.after(seconds, partial(self._come, key, brought, names[: here + blocks]))
+        self._agenda.after(seconds, partial(self._come, key, supplied, names[: here + blocks]))
 
-    def _come(self, key: Key, brought: Brought, names: list[BlockHash]) -> None:
+    def _come(self, key: Key, supplied: Supplied, names: list[BlockHash]) -> None:
         if self.waiting.pop(key, None) is None:
             return
-        submission = brought.submission
+        submission = supplied.submission
         tokens = submission.prompt + submission.generated
         lease = self._engine().borrow(names, tokens, len(names))
         if lease is not None:
             first = lease.cached
             lease.seal(first, names[first:], tokens[first * self._size : len(names) * self._size], submission.salt)
             lease.release()
-        self._ready(brought)
+        self._ready(supplied)
 
     def _found(self, names: Sequence[BlockHash], expected: int) -> list[Tier]:
         """The fastest tier of each of the leading blocks that some tier has."""

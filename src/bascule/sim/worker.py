@@ -17,8 +17,8 @@ from bascule.sim.agenda import Agenda
 from bascule.sim.engine import SimEngine, Streamed
 from bascule.sim.spans import Span
 from bascule.sim.text import Namer
-from bascule.sim.tiers import Brought, TierPlace, TierSide
-from bascule.types import BlockHash, CostModel, Epoch, ModelCard, Role, StepLoad, WorkerId
+from bascule.sim.tiers import Supplied, TierPlace, TierSide
+from bascule.types import BlockHash, Brought, CostModel, Epoch, ModelCard, Role, StepLoad, WorkerId
 from bascule.wire import (
     VERSION,
     Cancel,
@@ -111,7 +111,7 @@ class SimWorker:
             worker, self.epoch, self._books, lambda events: router.tell(self.epoch, events), self._computed
         )
         if places:
-            self._tiers = TierSide(places, card, agenda, lambda: self.engine, self._reporter.tell, self._brought)
+            self._tiers = TierSide(places, card, agenda, lambda: self.engine, self._reporter.tell, self._supplied)
         self._report_due = False
         self._received = 0
         self._step = 0
@@ -195,12 +195,12 @@ class SimWorker:
         if self._tiers is not None:
             self._tiers.computed(names)
 
-    def _brought(self, brought: Brought) -> None:
+    def _supplied(self, supplied: Supplied) -> None:
         if not self.alive:
             return
-        submission = brought.submission
-        if brought.tokens:
-            tokens = {str(tier): count for tier, count in brought.tokens.items()}
+        submission = supplied.submission
+        if supplied.tokens:
+            tokens = {str(tier): count for tier, count in supplied.tokens.items()}
             self._router.tell(
                 self.epoch,
                 Loaded(
@@ -208,8 +208,7 @@ class SimWorker:
                     epoch=self.epoch,
                     request=submission.request,
                     attempt=submission.attempt,
-                    tokens=tokens,
-                    seconds=brought.seconds,
+                    brought=Brought(tokens, supplied.seconds),
                 ),
             )
         self._start(submission)

@@ -11,9 +11,9 @@ from typing import Any
 from bascule.engine.core import Engine, StepResult, Work
 from bascule.engine.sequence import Key
 from bascule.errors import RequestError
+from bascule.types import Brought
 from bascule.wire import FetchFrom, Submit
 from bascule.worker.fetch import Fetches
-from bascule.worker.parts import Brought
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.store_side import StoreSide
 

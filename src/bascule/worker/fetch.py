@@ -22,11 +22,10 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import SECRET_BYTES
 from bascule.peer_wire import Fetch, Fetched, Revoked
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
-from bascule.types import PEER, BlockHash, CostModel, FetchLoad, ModelCard, Salt, TicketId
+from bascule.types import PEER, BlockHash, Brought, CostModel, FetchLoad, ModelCard, Salt, TicketId
 from bascule.wire import FetchFrom, Submit
 from bascule.worker.grants import Grants
 from bascule.worker.loader import LEAST_PATIENCE_S
-from bascule.worker.parts import Brought
 from bascule.worker.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ class _Wish:
     hashes: Sequence[BlockHash]
     """Of the full blocks that the peer is said to have."""
     source: FetchFrom
+    patience_s: float
+    """How long the request waits for it."""
     came: Callable[[Brought], None]
 
 
@@ -54,9 +55,11 @@ class _Here:
 
     wish: _Wish
     places: range
-    seconds: float
+    waited_s: float
+    bytes: int
     used: int = 0
     """Tokens of them that the engine has found."""
+    spared_s: float = 0.0
 
 
 class Fetches:
@@ -123,8 +126,7 @@ class Fetches:
         size, model = self._card.layout.block_size, self._engine.cost
         wanted = min(source.tokens, len(tokens) - 1) // size
         hashes = self._hasher.chain(tokens[: wanted * size], submission.salt)
-        wish = _Wish(key, tokens, submission.salt, hashes, source, came)
-        if (cached := self._books.count_cached(wish.hashes)) == wanted:
+        if (cached := self._books.count_cached(hashes)) == wanted:
             return
         behind = len(tokens) - cached * size
         limit = patience = _UNKNOWN_S
@@ -132,6 +134,7 @@ class Fetches:
             limit = prompt_seconds(model, len(tokens), cached * size)
             patience = max(LEAST_SHARE * limit, LEAST_PATIENCE_S)
         self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
+        wish = _Wish(key, tokens, submission.salt, hashes, source, patience, came)
         task = self._tasks[key] = asyncio.create_task(self._within(max(limit, patience), wish))
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
         try:
@@ -152,9 +155,10 @@ class Fetches:
         model, size, prompt = self._engine.cost, self._card.layout.block_size, len(here.wish.tokens)
         here.used += len(places) * size
         self._hit_tokens += len(places) * size
-        self._spared_s += prompt_seconds(model, prompt, places.start * size)
-        self._spared_s -= prompt_seconds(model, prompt, places.stop * size)
-        here.wish.came(Brought({PEER: here.used}, here.seconds))
+        behind_s = [prompt_seconds(model, prompt, place * size) for place in (places.start, places.stop)]
+        here.spared_s += behind_s[0] - behind_s[1]
+        self._spared_s += behind_s[0] - behind_s[1]
+        here.wish.came(Brought({PEER: here.used}, here.waited_s, {PEER: here.bytes}, here.spared_s))
 
     def give_up(self, key: Key, *, late: bool = False) -> None:
         """Nothing more is to be fetched for a request, or found of it; does nothing for others. `late`: because it is
@@ -215,10 +219,11 @@ class Fetches:
         # A prompt that is being computed by now jumps over what it has not come to yet.
         self._engine.take_found(*wish.key)
         seconds = asyncio.get_running_loop().time() - begun
-        self._bytes += len(blocks) * self._card.layout.block_bytes
+        came = len(blocks) * self._card.layout.block_bytes
+        self._bytes += came
         self._fetch_s += seconds
         if wish.key in self._tasks:
-            self._here[wish.key] = _Here(wish, range(cached, end), seconds)
+            self._here[wish.key] = _Here(wish, range(cached, end), min(seconds, wish.patience_s), came)
 
     async def _ask(self, wish: _Wish, lease: Lease) -> Fetched:
         """The peer's answer, after which nobody writes any more. If none is waited for, the lease is given back."""

@@ -56,6 +56,10 @@ class Load:
         """By place in the prompt, from where blocks came that the engine has not found yet."""
         self.used: Counter[Tier] = Counter()
         """Tokens that it has found, by tier."""
+        self.moved: Counter[Tier] = Counter()
+        """Bytes that have come for it, by tier."""
+        self.spared_s = 0.0
+        """Of computing, by what it has found."""
         self.waited_s = 0.0
         self._patience_s: float | None = None
         self._limit: asyncio.Timeout | None = None
@@ -203,12 +207,13 @@ class Loader:
             Wanted(load.hashes[place], tuple(load.tokens[place * size : (place + 1) * size]), block, load.salt)
             for place, block in zip(places, lease.blocks[at:], strict=False)
         ]
-        came = self._tiers.load(wanted, tiers)
+        moved: Counter[Tier] = Counter()
+        came = self._tiers.load(wanted, tiers, moved)
         if not came:
             return 0
         loaded = wanted[: len(came)]
         self._engine.take_in([each.block for each in loaded])
-        self._loop.call_soon_threadsafe(self._came, load, places, came)
+        self._loop.call_soon_threadsafe(self._came, load, places, came, moved)
         tokens = [token for each in loaded for token in each.tokens]
         lease.seal(at, [each.name for each in loaded], tokens, load.salt)
         self._engine.take_found(*load.key)
@@ -218,10 +223,11 @@ class Loader:
         for tier in tiers:
             self._tell(tier, (), names)
 
-    def _came(self, load: Load, places: range, tiers: Sequence[Tier]) -> None:
+    def _came(self, load: Load, places: range, tiers: Sequence[Tier], moved: Counter[Tier]) -> None:
         """In the loop. The router did not count on some: it has never heard of them, or they were out of reach."""
         found = dict(zip(places, tiers, strict=False))
         load.came |= found
+        load.moved += moved
         for tier in self._tiers.stores:
             if here := [load.hashes[at] for at, source in found.items() if source is tier and at >= load.believed]:
                 self._tell(tier, here, ())

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
-
-from msgspec import Struct
 
 from bascule.engine.core import Engine
 from bascule.engine.protocol import Runner
@@ -45,13 +42,3 @@ class Parts:
     """Where KV is kept below the arena, if anywhere."""
     coding: Coding = field(default_factory=Coding)
     """How blocks may go to other workers over a link."""
-
-
-class Brought(Struct, frozen=True):
-    """KV that was not computed: a prompt's tokens by where it came from (a `Tier`, or `PEER`), and the seconds."""
-
-    tokens: dict[str, int] = {}
-    seconds: float = 0.0
-
-    def __add__(self, other: Brought) -> Brought:
-        return Brought(dict(Counter(self.tokens) + Counter(other.tokens)), self.seconds + other.seconds)

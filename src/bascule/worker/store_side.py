@@ -24,10 +24,9 @@ from bascule.kv.store.accounts import Accounts
 from bascule.kv.store.base import StoreStats
 from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
-from bascule.types import BlockHash, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
+from bascule.types import BlockHash, Brought, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
-from bascule.worker.parts import Brought
 from bascule.worker.saver import Saver
 
 log = logging.getLogger(__name__)
@@ -260,7 +259,9 @@ class StoreSide:
             load.used[tier] += blocks * size
             self._hit_tokens[tier] += blocks * size
             self._saved_s[tier] += saved_s * blocks / len(places)
-        self._on_loaded(load.key, Brought(dict(load.used.items()), load.waited_s))
+        load.spared_s += saved_s * tiers.total() / len(places)
+        brought = Brought(dict(load.used.items()), load.waited_s, dict(load.moved.items()), load.spared_s)
+        self._on_loaded(load.key, brought)
 
     # ------------------------------------------------------------ figures
 

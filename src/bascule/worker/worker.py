@@ -15,7 +15,7 @@ from bascule.errors import RegistrationRefused
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.link_wire import MeasureLink
 from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
-from bascule.types import BlockHash, Epoch, StepLoad, TicketId, WorkerId, WorkerLoad
+from bascule.types import BlockHash, Brought, Epoch, StepLoad, TicketId, WorkerId, WorkerLoad
 from bascule.wire import (
     Cancel,
     Draining,
@@ -44,7 +44,7 @@ from bascule.worker.lend import Lender
 from bascule.worker.link import RouterSocket
 from bascule.worker.link_probe import LinkProbe
 from bascule.worker.neighbours import Reach
-from bascule.worker.parts import Brought, Identity, Parts
+from bascule.worker.parts import Identity, Parts
 from bascule.worker.peers import Peers
 from bascule.worker.prefill_side import PrefillSide
 from bascule.worker.standing import Standing, offer_of
@@ -259,8 +259,7 @@ class Worker:
                 epoch=self._identity.epoch,
                 request=key.request,
                 attempt=key.attempt,
-                tokens=brought.tokens,
-                seconds=brought.seconds,
+                brought=brought,
             )
         )
 

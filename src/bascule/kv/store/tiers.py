@@ -131,8 +131,9 @@ class Tiers:
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
 
-    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier]) -> list[Tier]:
+    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier], moved: Counter[Tier] | None = None) -> list[Tier]:
         """Write blocks to the arena, `run` being the first tier to look in for each; returns where each came from.
+        `moved` counts the bytes of their records.
 
         Ends with the first block that no tier gives; what lies in the arena's blocks from there on is undefined.
         """
@@ -141,19 +142,20 @@ class Tiers:
             part = [each for each, _ in group]
             for start in range(0, len(part), BATCH):
                 batch = part[start : start + BATCH]
-                sources = self._load_batch(batch, tier)
+                sources = self._load_batch(batch, tier, Counter() if moved is None else moved)
                 came += sources
                 if len(sources) < len(batch):
                     return came
         return came
 
-    def _load_batch(self, batch: Sequence[Wanted], first: Tier) -> list[Tier]:
+    def _load_batch(self, batch: Sequence[Wanted], first: Tier, moved: Counter[Tier]) -> list[Tier]:
         """The blocks of a batch from one tier, and one by one from those below it where it fails."""
         sources: list[Tier | None] = [None] * len(batch)
         tiers = list(self.stores)
         for tier in tiers[tiers.index(first) :]:
             left = [index for index, source in enumerate(sources) if source is None]
-            for index, good in zip(left, self._load_from(tier, [batch[index] for index in left]), strict=True):
+            came = self._load_from(tier, [batch[index] for index in left], moved)
+            for index, good in zip(left, came, strict=True):
                 if good:
                     sources[index] = tier
             if None not in sources:
@@ -161,7 +163,7 @@ class Tiers:
         whole = sources.index(None) if None in sources else len(sources)
         return [source for source in sources[:whole] if source is not None]
 
-    def _load_from(self, tier: Tier, batch: Sequence[Wanted]) -> list[bool]:
+    def _load_from(self, tier: Tier, batch: Sequence[Wanted], moved: Counter[Tier]) -> list[bool]:
         begun = self._now()
         store = self.stores[tier]
         good, invalid, size = [False] * len(batch), [], 0
@@ -176,6 +178,7 @@ class Tiers:
             else:
                 good[index] = True
                 size += len(data)
+        moved[tier] += size
         self._loaded(tier, sum(good), size, self._now() - begun, Counter(reason for _, reason in invalid))
         if invalid:
             store.drop([name for name, _ in invalid])
