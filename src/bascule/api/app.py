@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bascule.api.body import Bodies
 from bascule.api.chat import read_chat
 from bascule.api.completions import read_completion
 from bascule.api.context import Context
@@ -27,14 +28,15 @@ from bascule.types import ModelCard
 def create_app(context: Context, keys: Sequence[str] = ()) -> ASGIApp:
     """The application that clients talk to; with `keys`, those that bring one."""
     probes = Probes(context)
+    bodies = Bodies(context.max_body)
     models = Models(context)
 
     async def document(_request: Request) -> Response:
         return json_response(api_document(context.backend.card))
 
     routes = [
-        Route("/v1/completions", TokenEndpoint(context, read_completion), methods=["POST"]),
-        Route("/v1/chat/completions", TokenEndpoint(context, read_chat), methods=["POST"]),
+        Route("/v1/completions", TokenEndpoint(context, read_completion, bodies), methods=["POST"]),
+        Route("/v1/chat/completions", TokenEndpoint(context, read_chat, bodies), methods=["POST"]),
         Route("/v1/models", models.list),
         Route("/v1/models/{model:path}", models.get),
         Route("/health", probes.health),

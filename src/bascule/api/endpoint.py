@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bascule.api.body import read_object
+from bascule.api.body import Bodies, Share, read_object
 from bascule.api.calls import together
 from bascule.api.context import ROUTE, Context, backend_id_of, session_of, slo_of, timeout_of
 from bascule.api.errors import ClientGone, internal_error, let_go
@@ -36,18 +36,21 @@ class TokenEndpoint:
     Errors before the first token are HTTP statuses; later ones are an error event, after which the stream ends.
     """
 
-    def __init__(self, context: Context, read: Read) -> None:
+    def __init__(self, context: Context, read: Read, bodies: Bodies) -> None:
+        """`bodies` counts those of all endpoints."""
         self._context = context
         self._read = read
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = self._context.clock.now()
         events = EventStream(send)
         outcome = Outcome.FAILED
+        share = Share(self._bodies)
         try:
             request = Request(scope, receive)
-            fields = Fields(await read_object(request, self._context.max_body))
-            await self._context.calls.run(self._answer(request, fields, received, events, send), receive)
+            fields = Fields(await read_object(request, self._context.max_body, share))
+            await self._context.calls.run(self._answer(request, fields, share, received, events, send), receive)
             outcome = Outcome.COMPLETED
         except ClientGone as gone:
             outcome = Outcome.CANCELLED
@@ -64,15 +67,20 @@ class TokenEndpoint:
             log.exception("request %s failed", scope["state"]["request_id"])
             await events.fail(internal_error(scope["state"]["request_id"]))
         finally:
+            share.release()
             self._context.metrics.ended(outcome)
 
-    async def _answer(self, request: Request, fields: Fields, received: float, events: EventStream, send: Send) -> None:
+    async def _answer(
+        self, request: Request, fields: Fields, share: Share, received: float, events: EventStream, send: Send
+    ) -> None:
         context = self._context
         served = context.served()
         call = await self._read(fields, served, context.tokenizer)
         request_id: str = request.state.request_id
         if unknown := fields.unknown():
             log.debug("request %s has fields that are not known here: %s", request_id, ", ".join(unknown))
+        fields.forget()  # who sends what is not known here may send much of it, and the answer may take long
+        share.release()
         asked = _asked(request, context)
         context.check_open()
         timers = [context.metrics.timer(received) for _ in range(len(call.prompts) * call.parameters.n)]

@@ -124,6 +124,10 @@ class Fields:
         """The names in the object that were never asked for."""
         return sorted(self._body.keys() - self._asked)
 
+    def forget(self) -> None:
+        """All has been read; let the object go, whoever still has this."""
+        self._body = {}
+
 
 def _range(low: float | None, high: float | None) -> str:
     if high is None or high == math.inf:
