@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, GatheringTransport(transport, self.loop))
         if len(self.connections) > (most := most_clients()):
-            _say_too_many(self.loop.time(), most)
+            say_too_many(self.loop.time(), most)
             self.transport.write(_TOO_MANY)
             self.transport.close()
             return
@@ -120,12 +120,12 @@ def most_clients() -> int:
     return max(open_files_allowed() - _OWN_FILES, 1)
 
 
-def _say_too_many(now: float, most: int) -> None:
+def say_too_many(now: float, most: int) -> None:
     """Once a minute: whoever opens them all can do so without end."""
     global _said_at
     if now - _said_at >= _SAY_S:
         _said_at = now
-        log.warning("%d clients are connected; more are answered 503 until some leave (ulimit -n allows more)", most)
+        log.warning("%d clients are connected; more are refused until some leave (ulimit -n allows more)", most)
 
 
 def _last_words(status: bytes, kind: bytes, code: bytes, message: bytes) -> bytes:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from bascule.api.calls import Calls
 from bascule.api.connection import Connection
+from bascule.api.handshakes import TlsListener
 from bascule.errors import ConfigError
 
 KEEP_ALIVE = 75
@@ -87,11 +88,12 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that leaves signals alone and says when it listens."""
+    """uvicorn that leaves signals alone, says when it listens, and bounds TLS handshakes."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._tls: TlsListener | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -99,8 +101,22 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self.config.ssl is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            self.servers: list[asyncio.Server] = []
+            connections = self.server_state.connections
+            self._tls = TlsListener(sockets[0], self.config.ssl, self._connection, lambda: len(connections))
+            self.started = True
         self.listening.set()
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._tls is not None:
+            await self._tls.close()
+        await super().shutdown(sockets)
 
     def cut(self) -> None:
         """Close every connection as it is."""
