@@ -82,7 +82,7 @@ class Chance:
             assert self.node.rig.engine.check_integrity() == []
         for store in self.stores:
             store.let_all()
-        while self.node.rig.engine.has_work() or self.node.side._starting:
+        while self.node.rig.engine.has_work() or self.node.side._starting or self.node.side.loading:
             self.node.step()
             await asyncio.sleep(0.0002)
         for key, prompt in self.asked.items():

@@ -35,7 +35,7 @@ class Engine:
     """Continuous batching over one runner. One thread calls `step`; everything else may be called from any thread.
 
     No call waits for a running step: the lock is held for bookkeeping only, and the runner executes outside it.
-    `take_found`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
+    `take_found`, `hold`, `go`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
     """
 
     def __init__(
@@ -174,6 +174,20 @@ class Engine:
                 return True
             return sequence.behind > 1 and sequence.take_found()
 
+    def hold(self, request: RequestId, attempt: int, blocks: int) -> None:
+        """A sequence that waits for memory is not computed before `go` if it finds fewer than its first `blocks` in
+        the cache when it gets some; `StepResult.admitted` says so. Does nothing for one that has memory."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            if sequence is not None and sequence.phase is Phase.WAITING:
+                sequence.awaited = blocks
+
+    def go(self, request: RequestId, attempt: int) -> None:
+        """Compute what has not been found of a sequence."""
+        with self._lock:
+            if (sequence := self._scheduler.sequences.get(Key(request, attempt))) is not None:
+                self._scheduler.go(sequence)
+
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
         with self._lock:
@@ -232,10 +246,10 @@ class Engine:
             ]
             for sequence, tokens in plan:
                 sequence.granted = tokens
+            news = self._news(executed=bool(plan))
             if not plan:
-                return StepResult()
+                return news
             self._steps, self._batch = self._steps + 1, batch
-            news = self._news()
         self._arena.prepare(self._books.high_water)
         try:
             sampled = self._execute(batch, handed_in, handed_out)
@@ -355,10 +369,10 @@ class Engine:
                 failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
         return replace(news, failed=failed)
 
-    def _news(self) -> StepResult:
+    def _news(self, *, executed: bool) -> StepResult:
         """What the plan just made has brought about already."""
-        news = StepResult(found=self._scheduler.found, resumed=self._scheduler.resumed, executed=True)
-        self._scheduler.found, self._scheduler.resumed = [], []
+        news = StepResult(found=self._scheduler.found, admitted=self._scheduler.admitted, executed=executed)
+        self._scheduler.found, self._scheduler.admitted = [], []
         return news
 
     def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float, news: StepResult) -> StepResult:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from bascule.engine.sequence import Found, Key, Phase, Sequence
-from bascule.engine.work import Resumed
+from bascule.engine.work import Admitted
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
 from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens
@@ -75,8 +75,8 @@ class Scheduler:
         """Prompt tokens found in the prefix cache, each request's counted once."""
         self.found: list[Found] = []
         """What sequences were spared since somebody last took this list."""
-        self.resumed: list[Resumed] = []
-        """Who goes on after having given its blocks up, since somebody last took this list."""
+        self.admitted: list[Admitted] = []
+        """Who got blocks and lacks some of its KV, since somebody last took this list."""
         self._books = books
         self._max_sequences = limits.max_sequences
         self._slo = limits.slo
@@ -131,9 +131,14 @@ class Scheduler:
             sequence.phase = Phase.RUNNING
             self._run(sequence)
 
+    def go(self, sequence: Sequence) -> None:
+        """Nothing is awaited for a sequence any more."""
+        sequence.awaited, sequence.held = 0, False
+        self._stuck_at = None
+
     def plan(self, now: float) -> list[Grant]:
         """A step that begins at `now`: at most one grant a sequence; empty if nothing can run before memory is free."""
-        ready = [sequence for sequence in tuple(self._running) if self._make_room(sequence)]
+        ready = [each for each in tuple(self._running) if not each.held and self._make_room(each)]
         ready = sorted([*ready, *self._admit()], key=_by_place)
         for sequence in ready:
             if sequence.behind > 1:
@@ -242,10 +247,11 @@ class Scheduler:
             self.waiting.remove(head)
             self._rank(head, lease.cached)
             self._note(head.admit(lease))
-            if (resumed := head.resumed) is not None:
-                self.resumed.append(resumed)
+            if (lacking := head.admitted) is not None:
+                self.admitted.append(lacking)
             self._run(head)
-            admitted.append(head)
+            if not head.held:
+                admitted.append(head)
         return admitted
 
     def _note(self, found: Found | None) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from bascule.engine.protocol import Sampled, Slice
-from bascule.engine.work import Found, Key, Output, Progress, Resumed, Work
+from bascule.engine.work import Admitted, Found, Key, Output, Progress, Work
 from bascule.kv.books import Lease
 from bascule.kv.hashing import BlockHasher
 from bascule.policies.batch import Stream
@@ -62,6 +62,10 @@ class Sequence:
         self.permitted = False
         self.granted = 0
         """Tokens that the running step computes of it."""
+        self.awaited = 0
+        """Leading blocks that it is to have found before it is computed, or `go` after that."""
+        self.held = False
+        """It has blocks, but not all that are awaited: no step computes it before `go`."""
         self.cancelled = False
         """Cancelled while in the running step: to be dropped when that ends."""
         self.cached_tokens = 0
@@ -168,15 +172,23 @@ class Sequence:
         self.phase = Phase.RUNNING
         self._admissions += 1
         self._end_from = self._places
+        self.held = lease.cached < self.awaited
         return self._jump(lease.cached)
 
     @property
-    def resumed(self) -> Resumed | None:
-        """What it goes on with, if it has just been admitted again and some of that has to be computed anew."""
-        if self._admissions == 1 or self.computed == self._places * self._block_size:
+    def admitted(self) -> Admitted | None:
+        """What it goes on with, if it has just been admitted and some of that has not been found."""
+        found = self.computed // self._block_size
+        if found == self._places:
             return None
-        return Resumed(
-            request=self.key.request, attempt=self.key.attempt, tokens=tuple(self.tokens), salt=self.work.salt
+        return Admitted(
+            request=self.key.request,
+            attempt=self.key.attempt,
+            tokens=tuple(self.tokens),
+            salt=self.work.salt,
+            found=found,
+            again=self._admissions > 1,
+            held=self.held,
         )
 
     def catch_up(self) -> Found | None:

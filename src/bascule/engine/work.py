@@ -70,14 +70,20 @@ class Found(Struct, frozen=True, kw_only=True):
     """Of the prompt, in those blocks."""
 
 
-class Resumed(Struct, frozen=True, kw_only=True):
-    """A sequence that had given its blocks up has blocks again, and not all of its KV was still in the cache."""
+class Admitted(Struct, frozen=True, kw_only=True):
+    """A sequence that waited has blocks, and not all of what is known of it was found in the cache."""
 
     request: RequestId
     attempt: int
     tokens: tuple[int, ...]
     """All that are known of it."""
     salt: Salt
+    found: int
+    """Leading blocks that were found."""
+    again: bool
+    """It had blocks before, and gave them up."""
+    held: bool
+    """It is not computed before `Engine.go`."""
 
 
 class Failure(Struct, frozen=True, kw_only=True):
@@ -97,9 +103,14 @@ class StepResult(Struct, frozen=True, kw_only=True):
     failed: list[Failure] = []
     found: list[Found] = []
     """What sequences found in the prefix cache before this step, and did not compute."""
-    resumed: list[Resumed] = []
-    """Sequences that had given their blocks up and went on with this step."""
+    admitted: list[Admitted] = []
+    """Sequences that got blocks with this step, and lack some of their KV."""
     executed: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing ran, and nothing has changed for anybody."""
+        return not (self.executed or self.found or self.admitted)
 
 
 class UnderWay(Struct, frozen=True):

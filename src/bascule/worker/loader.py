@@ -60,6 +60,10 @@ class Load:
         """Bytes that have come for it, by tier."""
         self.spared_s = 0.0
         """Of computing, by what it has found."""
+        self.reach = 0
+        """Leading blocks that were on the device, or worth loading, when somebody looked; less, if no tier gave one."""
+        self.held = False
+        """The engine has the request and has given it blocks, but does not compute it before this load is waited for."""
         self.waited_s = 0.0
         self._patience_s: float | None = None
         self._limit: asyncio.Timeout | None = None
@@ -77,7 +81,7 @@ class Load:
             pass
         finally:
             self._limit = None
-            self.waited_s = asyncio.get_running_loop().time() - begun
+            self.waited_s += asyncio.get_running_loop().time() - begun
 
     def expect(self, patience_s: float) -> None:
         """It is known by now how long it is worth waiting, from now on; those that wait for the same do so, too."""
@@ -98,13 +102,17 @@ class Load:
 class Loader:
     """Does loads in threads of others, for one worker."""
 
-    def __init__(self, tiers: Tiers, engine: Engine, books: Books, layout: KVLayout, tell: Tell) -> None:
-        """To be made in the asyncio loop, in which `tell` is told what is not in a tier, and what unexpectedly is."""
+    def __init__(
+        self, tiers: Tiers, engine: Engine, books: Books, layout: KVLayout, tell: Tell, freed: Callable[[], None]
+    ) -> None:
+        """To be made in the asyncio loop, in which `tell` is told what is not in a tier, and what unexpectedly is;
+        `freed` is called, in any thread, when memory that others may wait for is given back."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
         self._layout = layout
         self._tell = tell
+        self._freed = freed
         self._loop = asyncio.get_running_loop()
 
     def run(self, load: Load) -> None:
@@ -113,11 +121,20 @@ class Loader:
             return
         cached = self._books.count_cached(load.hashes)
         run, quick = self._worth_loading(load, cached)
+        load.reach = max(load.reach, cached + len(run))
         if not run:
             return
-        first = self._from_front(load, cached, run[:quick]) if quick else cached
+        tiers, first = [run[0]] * cached + run, cached
+        if load.held:
+            # Each batch takes the place of blocks that the sequence has: that needs next to no memory.
+            first = cached + quick
+            self._from_back(load, cached, tiers, first)
+        elif quick:
+            first = self._from_front(load, cached, run[:quick])
         self._loop.call_soon_threadsafe(load.front.set)
-        self._from_back(load, first, [run[0]] * cached + run, cached + len(run))
+        if load.late.is_set():  # else the request comes first, before others that would evict what has come for it
+            self._freed()
+        self._from_back(load, first, tiers, cached + len(run))
 
     def _worth_loading(self, load: Load, cached: int) -> tuple[list[Tier], int]:
         """Where the blocks behind the `cached` ones are that are to be loaded, and how many of them, from the front on,
@@ -189,8 +206,10 @@ class Loader:
                 return
             with lease:
                 places = range(end - len(lease.blocks), end)
-                if not self._bring(load, lease, 0, places, [tiers[place] for place in places]):
-                    return
+                came = self._bring(load, lease, 0, places, [tiers[place] for place in places])
+            self._freed()
+            if not came:
+                return
             end = places.start
 
     def _some(self, blocks: int) -> Lease | None:
@@ -209,6 +228,8 @@ class Loader:
         ]
         moved: Counter[Tier] = Counter()
         came = self._tiers.load(wanted, tiers, moved)
+        if len(came) < len(wanted):
+            load.reach = min(load.reach, places.start + len(came))
         if not came:
             return 0
         loaded = wanted[: len(came)]

@@ -144,7 +144,7 @@ class StepLoop:
             self._wake.clear()
             if self._engine.has_work():
                 result = self._engine.step()
-                if result.executed:
+                if not result.is_empty:
                     self._on_result(result)
                 audited = False
             elif not self._wake.wait(_IDLE_CHECK_S) and not audited:

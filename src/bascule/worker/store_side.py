@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
 from bascule.engine.core import Engine, StepResult
 from bascule.engine.sequence import Key
-from bascule.engine.work import Resumed
+from bascule.engine.work import Admitted
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.accounts import Accounts
@@ -57,10 +57,12 @@ class StoreSide:
         tell: Tell,
         on_saved: Callable[[Key], None] = lambda _: None,
         on_loaded: Callable[[Key, Brought], None] = lambda _, __: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`tell` is told, in the loop, what has come into a tier and what was found missing there; `on_saved`, when
         the KV of a request that asked for it (`Submit.save_to`) is in its tier; `on_loaded`, all that has been loaded
-        for a request so far, each time that the engine has found more of it."""
+        for a request so far, each time that the engine has found more of it; `wake` is called, in any thread, when a
+        sequence may run, or may get memory."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
@@ -69,6 +71,7 @@ class StoreSide:
         self._tell = tell
         self._on_saved = on_saved
         self._on_loaded = on_loaded
+        self._wake = wake
         self._starting: dict[Key, asyncio.Task[None]] = {}
         """Requests that wait for what is loaded for them."""
         self._loads: dict[Key, Load] = {}
@@ -94,7 +97,7 @@ class StoreSide:
         self.waiting_tokens = 0
         """Their tokens that are not cached on the device."""
         self.accounts = Accounts(tiers.stores)
-        self._loader = Loader(tiers, engine, books, layout, tell)
+        self._loader = Loader(tiers, engine, books, layout, tell, wake)
         self._loaders = ThreadPoolExecutor(_LOADERS, "kv-load")
         self._askers = ThreadPoolExecutor(1, "kv-ask")
 
@@ -119,21 +122,29 @@ class StoreSide:
     async def _start(self, key: Key, submission: Submit, ready: Callable[[Submit], None]) -> None:
         tokens, salt = (*submission.prompt, *submission.generated), submission.salt
         believed = submission.stored_tokens // self._layout.block_size
-        load = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt, believed)
-        if (cached := self._books.count_cached(load.hashes)) < len(load.hashes):
-            self._loads[key] = load
-            await self._wait_for(load, cached)
+        load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt, believed)
+        load.reach = cached = self._books.count_cached(load.hashes)
+        if cached < len(load.hashes):
+            behind = len(tokens) - cached * self._layout.block_size
+            self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
+            try:
+                await self._wait_for(load)
+            finally:
+                self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
+        else:
+            load.ended.set()
+            load.late.set()
         del self._starting[key]
-        load.late.set()
         ready(submission)
+        self._hold(load)
 
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose new blocks have been told to `computed`; its tokens are not sent yet."""
         for each in result.found:
             if (load := self._loads.get(Key(each.request, each.attempt))) is not None:
                 self._found(load, each.places)
-        for resumed in result.resumed:
-            self._load_beside(resumed)
+        for admitted in result.admitted:
+            self._admitted(admitted)
         for output in result.outputs:
             key = Key(output.request, output.attempt)
             self._give_up(key)
@@ -142,17 +153,41 @@ class StoreSide:
                 self._saving_tasks.add(task)
                 task.add_done_callback(self._saving_tasks.discard)
 
-    def _load_beside(self, resumed: Resumed) -> None:
-        """Load what a preempted sequence has lost, as far as that is quicker, while it is computed from the front."""
-        key = Key(resumed.request, resumed.attempt)
-        self._give_up(key)
-        tokens, salt = resumed.tokens, resumed.salt
-        load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt)
-        load.late.set()
-        self._begin(load)
+    def _hold(self, load: Load) -> None:
+        """All that could be loaded of a prompt in the engine's line has been: where others take its place before its
+        turn, or there was none, it is loaded again then, before it is computed."""
+        if load.late.is_set() and load.ended.is_set() and load.reach:
+            self._engine.hold(*load.key, load.reach)
 
-    def _begin(self, load: Load) -> None:
-        task = asyncio.create_task(self._run(load))
+    def _admitted(self, admitted: Admitted) -> None:
+        """Load what a sequence lacks that has memory now, if some of it was here, or in a tier, and no load is under
+        way: before it is computed, if the engine has held it, else while it is computed from the front."""
+        key = Key(admitted.request, admitted.attempt)
+        before = self._loads.get(key)
+        lacks = before is not None and before.ended.is_set() and before.reach > admitted.found
+        if not (lacks or admitted.held or admitted.again):
+            return
+        self._give_up(key)
+        tokens, salt = admitted.tokens, admitted.salt
+        load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt)
+        if before is not None:
+            load.came, load.used, load.waited_s = before.came, before.used, before.waited_s
+        if admitted.held:
+            load.held = True
+            self._watch(self._load_first(load))
+        else:
+            load.late.set()
+            self._watch(self._run(load))
+
+    async def _load_first(self, load: Load) -> None:
+        try:
+            await self._wait_for(load)
+        finally:
+            self._engine.go(*load.key)
+            self._wake()
+
+    def _watch(self, loading: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(loading)
         self._loading.add(task)
         task.add_done_callback(self._loading.discard)
 
@@ -194,19 +229,15 @@ class StoreSide:
 
     # ------------------------------------------------------------ up
 
-    async def _wait_for(self, load: Load, cached: int) -> None:
-        """Begin a load of what is behind `cached` blocks, and wait for it as long as that is worth it."""
-        before, model = cached * self._layout.block_size, self._engine.cost
+    async def _wait_for(self, load: Load) -> None:
+        """Begin a load of what is not cached, and wait for it as long as that is worth it."""
+        cached, model = self._books.count_cached(load.hashes) * self._layout.block_size, self._engine.cost
         patience_s = _UNKNOWN_S
         if model != CostModel():
-            patience_s = max(LEAST_SHARE * prompt_seconds(model, len(load.tokens), before), LEAST_PATIENCE_S)
-        behind = len(load.tokens) - before
-        self.waiting, self.waiting_tokens = self.waiting + 1, self.waiting_tokens + behind
-        self._begin(load)
-        try:
-            await load.wait(patience_s)
-        finally:
-            self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
+            patience_s = max(LEAST_SHARE * prompt_seconds(model, len(load.tokens), cached), LEAST_PATIENCE_S)
+        self._watch(self._run(load))
+        await load.wait(patience_s)
+        load.late.set()
 
     async def bring(self, tokens: Sequence[int], salt: Salt) -> None:
         """Have loaded what of these tokens, of full blocks, is quicker loaded than computed, for no request here."""
@@ -223,9 +254,8 @@ class StoreSide:
         """
         hashes = load.hashes
         try:
-            while (cached := self._books.count_cached(hashes)) < len(hashes):
-                if load.over.is_set():
-                    break
+            while (cached := self._books.count_cached(hashes)) < len(hashes) and not load.over.is_set():
+                load.reach = max(load.reach, cached)
                 if (other := self._under_way.get(hashes[cached])) is not None:
                     await load.follow(other)
                     continue
@@ -233,6 +263,8 @@ class StoreSide:
                     self._under_way.setdefault(name, load)
                 await self._loop.run_in_executor(self._loaders, self._loader.run, load)
                 break
+            else:
+                load.reach = max(load.reach, cached)
         except Exception:
             if not load.over.is_set():
                 log.exception("KV store: a prefix could not be loaded")
@@ -242,6 +274,8 @@ class StoreSide:
                     del self._under_way[name]
             load.front.set()
             load.ended.set()
+            self._hold(load)
+            self._wake()
 
     @property
     def loading(self) -> bool:

@@ -97,6 +97,7 @@ class Worker:
                 self._reporter.tell,
                 self._saved,
                 self._loaded,
+                self._steps.wake,
             )
         key = link.key.transfers if link.key is not None else None
         self._senders = open_senders(parts.arena, config.transfer, key)
