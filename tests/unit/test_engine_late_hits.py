@@ -205,3 +205,44 @@ def test_a_failing_step_still_says_what_was_found() -> None:
     assert [each.places for each in result.found] == [range(2)]
     assert [failure.request for failure in result.failed] == ["a"]
     rig.assert_idle()
+
+
+def test_a_sequence_that_lacks_what_is_awaited_has_its_memory_and_is_computed_when_told_so() -> None:
+    rig = Rig()
+    computed = watched(rig)
+    for name, awaited in (("a", 10), ("b", 0)):
+        rig.engine.submit(work(name, PROMPT if name == "a" else PROMPT[:3], greedy(OUTPUT)))
+        rig.engine.hold(RequestId(name), 1, awaited)
+    result = rig.step()
+    assert [(each.request, each.found, each.held, each.again) for each in result.admitted] == [("a", 0, True, False)]
+    rig.run()
+    assert rig.tokens("b") == reference(PROMPT[:3], greedy(OUTPUT))
+    assert not rig.engine.has_work() and rig.engine.load().running == 1
+    computed.clear()
+    assert bring(rig, PROMPT, range(0, 8))
+    rig.engine.go(RequestId("a"), 1)
+    rig.run()
+    assert computed == [*blocks(8, 9), *REST]
+    assert rig.tokens("a") == reference(PROMPT, greedy(OUTPUT))
+    rig.assert_idle()
+
+
+def test_a_sequence_that_finds_what_is_awaited_is_not_held() -> None:
+    rig = Rig()
+    assert bring(rig, PROMPT, range(8))
+    rig.engine.submit(work("a", PROMPT, greedy(OUTPUT)))
+    rig.engine.hold(RequestId("a"), 1, 8)
+    assert [(each.found, each.held) for each in rig.step().admitted] == [(8, False)]
+    rig.run()
+    assert rig.tokens("a") == reference(PROMPT, greedy(OUTPUT))
+
+
+def test_that_a_sequence_is_held_is_told_though_no_step_is_made() -> None:
+    rig = Rig()
+    rig.engine.submit(work("a", PROMPT, greedy(OUTPUT)))
+    rig.engine.hold(RequestId("a"), 1, 1)
+    result = rig.step()
+    assert not result.executed and not result.is_empty and result.admitted[0].held
+    assert rig.step().is_empty
+    rig.engine.cancel(RequestId("a"), 1)
+    rig.assert_idle()

@@ -100,6 +100,14 @@ class EngineMachine(RuleBasedStateMachine):
     def take_found(self, key: Key) -> None:
         self.rig.engine.take_found(*key)
 
+    @rule(key=submitted, blocks=st.integers(0, 5))
+    def hold(self, key: Key, blocks: int) -> None:
+        self.rig.engine.hold(*key, blocks)
+
+    @rule(key=submitted)
+    def go(self, key: Key) -> None:
+        self.rig.engine.go(*key)
+
     @rule(key=submitted)
     def keep(self, key: Key) -> None:
         self.rig.engine.keep(*key)
@@ -178,6 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
             lease.release()
         for key in self.works:
             self.rig.engine.keep(*key)
+            self.rig.engine.go(*key)
         self.rig.run()
         self.rig.assert_idle()
         assert self.rig.failed == []

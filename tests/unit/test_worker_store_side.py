@@ -163,7 +163,7 @@ def test_what_is_not_worth_loading_is_computed(stack: ExitStack) -> None:
     asyncio.run(run())
 
 
-def test_a_full_device_computes_and_does_not_load(stack: ExitStack) -> None:
+def test_a_full_device_loads_nothing(stack: ExitStack) -> None:
     host = MemoryStore(1 << 20)
 
     async def run() -> None:
