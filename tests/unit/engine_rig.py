@@ -146,13 +146,17 @@ class Rig:
         """One step; what came of it is remembered, and the engine's state is checked."""
         result = self.engine.step()
         self.steps += 1
+        self.note(result)
+        assert self.engine.check_integrity() == []
+        return result
+
+    def note(self, result: StepResult) -> None:
+        """Remember what came of a step."""
         for output in result.outputs:
             self.outputs.setdefault(Key(output.request, output.attempt), []).append(output)
             self.times.setdefault(output.request, []).append(self.clock.now())
         self.progress += result.progress
         self.failed += result.failed
-        assert self.engine.check_integrity() == []
-        return result
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Step while there is work, or until a condition holds."""

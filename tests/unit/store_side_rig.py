@@ -39,6 +39,8 @@ class Node:
         self.rig.engine.publishes = True
         self.told: Told = []
         self.loaded: dict[Key, Brought] = {}
+        self.wake: Callable[[], None] = lambda: None
+        """Called when the engine may have work."""
         card = self.rig.runner.card
         self.hasher = BlockHasher("mock", card.layout.block_size)
         self.tiers = Tiers(stores, self.rig.arena, self.rig.books, card.fingerprint, Forms("none", card.layout))
@@ -50,6 +52,7 @@ class Node:
             card.layout,
             lambda tier, stored, removed: self.told.append((tier, list(stored), list(removed))),
             on_loaded=self.loaded.__setitem__,
+            wake=lambda: self.wake(),
         )
         self.number = 0
 

@@ -214,12 +214,12 @@ def test_a_sequence_that_lacks_what_is_awaited_has_its_memory_and_is_computed_wh
         rig.engine.submit(work(name, PROMPT if name == "a" else PROMPT[:3], greedy(OUTPUT)))
         rig.engine.hold(RequestId(name), 1, awaited)
     result = rig.step()
-    assert [(each.request, each.found, each.held, each.again) for each in result.admitted] == [("a", 0, True, False)]
+    assert [(each.request, each.tokens, each.held) for each in result.admitted] == [("a", PROMPT, True)]
     rig.run()
     assert rig.tokens("b") == reference(PROMPT[:3], greedy(OUTPUT))
     assert not rig.engine.has_work() and rig.engine.load().running == 1
     computed.clear()
-    assert bring(rig, PROMPT, range(0, 8))
+    assert bring(rig, PROMPT, range(8))
     rig.engine.go(RequestId("a"), 1)
     rig.run()
     assert computed == [*blocks(8, 9), *REST]
@@ -232,7 +232,7 @@ def test_a_sequence_that_finds_what_is_awaited_is_not_held() -> None:
     assert bring(rig, PROMPT, range(8))
     rig.engine.submit(work("a", PROMPT, greedy(OUTPUT)))
     rig.engine.hold(RequestId("a"), 1, 8)
-    assert [(each.found, each.held) for each in rig.step().admitted] == [(8, False)]
+    assert rig.step().admitted == []
     rig.run()
     assert rig.tokens("a") == reference(PROMPT, greedy(OUTPUT))
 

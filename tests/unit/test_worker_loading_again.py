@@ -5,15 +5,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from random import Random
 
 import pytest
 from engine_rig import BLOCK
-from store_side_rig import HASHER, KNOWN, LENGTH, OUTPUT, PROMPT, Gated, Node, finish, patient, prompt_of, run, until
+from store_side_rig import (
+    HASHER,
+    KNOWN,
+    LENGTH,
+    OUTPUT,
+    PROMPT,
+    WAIT,
+    Gated,
+    Node,
+    finish,
+    gated,
+    patient,
+    prompt_of,
+    run,
+    until,
+)
 from test_engine_late_hits import watched
 
+from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.kv.books import Lease
 from bascule.types import Tier
+from bascule.worker import steploop
+from bascule.worker.steploop import StepLoop
 
 DEVICE = LENGTH + 8
 """Blocks: memory for one prompt."""
@@ -143,7 +163,7 @@ def test_what_no_tier_gives_is_not_asked_for_again(store: Gated, stack: ExitStac
         key, ready = node.submit(PROMPT)
         await ready
         await until(lambda: not node.side.loading)
-        assert [each.held for each in node.step().admitted] == [False]
+        assert node.step().admitted == []
         await serve(node)
         assert node.check(key, PROMPT) is None
         assert len(store.asked) <= 2
@@ -167,5 +187,107 @@ def test_a_request_that_is_cancelled_leaves_nothing_behind(when: str, store: Gat
         lease.release()
         await finish(node, store)
         assert len(store.asked) <= (when != "waiting")
+
+    run(scenario)
+
+
+async def late(store: Gated, stack: ExitStack) -> tuple[Node, Key]:
+    """A prompt whose load holds, in a call that is not answered, memory without which it cannot be admitted."""
+    node = await gated(store, stack, blocks=DEVICE)
+    real, node.side._engine.is_starved = node.side._engine.is_starved, lambda *_: False  # type: ignore[method-assign]
+    key, ready = node.submit(PROMPT)
+    await ready
+    node.side._engine.is_starved = real  # type: ignore[method-assign]
+    assert node.rig.step().is_empty
+    assert not node.rig.engine.has_work()
+    return node, key
+
+
+def test_a_late_load_wakes_the_engine_when_it_gives_back_what_its_prompt_waits_for(
+    store: Gated, stack: ExitStack
+) -> None:
+    async def scenario() -> None:
+        node, key = await late(store, stack)
+        runnable: list[bool] = []
+        node.wake = lambda: runnable.append(node.rig.engine.has_work())
+        store.gate.release()
+        await until(lambda: bool(runnable))
+        assert runnable[0], "it can be admitted now"
+        await until(lambda: not node.side.loading)
+        assert len(store.asked) == 1, "no memory is taken from it for the rest of the load"
+        store.let_all()
+        await serve(node)
+        brought = node.check(key, PROMPT)
+        assert brought is not None and brought.tokens == {Tier.HOST: LENGTH * BLOCK}
+        await finish(node, store)
+
+    run(scenario)
+
+
+def test_a_late_load_gives_its_memory_back_to_a_prompt_that_has_none(store: Gated, stack: ExitStack) -> None:
+    async def scenario() -> None:
+        node = await gated(store, stack, blocks=DEVICE)
+        runnable: list[bool] = []
+        node.wake = lambda: runnable.append(node.rig.engine.has_work())
+        key, ready = node.submit(PROMPT)
+        await ready
+        assert node.rig.books.counts.held == 0 and runnable == [True]
+        assert len(node.step().outputs) == 0
+        while node.rig.engine.has_work():
+            node.step()
+        assert len(store.asked) == 1, "it still hangs in its first call"
+        before = node.rig.arena.bytes.copy()
+        store.let_all()
+        await node.rest()
+        assert (node.rig.arena.bytes == before).all(), "what comes too late is written nowhere"
+        assert node.check(key, PROMPT) is None
+        node.rig.assert_idle()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_waits_for_the_step_loop_to_look_by_itself(
+    seed: int, store: Gated, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is loaded when, for more prompts than the device has memory for: the loop is woken when one can run."""
+    monkeypatch.setattr(steploop, "_IDLE_CHECK_S", 10 * WAIT)
+    random = Random(seed)
+    prompts = [prompt_of(number % 3, random.randrange(20, LENGTH * BLOCK)) for number in range(6)]
+
+    async def scenario() -> None:
+        first = Node([store], stack)
+        for prompt in prompts[:4]:
+            await first.complete(prompt)
+        node = Node([store], stack, blocks=random.choice((DEVICE, 2 * DEVICE)), sequences=random.choice((1, 4)))
+        node.rig.engine.cost = KNOWN
+        loop = asyncio.get_running_loop()
+
+        def stepped(result: StepResult) -> None:
+            node.rig.note(result)
+            node.side.computed(node.rig.books.changes().stored)
+            node.side.stepped(result)
+
+        steps = StepLoop(node.rig.engine, partial(loop.call_soon_threadsafe, stepped), lambda _: None)
+        node.wake = steps.wake
+        steps.start()
+        store.open = random.random() < 0.5
+        asked: dict[Key, list[int]] = {}
+        for _ in range(10):
+            prompt = random.choice(prompts)
+            key, ready = node.submit(prompt)
+            ready.add_done_callback(lambda _: steps.wake())
+            asked[key] = prompt
+            await asyncio.sleep(random.choice((0, 0.001, 0.01)))
+            store.gate.release(random.choice((1, 2)))
+        store.let_all()
+        try:
+            await until(lambda: all(len(node.rig.outputs.get(key, ())) == OUTPUT for key in asked))
+        finally:
+            await asyncio.to_thread(steps.stop, WAIT)
+        for key, prompt in asked.items():
+            node.check(key, prompt)
+        await node.rest()
+        node.rig.assert_idle()
 
     run(scenario)

@@ -35,7 +35,8 @@ class Engine:
     """Continuous batching over one runner. One thread calls `step`; everything else may be called from any thread.
 
     No call waits for a running step: the lock is held for bookkeeping only, and the runner executes outside it.
-    `take_found`, `hold`, `go`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no longer) here.
+    `take_found`, `hold`, `go`, `permit`, `keep`, `release` and `cancel` do nothing for a sequence that is not (or no
+    longer) here.
     """
 
     def __init__(
@@ -303,6 +304,12 @@ class Engine:
         with self._lock:
             return self._scheduler.runnable
 
+    def is_starved(self, request: RequestId, attempt: int, taken: int = 0) -> bool:
+        """Whether a sequence waits, and for nothing but memory, or would if `taken` blocks of that were held."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            return sequence is not None and self._scheduler.is_starved(sequence, taken)
+
     def check_integrity(self) -> list[str]:
         """Every line names a lie in the books or in a sequence's state. Empty means clean."""
         with self._lock:
@@ -369,7 +376,7 @@ class Engine:
                 failed.append(Failure(request=key.request, attempt=key.attempt, message=message))
         return replace(news, failed=failed)
 
-    def _news(self, *, executed: bool) -> StepResult:
+    def _news(self, *, executed: bool = True) -> StepResult:
         """What the plan just made has brought about already."""
         news = StepResult(found=self._scheduler.found, admitted=self._scheduler.admitted, executed=executed)
         self._scheduler.found, self._scheduler.admitted = [], []

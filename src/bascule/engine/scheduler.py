@@ -76,7 +76,7 @@ class Scheduler:
         self.found: list[Found] = []
         """What sequences were spared since somebody last took this list."""
         self.admitted: list[Admitted] = []
-        """Who got blocks and lacks some of its KV, since somebody last took this list."""
+        """Who got blocks and lacks KV that a store may have, since somebody last took this list."""
         self._books = books
         self._max_sequences = limits.max_sequences
         self._slo = limits.slo
@@ -99,6 +99,12 @@ class Scheduler:
     def runnable(self) -> bool:
         """A plan could have something in it."""
         return bool(self._running or self.waiting) and self._stuck_at != self._available()
+
+    def is_starved(self, sequence: Sequence, taken: int) -> bool:
+        """Whether a sequence waits, and memory is too short for it if `taken` blocks are, and if it shares none."""
+        if sequence.phase is not Phase.WAITING or self.is_full():
+            return False
+        return self._available() - taken < sequence.blocks_known + len(self._preemptible())
 
     def enqueue(self, sequence: Sequence) -> None:
         self.sequences[sequence.key] = sequence

@@ -177,17 +177,15 @@ class Sequence:
 
     @property
     def admitted(self) -> Admitted | None:
-        """What it goes on with, if it has just been admitted and some of that has not been found."""
-        found = self.computed // self._block_size
-        if found == self._places:
+        """What it goes on with, if it has just been admitted and lacks KV that it had before, or that is awaited."""
+        resumed = self._admissions > 1 and self.computed < self._places * self._block_size
+        if not (resumed or self.held):
             return None
         return Admitted(
             request=self.key.request,
             attempt=self.key.attempt,
             tokens=tuple(self.tokens),
             salt=self.work.salt,
-            found=found,
-            again=self._admissions > 1,
             held=self.held,
         )
 

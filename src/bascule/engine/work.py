@@ -71,17 +71,13 @@ class Found(Struct, frozen=True, kw_only=True):
 
 
 class Admitted(Struct, frozen=True, kw_only=True):
-    """A sequence that waited has blocks, and not all of what is known of it was found in the cache."""
+    """A sequence that was to find more in the cache than it did when it got blocks, or that had given its blocks up."""
 
     request: RequestId
     attempt: int
     tokens: tuple[int, ...]
     """All that are known of it."""
     salt: Salt
-    found: int
-    """Leading blocks that were found."""
-    again: bool
-    """It had blocks before, and gave them up."""
     held: bool
     """It is not computed before `Engine.go`."""
 
@@ -104,7 +100,7 @@ class StepResult(Struct, frozen=True, kw_only=True):
     found: list[Found] = []
     """What sequences found in the prefix cache before this step, and did not compute."""
     admitted: list[Admitted] = []
-    """Sequences that got blocks with this step, and lack some of their KV."""
+    """Sequences that got blocks with this step, and lack KV that a store may have."""
     executed: bool = False
 
     @property

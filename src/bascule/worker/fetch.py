@@ -74,7 +74,9 @@ class Fetches:
         card: ModelCard,
         peers: Peers,
         grants: Grants,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
+        """`wake` is called when memory that requests may wait for is given back."""
         self.waiting = 0
         """Prompts that wait for what is fetched for them."""
         self.waiting_tokens = 0
@@ -86,6 +88,7 @@ class Fetches:
         self._card = card
         self._peers = peers
         self._grants = grants
+        self._wake = wake
         self._answers: dict[TicketId, asyncio.Future[Fetched]] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._here: dict[Key, _Here] = {}
@@ -192,6 +195,7 @@ class Fetches:
                 await self._fetch(wish, lease)
         finally:
             lease.release()
+            self._wake()
             del self._under_way[first]
             done.set_result(None)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from threading import Event
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event, Lock
 
 from bascule.engine.core import Engine
 from bascule.engine.sequence import Key
@@ -63,11 +64,40 @@ class Load:
         self.reach = 0
         """Leading blocks that were on the device, or worth loading, when somebody looked; less, if no tier gave one."""
         self.held = False
-        """The engine has the request and has given it blocks, but does not compute it before this load is waited for."""
+        """The engine has given the request blocks, but does not compute it before this load has been waited for."""
         self.waited_s = 0.0
         self._patience_s: float | None = None
         self._limit: asyncio.Timeout | None = None
         self._followers: list[Load] = []
+        self._lock = Lock()
+        self._asks_for: Lease | None = None
+        """What the call of a store that is under way is to fill."""
+        self._fills = False
+
+    @contextmanager
+    def asking(self, lease: Lease) -> Iterator[None]:
+        """A store is asked for what comes into blocks of `lease`; they may be written if `may_fill` says so."""
+        with self._lock:
+            self._asks_for, self._fills = lease, False
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asks_for = None
+
+    def may_fill(self) -> bool:
+        """The store has answered: whether the blocks are still there to be written. From now on they stay there."""
+        with self._lock:
+            self._fills = self._asks_for is not None
+            return self._fills
+
+    def give_back(self) -> bool:
+        """Let go of the memory of a call that is not answered yet; False if there is none."""
+        with self._lock:
+            lease, self._asks_for = (None, self._asks_for) if self._fills else (self._asks_for, None)
+            if lease is not None:
+                lease.release()
+            return lease is not None
 
     async def wait(self, patience_s: float) -> None:
         """Wait for what comes from the front: until it is there, for `patience_s`, or what `expect` makes of that."""
@@ -195,9 +225,12 @@ class Loader:
         """Load the blocks `first` to `end`, the last first, until they meet what is cached, computed or being computed.
 
         A prompt that is computed holds them at once, and its own blocks in their places are free for the next. For one
-        that waits in the engine's line they are cached: it holds no memory.
+        that waits in the engine's line they are cached: it holds no memory. If it waits for memory, nothing more is
+        taken of that: it is loaded when its turn comes.
         """
         while not load.over.is_set() and self._engine.take_found(*load.key):
+            if load.late.is_set() and self._engine.is_starved(*load.key, BATCH):
+                return
             first += self._books.count_cached(load.hashes[first:end])
             while first < end and self._books.count_cached(load.hashes[end - 1 : end]):
                 end -= 1
@@ -227,9 +260,10 @@ class Loader:
             for place, block in zip(places, lease.blocks[at:], strict=False)
         ]
         moved: Counter[Tier] = Counter()
-        came = self._tiers.load(wanted, tiers, moved)
-        if len(came) < len(wanted):
-            load.reach = min(load.reach, places.start + len(came))
+        with load.asking(lease):
+            came = self._tiers.load(wanted, tiers, load.may_fill, moved)
+            if len(came) < len(wanted) and load.may_fill():
+                load.reach = min(load.reach, places.start + len(came))
         if not came:
             return 0
         loaded = wanted[: len(came)]

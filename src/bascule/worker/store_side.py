@@ -137,6 +137,8 @@ class StoreSide:
         del self._starting[key]
         ready(submission)
         self._hold(load)
+        if self._engine.is_starved(*key) and load.give_back():
+            self._wake()
 
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose new blocks have been told to `computed`; its tokens are not sent yet."""
@@ -160,15 +162,11 @@ class StoreSide:
             self._engine.hold(*load.key, load.reach)
 
     def _admitted(self, admitted: Admitted) -> None:
-        """Load what a sequence lacks that has memory now, if some of it was here, or in a tier, and no load is under
-        way: before it is computed, if the engine has held it, else while it is computed from the front."""
-        key = Key(admitted.request, admitted.attempt)
+        """Load what a sequence lacks, as far as that is quicker: before it is computed, if the engine holds it, else
+        while it is computed from the front."""
+        key, tokens, salt = Key(admitted.request, admitted.attempt), admitted.tokens, admitted.salt
         before = self._loads.get(key)
-        lacks = before is not None and before.ended.is_set() and before.reach > admitted.found
-        if not (lacks or admitted.held or admitted.again):
-            return
         self._give_up(key)
-        tokens, salt = admitted.tokens, admitted.salt
         load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt)
         if before is not None:
             load.came, load.used, load.waited_s = before.came, before.used, before.waited_s

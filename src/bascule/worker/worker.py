@@ -132,7 +132,9 @@ class Worker:
         self._grants.receivers = open_receivers(
             parts.arena, config.transfer, host, self._safe_from_any_thread, parts.coding.codecs, key
         )
-        self._fetches = Fetches(parts.engine, parts.arena, parts.books, parts.hasher, card, self._peers, self._grants)
+        self._fetches = Fetches(
+            parts.engine, parts.arena, parts.books, parts.hasher, card, self._peers, self._grants, self._steps.wake
+        )
         self._lender = Lender(
             parts.engine,
             parts.arena,

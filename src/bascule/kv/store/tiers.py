@@ -131,31 +131,40 @@ class Tiers:
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
 
-    def load(self, wanted: Sequence[Wanted], run: Sequence[Tier], moved: Counter[Tier] | None = None) -> list[Tier]:
+    def load(
+        self,
+        wanted: Sequence[Wanted],
+        run: Sequence[Tier],
+        may_write: Callable[[], bool] = lambda: True,
+        moved: Counter[Tier] | None = None,
+    ) -> list[Tier]:
         """Write blocks to the arena, `run` being the first tier to look in for each; returns where each came from.
         `moved` counts the bytes of their records.
 
         Ends with the first block that no tier gives; what lies in the arena's blocks from there on is undefined.
+        `may_write` is asked whenever a store has answered; once it says no, nothing more is written.
         """
         came: list[Tier] = []
         for tier, group in groupby(zip(wanted, run, strict=True), key=lambda pair: pair[1]):
             part = [each for each, _ in group]
             for start in range(0, len(part), BATCH):
                 batch = part[start : start + BATCH]
-                sources = self._load_batch(batch, tier, Counter() if moved is None else moved)
+                sources = self._load_batch(batch, tier, may_write, Counter() if moved is None else moved)
                 came += sources
                 if len(sources) < len(batch):
                     return came
         return came
 
-    def _load_batch(self, batch: Sequence[Wanted], first: Tier, moved: Counter[Tier]) -> list[Tier]:
+    def _load_batch(
+        self, batch: Sequence[Wanted], first: Tier, may_write: Callable[[], bool], moved: Counter[Tier]
+    ) -> list[Tier]:
         """The blocks of a batch from one tier, and one by one from those below it where it fails."""
         sources: list[Tier | None] = [None] * len(batch)
         tiers = list(self.stores)
         for tier in tiers[tiers.index(first) :]:
             left = [index for index, source in enumerate(sources) if source is None]
-            came = self._load_from(tier, [batch[index] for index in left], moved)
-            for index, good in zip(left, came, strict=True):
+            loaded = self._load_from(tier, [batch[index] for index in left], may_write, moved)
+            for index, good in zip(left, loaded, strict=True):
                 if good:
                     sources[index] = tier
             if None not in sources:
@@ -163,11 +172,16 @@ class Tiers:
         whole = sources.index(None) if None in sources else len(sources)
         return [source for source in sources[:whole] if source is not None]
 
-    def _load_from(self, tier: Tier, batch: Sequence[Wanted], moved: Counter[Tier]) -> list[bool]:
+    def _load_from(
+        self, tier: Tier, batch: Sequence[Wanted], may_write: Callable[[], bool], moved: Counter[Tier]
+    ) -> list[bool]:
         begun = self._now()
         store = self.stores[tier]
         good, invalid, size = [False] * len(batch), [], 0
-        for index, (each, data) in enumerate(zip(batch, store.get([one.name for one in batch]), strict=True)):
+        answer = store.get([each.name for each in batch])
+        if not may_write():
+            return good
+        for index, (each, data) in enumerate(zip(batch, answer, strict=True)):
             if data is None:
                 continue
             try:
