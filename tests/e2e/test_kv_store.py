@@ -161,7 +161,9 @@ def rounds() -> list[dict[tuple[int, ...], list[int]]]:
     round the same lengths, and nothing in common."""
     draw = Random(1)
     lengths = range(100, 1000, 90)
-    drawn = [[tuple(draw.randrange(100, 40_000) for _ in range(length)) for length in lengths] for _ in range(TRIES)]
+    drawn = [
+        [tuple(draw.randrange(100, 40_000) for _ in range(length)) for length in lengths] for _ in range(TRIES + 1)
+    ]
     with serve("smollm2", "--engine", "mock", "--policy", "single") as cluster:
         return [
             {prompt: tokens_of(cluster.complete(list(prompt), max_tokens=OUTPUT)) for prompt in prompts}
@@ -237,14 +239,14 @@ def test_kv_is_handed_over_by_way_of_the_store(
     mock: list[str], rounds: list[dict[tuple[int, ...], list[int]]], tmp_path: Path, quick_disk: Path
 ) -> None:
     """All that is asked goes by way of the store, and of one round of prompts most is found there: of a round in which
-    the disk is slow for a moment, less."""
+    the disk is slow for a moment, less. Who has saved it is not needed any more."""
     # Computing takes long enough for prompts to wait for what is loaded, on a busy machine too.
     (tmp_path / "cost.json").write_text('{"token_s": 2e-3}')
     slow = [*mock[:-1], str(tmp_path / "cost.json")]
     flags = [*slow, "--policy", "disaggregated", "--handoff", "store", "--kv-disk", f"{quick_disk}:1GiB"]
     with serve("smollm2", *flags) as cluster:
         hits, asked = [0.0], 0
-        for fresh in rounds:
+        for fresh in rounds[:TRIES]:
             check_mocked(cluster, fresh)
             cluster.wait_idle()
             asked += len(fresh)
@@ -255,6 +257,30 @@ def test_kv_is_handed_over_by_way_of_the_store(
         found = metrics(cluster)
         assert found["bascule_store_handoffs_total", "", ""] == asked
         assert not any(key[0] == "bascule_handoff_bytes_total" for key in found)
+        assert any(hand_over_by_one_that_dies(cluster, *one) > 0 for one in list(rounds[TRIES].items())[-TRIES:])
+
+
+def hand_over_by_one_that_dies(cluster: Cluster, prompt: tuple[int, ...], tokens: list[int]) -> int:
+    """Serve a prompt whose prefill worker is killed when it has saved the KV, before the decode worker can load it.
+
+    Its tokens must be the right ones; returns how many tokens' KV came from the disk.
+    """
+    workers = cluster.state()["workers"]
+    prefill, decode = (next(w["pid"] for w in workers if w["role"] == role) for role in ("prefill", "decode"))
+    counter = ("bascule_store_handoffs_total", "", "")
+    before = metrics(cluster)[counter]
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(decode, signal.SIGSTOP)
+        try:
+            asked = pool.submit(cluster.complete, list(prompt), max_tokens=OUTPUT)
+            wait_until(lambda: metrics(cluster)[counter] > before, "the KV to be saved")
+            os.kill(prefill, signal.SIGKILL)
+        finally:
+            os.kill(decode, signal.SIGCONT)
+        answer = asked.result()
+    assert tokens_of(answer) == tokens
+    cluster.wait(lambda now: {decode} < {w["pid"] for w in now["workers"]} - {prefill}, "a new prefill worker", 90)
+    return int(answer["usage"]["prompt_tokens_details"].get("loaded_tokens", {}).get("disk", 0))
 
 
 def told(cluster: Cluster, key: tuple[str, str, str]) -> float:

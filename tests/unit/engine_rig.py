@@ -133,7 +133,8 @@ class Rig:
         limits = EngineLimits(
             max_sequences=sequences, chunk_tokens=chunk, step_tokens=step, prefix_cache=prefix_cache, slo=slo
         )
-        self.engine = Engine(self.runner, self.arena, self.books, BlockHasher("mock", size), limits, self.clock.now)
+        self.hasher = BlockHasher("mock" if runner is None else card.fingerprint, size)
+        self.engine = Engine(self.runner, self.arena, self.books, self.hasher, limits, self.clock.now)
         self.engine.cost = cost
         self.times: dict[str, list[float]] = {}
         """When each request's tokens came."""

@@ -77,7 +77,18 @@ class Two:
         stack.callback(self.grants.close)
         self.links = Links()
         rig = self.rigs[0]
-        self.fetches = Fetches(rig.engine, rig.arena, rig.books, HASHER, card, self, self.grants)  # type: ignore[arg-type]
+        self.wake: Callable[[], None] = lambda: None
+        """Called when the asker's engine may have work."""
+        self.fetches = Fetches(
+            rig.engine,
+            rig.arena,
+            rig.books,
+            HASHER,
+            card,
+            self,  # type: ignore[arg-type]
+            self.grants,
+            lambda: self.wake(),
+        )
         self.lender = Lender(
             self.rigs[1].engine,
             arenas[1],

@@ -13,6 +13,7 @@ from engine_rig import BLOCK, Rig, greedy, reference, work
 from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.base import Store
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
@@ -33,7 +34,7 @@ def prompt_of(family: int, tokens: int = 10 * BLOCK) -> list[int]:
 class Node:
     """An engine with a store side, as a worker has them; stores outlive it."""
 
-    def __init__(self, stores: Sequence[MemoryStore], stack: ExitStack, **kind: object) -> None:
+    def __init__(self, stores: Sequence[Store], stack: ExitStack, **kind: object) -> None:
         self.rig = Rig(**kind)  # type: ignore[arg-type]
         stack.callback(self.rig.arena.close)
         self.rig.engine.publishes = True
@@ -42,13 +43,12 @@ class Node:
         self.wake: Callable[[], None] = lambda: None
         """Called when the engine may have work."""
         card = self.rig.runner.card
-        self.hasher = BlockHasher("mock", card.layout.block_size)
         self.tiers = Tiers(stores, self.rig.arena, self.rig.books, card.fingerprint, Forms("none", card.layout))
         self.side = StoreSide(
             self.tiers,
             self.rig.engine,
             self.rig.books,
-            self.hasher,
+            self.rig.hasher,
             card.layout,
             lambda tier, stored, removed: self.told.append((tier, list(stored), list(removed))),
             on_loaded=self.loaded.__setitem__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from random import Random
 from typing import Any
 
@@ -11,15 +12,20 @@ import pytest
 from engine_rig import BLOCK, CARD, greedy, reference, work
 from fetch_rig import ASKER, HASHER, IMPATIENT, OUTPUT, PEER_ADDRESS, Two, play, prompt_of, submission
 from msgspec import structs
+from store_side_rig import Node
 from test_engine_late_hits import watched
 
 from bascule.engine.sequence import Key
 from bascule.kv.codecs import codec_named
+from bascule.kv.store.forms import Forms
+from bascule.kv.store.memory import MemoryStore
+from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.coding import Coding
 from bascule.peer_wire import Fetch, Fetched, PeerMessage
 from bascule.policies.load import LEAST_SHARE
-from bascule.types import PEER, Brought, CostModel, KVLayout, RequestId
+from bascule.types import PEER, Brought, CostModel, KVLayout, RequestId, Tier
 from bascule.wire import FetchFrom
+from bascule.worker.store_side import StoreSide
 
 EVERY = pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 
@@ -257,6 +263,78 @@ def test_a_fetch_takes_no_memory_that_running_sequences_need() -> None:
         lease.release()
 
     play(scenario)
+
+
+def test_a_request_that_waits_for_the_memory_of_a_fetch_is_woken_when_it_is_given_back() -> None:
+    def lose(_: Two, message: PeerMessage) -> PeerMessage | None:
+        return None if isinstance(message, Fetch) else message
+
+    async def scenario(two: Two) -> None:
+        two.compute(1, prompt_of(1))
+        rig, runnable = two.rigs[0], list[bool]()
+        two.wake = lambda: runnable.append(rig.engine.has_work())
+        fetching = asyncio.create_task(two.fetch([*prompt_of(1), 7], 10 * BLOCK))
+        while not two.asked():
+            await asyncio.sleep(0)
+        rig.engine.submit(work("long", prompt_of(2, 60), greedy(OUTPUT)))
+        assert rig.step().is_empty and not rig.engine.has_work()
+        fetching.cancel()
+        for key in list(two.fetches._tasks):
+            two.fetches.give_up(key)
+        while not runnable:
+            await asyncio.sleep(0)
+        assert runnable == [True]
+        rig.run()
+        assert rig.tokens("long") == reference(prompt_of(2, 60), greedy(OUTPUT))
+
+    play(scenario, tamper=lose)
+
+
+@EVERY
+def test_a_peer_lends_what_lies_in_its_hosts_memory(transport: str) -> None:
+    """It was computed by a worker that is gone; the beginning is on the peer's device, too."""
+    store, prompt = MemoryStore(1 << 20), prompt_of(1)
+
+    async def scenario(two: Two) -> None:
+        with ExitStack() as stack:
+            await Node([store], stack).complete(prompt)
+        two.compute(1, prompt[: 3 * BLOCK])
+        side = lend_from(two, store)
+        assert await two.fetch([*prompt, 7], 10 * BLOCK) == 10
+        assert two.compute(0, [*prompt, 7]) == 10 * BLOCK
+        assert two.fetches.figures().failed == {}
+        assert two.lender.bytes_sent == {transport: 10 * CARD.layout.block_bytes}
+        assert side._tiers.figures[Tier.HOST].loaded_blocks == 7
+        await side.close()
+
+    play(scenario, transport)
+
+
+@EVERY
+def test_a_damaged_block_in_a_peers_host_memory_ends_what_it_lends(transport: str) -> None:
+    store, prompt = MemoryStore(1 << 20), prompt_of(1)
+
+    async def scenario(two: Two) -> None:
+        with ExitStack() as stack:
+            await Node([store], stack).complete(prompt)
+        damaged = HASHER.chain(prompt)[6]
+        store._blocks[damaged] = store._blocks[damaged][:-1] + b"?"
+        side = lend_from(two, store)
+        assert await two.fetch([*prompt, 7], 10 * BLOCK) == 6
+        assert two.compute(0, [*prompt, 7]) == 6 * BLOCK
+        assert side._tiers.figures[Tier.HOST].invalid == {"checksum": 1}
+        await side.close()
+
+    play(scenario, transport)
+
+
+def lend_from(two: Two, store: MemoryStore) -> StoreSide:
+    """Give the peer a host tier."""
+    rig = two.rigs[1]
+    tiers = Tiers([store], rig.arena, rig.books, CARD.fingerprint, Forms("none", CARD.layout))
+    side = StoreSide(tiers, rig.engine, rig.books, HASHER, CARD.layout, lambda *_: None)
+    two.lender._bring = side.bring
+    return side
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -14,6 +14,7 @@ from store_side_rig import KNOWN, LENGTH, OUTPUT, Gated, Node, finish, patient, 
 from torch_support import BLOCK_SIZE, VOCAB, float_runner, make_model, reference_greedy
 
 from bascule.engine.sequence import Key
+from bascule.kv.store.directory import DirectoryStore
 from bascule.types import Tier
 
 
@@ -136,4 +137,29 @@ def test_a_real_model_gives_the_same_tokens_whatever_it_loads_on_the_way(stack: 
         await finish(second, store)
 
     store = Gated(1 << 26)
+    run(scenario)
+
+
+def test_another_model_of_the_same_name_finds_nothing_of_the_first_in_the_same_tier(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    """As where weights are replaced in their folder, and the disk that served the old ones goes on."""
+    models = [make_model("llama3-untied", tmp_path / str(seed), seed) for seed in (7, 8)]
+    prompt = [Random(4).randrange(3, VOCAB) for _ in range(5 * BLOCK_SIZE + 3)]
+    expected = [reference_greedy(model, prompt, OUTPUT) for model in models]
+    assert expected[0] != expected[1]
+    (tmp_path / "kv").mkdir()
+
+    async def scenario() -> None:
+        runners = [float_runner(tmp_path / str(seed)) for seed in (7, 8)]
+        assert runners[0].card.name == runners[1].card.name
+        assert runners[0].card.layout == runners[1].card.layout
+        for which, known in ((0, False), (1, False), (0, True), (1, True)):
+            node = TorchNode([DirectoryStore(tmp_path / "kv", 1 << 24)], stack, runner=runners[which])
+            node.tokens = {tuple(prompt): expected[which]}
+            brought = await node.complete(prompt)
+            assert (brought.tokens if brought is not None else {}) == ({Tier.DISK: 5 * BLOCK_SIZE} if known else {})
+            assert node.rig.outputs.popitem()[1][0].cached_tokens == (5 * BLOCK_SIZE if known else 0)
+            await node.side.close()
+
     run(scenario)

@@ -60,12 +60,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, directory: Path) -> Any:
+def make_model(family: str, directory: Path, seed: int = 7) -> Any:
     """Save a random float32 model of `family` to `directory` and return the transformers model itself.
 
     Every parameter is random, norms and biases included, so that one that is mixed up or dropped shows.
     """
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config_class, changes = FAMILIES[family]
     model = transformers.AutoModelForCausalLM.from_config(
         config_class(**(_SHAPE | changes)), dtype=torch.float32, attn_implementation="eager"
