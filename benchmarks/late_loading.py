@@ -77,7 +77,7 @@ class Node:
             while not stop.is_set():
                 if not self.engine.has_work():
                     time.sleep(0.001)
-                elif (result := self.engine.step()).executed:
+                elif not (result := self.engine.step()).is_empty:
                     loop.call_soon_threadsafe(stepped, result)
 
         thread = Thread(target=steps)

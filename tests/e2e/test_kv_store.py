@@ -260,27 +260,26 @@ def test_kv_is_handed_over_by_way_of_the_store(
         assert any(hand_over_by_one_that_dies(cluster, *one) > 0 for one in list(rounds[TRIES].items())[-TRIES:])
 
 
-def hand_over_by_one_that_dies(cluster: Cluster, prompt: tuple[int, ...], tokens: list[int]) -> int:
+def hand_over_by_one_that_dies(cluster: Cluster, prompt: tuple[int, ...], tokens: list[int]) -> float:
     """Serve a prompt whose prefill worker is killed when it has saved the KV, before the decode worker can load it.
 
     Its tokens must be the right ones; returns how many tokens' KV came from the disk.
     """
     workers = cluster.state()["workers"]
     prefill, decode = (next(w["pid"] for w in workers if w["role"] == role) for role in ("prefill", "decode"))
-    counter = ("bascule_store_handoffs_total", "", "")
-    before = metrics(cluster)[counter]
+    handoffs, hits = ("bascule_store_handoffs_total", "", ""), ("bascule_kv_hit_tokens_total", "disk", "")
+    before = metrics(cluster)
     with ThreadPoolExecutor(1) as pool:
         os.kill(decode, signal.SIGSTOP)
         try:
             asked = pool.submit(cluster.complete, list(prompt), max_tokens=OUTPUT)
-            wait_until(lambda: metrics(cluster)[counter] > before, "the KV to be saved")
+            wait_until(lambda: metrics(cluster)[handoffs] > before[handoffs], "the KV to be saved")
             os.kill(prefill, signal.SIGKILL)
         finally:
             os.kill(decode, signal.SIGCONT)
-        answer = asked.result()
-    assert tokens_of(answer) == tokens
+        assert tokens_of(asked.result()) == tokens
     cluster.wait(lambda now: {decode} < {w["pid"] for w in now["workers"]} - {prefill}, "a new prefill worker", 90)
-    return int(answer["usage"]["prompt_tokens_details"].get("loaded_tokens", {}).get("disk", 0))
+    return told(cluster, hits) - before[hits]
 
 
 def told(cluster: Cluster, key: tuple[str, str, str]) -> float:

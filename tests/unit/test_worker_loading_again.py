@@ -52,14 +52,14 @@ def store() -> Gated:
     return Gated()
 
 
-async def waiting(store: Gated, stack: ExitStack) -> tuple[Node, Lease, Key]:
+async def waiting(store: Gated, stack: ExitStack, blocks: int = DEVICE) -> tuple[Node, Lease, Key]:
     """A prompt that lies in the store, in the line of an engine whose memory others hold."""
     await Node([store], stack).complete(PROMPT)
     store.asked.clear()
     patient(store, stack)
-    node = Node([store], stack, blocks=DEVICE)
+    node = Node([store], stack, blocks=blocks)
     node.rig.engine.cost = KNOWN
-    lease = node.rig.books.acquire([], [], DEVICE)
+    lease = node.rig.books.acquire([], [], blocks)
     assert lease is not None
     key, ready = node.submit(PROMPT)
     await ready
@@ -76,11 +76,12 @@ async def serve(node: Node) -> None:
         await asyncio.sleep(0.0002)
 
 
+@pytest.mark.parametrize("spare", [2, 8, 40])
 def test_a_prompt_that_came_while_the_device_was_full_is_loaded_once_it_has_memory(
-    store: Gated, stack: ExitStack
+    spare: int, store: Gated, stack: ExitStack
 ) -> None:
     async def scenario() -> None:
-        node, lease, key = await waiting(store, stack)
+        node, lease, key = await waiting(store, stack, LENGTH + 1 + spare)
         computed = watched(node.rig)
         lease.release()
         await serve(node)
