@@ -80,7 +80,7 @@ def make_place(kind: str, stack: ExitStack, server: Callable[[], RedisProcess]) 
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bascule-test-", dir=above)))
 
     def make(capacity: int) -> Store:
-        return DirectoryStore(directory, capacity, Tier(kind), timeout_s=PATIENT, touch_after_s=0)
+        return DirectoryStore(directory, capacity, Tier(kind), timeout_s=PATIENT)
 
     return Place(kind, make, stack)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from threading import Thread
-from time import sleep
+from time import monotonic, sleep
 
 import pytest
 from store_rig import Place, make_place, name_of, value_of
 
-from bascule.kv.store.base import Fault
+from bascule.kv.store.base import Fault, Use
 from bascule.types import Tier
 from support.redis_server import RedisProcess, redis_process
 
@@ -132,7 +132,7 @@ def test_a_full_store_lets_the_least_recently_used_go(place: Place) -> None:
     for name in (A, B, C, D):
         assert store.put({name: value_of(1)}) == 1
         sleep(0.02)
-    assert store.get([A, C]) == [value_of(1)] * 2
+    assert store.touch([Use(A, monotonic(), again=False), Use(C, monotonic(), again=False)]) == [True, True]
     sleep(0.02)
     assert store.put({E: value_of(1)}) == 1
     assert store.holds([A, B, C, D, E]) == [True, False, True, True, True]
@@ -141,6 +141,23 @@ def test_a_full_store_lets_the_least_recently_used_go(place: Place) -> None:
     stats = store.stats()
     assert stats.evictions == 2
     assert stats.bytes == 4000
+
+
+@pytest.mark.parametrize("place", ["host", "disk"], indirect=True)
+def test_what_was_used_again_outlives_a_scan_and_a_restart(place: Place) -> None:
+    first = place.open(capacity=50_000)
+    hot, now = [name_of(1000 + number) for number in range(12)], monotonic()
+    first.put({name: value_of(1) for name in hot})
+    first.touch([Use(name, now - number, again=True) for number, name in enumerate(hot)])
+    for number in range(100):
+        assert first.put({name_of(number): value_of(number)}) == 1
+        first.touch([Use(name_of(number), now + 1, again=False)])
+    first.close()
+    second = place.open(capacity=50_000)
+    for number in range(100, 200):
+        assert second.put({name_of(number): value_of(number)}) == 1
+    # A fifth is protected, of which a prefix keeps its beginning.
+    assert second.holds(hot) == [True] * 10 + [False] * 2
 
 
 @bounded

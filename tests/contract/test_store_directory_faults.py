@@ -20,8 +20,9 @@ import pytest
 from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, value_of
 
 from bascule.clock import VirtualClock
-from bascule.kv.store.base import Fault
+from bascule.kv.store.base import Fault, Use
 from bascule.kv.store.directory import DirectoryStore
+from bascule.kv.store.folder import Folder
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
 from bascule.types import BlockHash, Tier
 from support.redis_server import wait_until
@@ -120,6 +121,20 @@ def test_what_the_dead_were_writing_is_removed_when_it_is_old(tmp_path: Path, st
     assert new.exists()
 
 
+def test_the_time_is_what_the_file_system_says(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that share it may each have another."""
+    monkeypatch.setattr(Folder, "now_ns", lambda _: time.time_ns() + 7200 * 10**9)
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)))
+    store.put({A: b"a"})
+    assert store.touch([Use(A, monotonic() - 3600, again=False)]) == [True]
+    assert abs(file_of(tmp_path, 1).stat().st_mtime - time.time() - 3600) < 600
+    (left := tmp_path / "v1" / "tmp" / f"{A.hex()}.{'0' * 16}").write_bytes(b"half")
+    store._folder.remove_abandoned()
+    assert not left.exists(), "for the file system it is two hours old"
+
+
 def test_a_directory_that_vanishes_is_missed_not_made_again_and_used_when_it_is_back(
     disk: DirectoryStore, tmp_path: Path
 ) -> None:
@@ -156,7 +171,7 @@ directory, other = Path(sys.argv[1]), b"\\1" * 16
 if os.getuid() == 0:
     os.chown(directory, 65534, 65534)
     os.setgid(65534), os.setuid(65534)
-store = DirectoryStore(directory, 1 << 20, timeout_s=20, touch_after_s=0)
+store = DirectoryStore(directory, 1 << 20, timeout_s=20)
 assert store.put({bytes(16): b"kept"}) == 1
 for folder in ("v1/00", "v1/tmp", "v1"):
     os.chmod(directory / folder, 0o500)
@@ -203,12 +218,12 @@ FULL_DISK = """
 import subprocess, sys
 from pathlib import Path
 from time import monotonic, sleep
-from bascule.kv.store.base import Fault
+from bascule.kv.store.base import Fault, Use
 from bascule.kv.store.directory import DirectoryStore
 
 directory = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", directory], check=True)
-store = DirectoryStore(Path(directory), 1 << 30, timeout_s=20, touch_after_s=0)
+store = DirectoryStore(Path(directory), 1 << 30, timeout_s=20)
 names = [number.to_bytes(16, "big") for number in range(200)]
 deadline, last_taken = monotonic() + 20, 0
 for number, name in enumerate(names):
@@ -224,6 +239,8 @@ assert list(Path(directory, "v1", "tmp").iterdir()) == []
 subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
 kept = [name for name, answer in zip(names, answers) if answer is not None]
 assert None not in store.get(kept)
+uses = [Use(name, 0.0, again=True) for name in (kept[0], b"\\xfe" * 16)]
+assert store.touch(uses) == [True, False]
 assert store.put({b"\\xff" * 16: b"x"}) == 0
 assert store.stats().errors[Fault.DENIED] == 1
 store.close()

@@ -40,7 +40,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.damaged: set[int] = set()
 
     def opened(self) -> DirectoryStore:
-        return DirectoryStore(self.directory, CAPACITY, timeout_s=PATIENT, touch_after_s=0)
+        return DirectoryStore(self.directory, CAPACITY, timeout_s=PATIENT)
 
     def teardown(self) -> None:
         for store in self.stores:

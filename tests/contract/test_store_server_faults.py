@@ -10,7 +10,7 @@ from time import monotonic, sleep
 import pytest
 from store_rig import PATIENT, MadServer, name_of, value_of
 
-from bascule.kv.store.base import Fault, Store
+from bascule.kv.store.base import Fault, Store, Use
 from bascule.kv.store.record import InvalidRecord, unpack
 from bascule.kv.store.remote import RemoteStore
 from bascule.kv.store.targets import parse_remote
@@ -194,15 +194,19 @@ def test_numbers_that_cannot_be_are_not_passed_on(stack: ExitStack, number: int)
         assert (store.stats().blocks, store.stats().capacity_bytes) == (0, None)
 
 
-def test_blocks_expire_and_a_read_renews_them(server: RedisProcess, stack: ExitStack) -> None:
+def test_blocks_expire_and_use_renews_them(server: RedisProcess, stack: ExitStack) -> None:
     store = stack.enter_context(closing(RemoteStore(parse_remote(server.url), ttl_s=1000, timeout_s=PATIENT)))
     store.put({A: b"a"})
     client = server.client()
     key = f"bascule:1:{A.hex()}"
     assert 990 < client.ttl(key) <= 1000
     client.expire(key, 10)
-    store.get([A])
+    now = monotonic()
+    assert store.touch([Use(A, now, again=True), Use(B, now, again=True)]) == [True, False]
     assert client.ttl(key) > 990
+    store.put({B: b"b"})
+    store.touch([Use(A, now, again=False), Use(B, now - 0.01, again=False)])
+    assert client.pttl(key) > client.pttl(f"bascule:1:{B.hex()}"), "what builds on a block does not outlive it"
 
 
 def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisProcess, stack: ExitStack) -> None:

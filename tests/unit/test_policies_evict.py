@@ -5,8 +5,9 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from msgspec import Struct
 
-from bascule.policies.evict import EvictionOrder
+from bascule.policies.evict import EvictionOrder, first_to_go
 
 CAPACITY = 10
 BOUND = 3
@@ -185,3 +186,21 @@ def test_it_does_what_the_naive_model_does(data: st.DataObject) -> None:
         assert len(order) == len(model.probation) + len(model.protected)
         assert {block for block in range(CAPACITY) if block in order} == set(order)
         assert list(order.check_integrity([*order, *model.held])) == []
+
+
+class File(Struct, frozen=True):
+    used_ns: int
+    again: bool = False
+    size: int = 10
+
+
+def test_in_a_tier_what_was_used_again_latest_goes_last() -> None:
+    files = [File(5), File(1, again=True), File(2), File(4, again=True), File(3, again=True), File(0)]
+    assert [file.used_ns for file in first_to_go(files, 25)] == [0, 1, 2, 5, 3, 4]
+    assert [file.used_ns for file in first_to_go(files, 9)] == [0, 1, 2, 3, 4, 5]
+    assert [file.used_ns for file in first_to_go(files, 100)] == [0, 2, 5, 1, 3, 4]
+
+
+def test_in_a_tier_nothing_older_is_protected_in_place_of_what_is_too_large() -> None:
+    large, small = File(2, again=True, size=20), File(1, again=True, size=5)
+    assert first_to_go([large, small], 15) == [small, large]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
+from bascule.kv.store.base import Use
 from bascule.kv.store.tiers import Saved
 from bascule.types import BlockHash
 from bascule.worker import saver as module
@@ -24,7 +25,8 @@ class Place:
         self.held: list[BlockHash] = []
         self.told: list[BlockHash] = []
         self.calls = 0
-        self.saver = Saver(self.save, self.told.extend, most=32)
+        self.used: list[BlockHash] = []
+        self.saver = Saver(self.save, self.told.extend, 32, self.use)
 
     def save(self, names: Sequence[BlockHash]) -> Saved:
         self.calls += 1
@@ -33,6 +35,10 @@ class Place:
             return Saved([], here)
         self.held += here
         return Saved(here, [])
+
+    def use(self, uses: Sequence[Use]) -> Saved:
+        self.used += [use.name for use in uses]
+        return self.save([use.name for use in uses])
 
     async def offer_again(self) -> None:
         self.saver.again()
@@ -110,5 +116,17 @@ def test_no_more_is_kept_than_the_device_holds() -> None:
         place.shut = False
         await place.offer_again()
         assert sorted(place.held) == NAMES[8:], "the oldest are left out"
+
+    run(scenario)
+
+
+def test_uses_and_saves_take_turns() -> None:
+    async def scenario(place: Place) -> None:
+        place.saver.add(NAMES[:20])
+        place.saver.use([Use(name, 0.0, again=False) for name in NAMES[10:30]])
+        await place.saver.drain()
+        assert place.used == NAMES[10:30]
+        assert place.held == [*NAMES[:16], *NAMES[16:30]], "what was in the line comes first, and nothing comes twice"
+        assert place.saver.idle
 
     run(scenario)

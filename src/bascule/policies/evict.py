@@ -1,11 +1,48 @@
-"""In what order cached blocks are evicted: least recently used first, those used again apart from those used once."""
+"""In what order blocks are evicted: least recently used first, those used again apart from those used once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Protocol, TypeVar
 
 PROTECTED_SHARE = 0.2
 """Of all blocks, how many may be protected: measured (docs/adr/0016)."""
+
+
+class Stored(Protocol):
+    """A block of a tier."""
+
+    @property
+    def used_ns(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def again(self) -> bool:
+        """It has been used again since it was stored."""
+        ...
+
+
+AnyStored = TypeVar("AnyStored", bound=Stored)
+
+
+def first_to_go(blocks: Iterable[AnyStored], protected: int) -> list[AnyStored]:
+    """The blocks of a tier, the next to be evicted first: the least recently used, but last the `protected` bytes of
+    those used again that were used latest.
+
+    So a scan of any length leaves those alone. The beginning of a prefix stays longer than its end as long as it is
+    told to have been used later, and as often.
+    """
+    others: list[AnyStored] = []
+    spared: list[AnyStored] = []
+    for block in sorted(blocks, key=attrgetter("used_ns"), reverse=True):
+        protected -= block.size * block.again
+        spare = block.again and protected >= 0
+        (spared if spare else others).append(block)
+    return [*reversed(others), *reversed(spared)]
+
 
 _AWAY, _ON_PROBATION, _PROTECTED = range(3)
 

@@ -1,4 +1,4 @@
-"""Computed blocks on their way down to one tier, in a thread that gives way to all others."""
+"""Computed blocks on their way down to one tier, and what is used of it, in a thread that gives way to all others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 
+from bascule.kv.store.base import Use
 from bascule.kv.store.tiers import Saved
 from bascule.types import BlockHash
 
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
+_USES_AT_ONCE = 256
 _NICENESS = 10
-
 _OFFERED_S = 60.0
 """What a tier refused is offered again for so long: it may have been slow for a moment."""
 
@@ -27,15 +29,24 @@ Save = Callable[[Sequence[BlockHash]], Saved]
 class Saver:
     """A line of blocks before a tier, so that a slow one holds up no other. Runs in the asyncio loop."""
 
-    def __init__(self, save: Save, saved: Callable[[Sequence[BlockHash]], None], most: int) -> None:
-        """`save` is called in the thread; what was taken, `saved` is told in the loop.
+    def __init__(
+        self,
+        save: Save,
+        saved: Callable[[Sequence[BlockHash]], None],
+        most: int,
+        use: Callable[[Sequence[Use]], Saved],
+    ) -> None:
+        """`save` is called in the thread, and `use` with blocks that are used; what was taken, `saved` is told in the
+        loop.
 
         Of more than `most` blocks in the line the first are left out: they will have been evicted by then.
         """
         self._save = save
+        self._use = use
         self._saved = saved
         self._most = most
         self._line: dict[BlockHash, None] = {}
+        self._uses: dict[BlockHash, Use] = {}
         self._refused: dict[BlockHash, float] = {}
         """When for the first time; not forgotten where it is in the line again."""
         self._busy: Sequence[BlockHash] = ()
@@ -49,9 +60,18 @@ class Saver:
 
     def add(self, names: Sequence[BlockHash]) -> None:
         self._line |= dict.fromkeys(names)
-        while len(self._line) > self._most:
-            del self._line[next(iter(self._line))]
-        if self._line and self._task is None:
+        self._begin()
+
+    def use(self, uses: Sequence[Use]) -> None:
+        """These blocks are used: they are to stay in the tier, or to come back to it."""
+        self._uses |= {use.name: use for use in uses}
+        self._begin()
+
+    def _begin(self) -> None:
+        for line in (self._line, self._uses):
+            for name in list(islice(line, max(0, len(line) - self._most))):
+                del line[name]
+        if (self._line or self._uses) and self._task is None:
             self._task = asyncio.create_task(self._run())
 
     def again(self) -> None:
@@ -68,24 +88,31 @@ class Saver:
             await batch_done.wait()
 
     async def drain(self) -> None:
-        """Wait until the line is empty."""
+        """Wait until nothing is left to be saved or told."""
         if self._task is not None:
             await self._task
 
     def close(self) -> None:
         self._line.clear()
+        self._uses.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while names := list(self._line)[:_AT_ONCE]:
-                for name in names:
-                    del self._line[name]
-                self._busy = names
-                done = await loop.run_in_executor(self._thread, self._save, names)
-                self._note(names, done, loop.time())
-                self._end_batch()
+            while self._line or self._uses:  # some of each in turn, so that neither waits for the end of the other
+                if names := list(islice(self._line, _AT_ONCE)):
+                    for name in names:
+                        del self._line[name]
+                    self._busy = names
+                    done = await loop.run_in_executor(self._thread, self._save, names)
+                    self._note(names, done, loop.time())
+                    self._end_batch()
+                if uses := list(islice(self._uses.values(), _USES_AT_ONCE)):
+                    for use in uses:
+                        del self._uses[use.name]
+                    done = await loop.run_in_executor(self._thread, self._use, uses)
+                    self._note([use.name for use in uses], done, loop.time())
         except Exception:
             log.exception("KV store: computed blocks could not be saved")
         finally:

@@ -21,13 +21,14 @@ from bascule.engine.work import Admitted
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.store.accounts import Accounts
-from bascule.kv.store.base import StoreStats
+from bascule.kv.store.base import StoreStats, Use
 from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import BlockHash, Brought, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
 from bascule.worker.saver import Saver
+from bascule.worker.uses import Uses
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,12 @@ class StoreSide:
         self._saving_tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._savers = {
-            tier: Saver(partial(tiers.save, tier), partial(self._saved, tier), books.num_blocks)
+            tier: Saver(
+                partial(tiers.save, tier), partial(self._saved, tier), books.num_blocks, partial(tiers.use, tier)
+            )
             for tier in tiers.stores
         }
+        self._uses = Uses(hasher, self._used, books.num_blocks)
         self._places: dict[Tier, StorePlace] = {}
         self._counting: asyncio.Task[None] | None = None
         self._under_way: dict[BlockHash, Load] = {}
@@ -123,6 +127,7 @@ class StoreSide:
         tokens, salt = (*submission.prompt, *submission.generated), submission.salt
         believed = submission.stored_tokens // self._layout.block_size
         load = self._loads[key] = Load(key, tokens, self._hasher.chain(tokens[:-1], salt), salt, believed)
+        self._uses.begin(key, tokens, load.hashes, salt, leaves=submission.decode is not None)
         load.reach = cached = self._books.count_cached(load.hashes)
         if cached < len(load.hashes):
             behind = len(tokens) - cached * self._layout.block_size
@@ -143,13 +148,16 @@ class StoreSide:
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose new blocks have been told to `computed`; its tokens are not sent yet."""
         for each in result.found:
-            if (load := self._loads.get(Key(each.request, each.attempt))) is not None:
+            key = Key(each.request, each.attempt)
+            self._uses.found(key, each.places.stop)
+            if (load := self._loads.get(key)) is not None:
                 self._found(load, each.places)
         for admitted in result.admitted:
             self._admitted(admitted)
         for output in result.outputs:
             key = Key(output.request, output.attempt)
             self._give_up(key)
+            self._uses.drew(key, output.token, last=output.finish is not None)
             if output.finish is not None and (submission := self._to_save.pop(key, None)) is not None:
                 task = asyncio.create_task(self._announce(key, submission))
                 self._saving_tasks.add(task)
@@ -201,6 +209,7 @@ class StoreSide:
     def cancel(self, key: Key) -> None:
         """The request is no longer wanted here; does nothing for others."""
         self._to_save.pop(key, None)
+        self._uses.forget(key)
         self._give_up(key)
         if (starting := self._starting.pop(key, None)) is not None:
             starting.cancel()
@@ -216,6 +225,10 @@ class StoreSide:
         """Blocks have become findable on the device: save them, once there is time."""
         for saver in self._savers.values():
             saver.add(names)
+
+    def _used(self, uses: Sequence[Use]) -> None:
+        for saver in self._savers.values():
+            saver.use(uses)
 
     @property
     def saving(self) -> bool:
@@ -242,6 +255,7 @@ class StoreSide:
         load = Load(_NOBODYS, (*tokens, 0), self._hasher.chain(tokens, salt), salt)
         try:
             await self._run(load)
+            self._uses.count(load.hashes, len(load.hashes))
         finally:
             load.over.set()
 

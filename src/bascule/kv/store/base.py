@@ -36,6 +36,16 @@ class Fault(StrEnum):
     """A call after `close`."""
 
 
+class Use(Struct, frozen=True):
+    """When a block was last used, and how."""
+
+    name: BlockHash
+    at: float
+    """Monotonic seconds of this machine. Of one prompt's blocks, the one in front is told to be used later."""
+    again: bool
+    """It was found here or loaded, and not computed anew."""
+
+
 class StoreStats(Struct, frozen=True, kw_only=True):
     """A tier's figures. Contents are as last measured, with this store's own changes since; counts are its own."""
 
@@ -72,15 +82,19 @@ class Store(Protocol):
         ...
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        """The blocks in the order of `names`, None for misses."""
+        """The blocks in the order of `names`, None for misses. Whoever uses them tells `touch`."""
         ...
 
     def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        """What `get` would give; counts neither as use nor as hit or miss."""
+        """What `get` would give; counts neither as hit nor as miss."""
         ...
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
-        """Whether a `get` would probably find each of `names`; does not count as use."""
+        """Whether a `get` would probably find each of `names`."""
+        ...
+
+    def touch(self, uses: Sequence[Use]) -> list[bool]:
+        """Let blocks that are used stay longer; tells which of them are there, as far as that can be said."""
         ...
 
     def names(self) -> Iterator[list[BlockHash]]:

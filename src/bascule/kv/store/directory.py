@@ -6,10 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
 from bascule.kv.store.folder import Entry, Folder, fault_of
 from bascule.kv.store.gate import Gate, Step
 from bascule.kv.store.keeper import Contents, Keeper
@@ -18,7 +19,8 @@ from bascule.types import BlockHash, Tier
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 0.5
-TOUCH_AFTER_S = 60.0
+_CLOCK_S = 600.0
+"""Between two looks at the file system's clock."""
 _SILENCE_S = 60.0
 """Between two lines in the log about a tier that fails."""
 _READ_LANES, _WRITE_LANES = 4, 2
@@ -27,9 +29,9 @@ _STEPS_PER_LANE = 8
 
 
 class DirectoryStore:
-    """At most `capacity` bytes of blocks in `directory`, those least recently used going first.
+    """At most `capacity` bytes of blocks in `directory`; what goes first, `policies.evict.first_to_go` says.
 
-    Several stores on one directory exceed the bound by at most 1/32 each. A hit counts as use once in `touch_after_s`.
+    Several stores on one directory exceed the bound by at most 1/32 each.
     Reads and writes of the disk tier go through threads, apart from each other, so that a file system that hangs is
     waited for `timeout_s` at most and slow writes hold up no reads; those of the host tier, which is RAM, do not.
     """
@@ -41,12 +43,13 @@ class DirectoryStore:
         tier: Tier = Tier.DISK,
         *,
         timeout_s: float = TIMEOUT_S,
-        touch_after_s: float = TOUCH_AFTER_S,
     ) -> None:
         """`places.host_store` and `places.disk_store` check what they are given; this raises OSError as it comes."""
         self.tier = tier
         self._patience_s = timeout_s / 2
-        self._touch_after_s = touch_after_s
+        self._zero_ns = time.time_ns() - time.monotonic_ns()
+        """Where our monotonic clock begins, by the file system's."""
+        self._zero_due = -math.inf
         self._silent_until = -math.inf
         self._folder = Folder(directory, capacity)
         self._folder.prepare()
@@ -80,22 +83,23 @@ class DirectoryStore:
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        answers = self._read_all(names, self._touch_after_s)
+        answers = self.peek(names)
         self._tally.answered(answers)
         return answers
 
     def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        return self._read_all(names, math.inf)
-
-    def _read_all(self, names: Sequence[BlockHash], touch_after_s: float) -> list[bytes | None]:
         found: list[bytes | None] = [None] * len(names)
-        steps = [partial(self._read, name, index, found, touch_after_s) for index, name in enumerate(names)]
-        self._run(self._reads, steps)
+        self._run(self._reads, [partial(self._read, name, index, found) for index, name in enumerate(names)])
         return list(found)  # a step that was given up may still write to the other
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         answers = [False] * len(names)
         self._run(self._reads, [partial(self._look, name, index, answers) for index, name in enumerate(names)])
+        return list(answers)
+
+    def touch(self, uses: Sequence[Use]) -> list[bool]:
+        answers = [False] * len(uses)
+        self._run(self._writes, [partial(self._touch, use, index, answers) for index, use in enumerate(uses)])
         return list(answers)
 
     def names(self) -> Iterator[list[BlockHash]]:
@@ -157,9 +161,9 @@ class DirectoryStore:
             self._keeper.written(key, replaced)
             taken.append(name)
 
-    def _read(self, name: BlockHash, index: int, answers: list[bytes | None], touch_after_s: float) -> None:
+    def _read(self, name: BlockHash, index: int, answers: list[bytes | None]) -> None:
         try:
-            answers[index] = self._folder.read(name, touch_after_s)
+            answers[index] = self._folder.read(name)
             if answers[index] is None:
                 self._folder.check()
         except OSError as error:
@@ -170,6 +174,23 @@ class DirectoryStore:
             answers[index] = self._folder.holds(name)
         except OSError as error:
             self._note(fault_of(error))
+
+    def _touch(self, use: Use, index: int, answers: list[bool]) -> None:
+        try:
+            answers[index] = self._folder.touch(use.name, self._zero() + int(use.at * 1e9), use.again)
+        except OSError as error:
+            if (fault := fault_of(error)) is Fault.DENIED:  # what is there can be used, if not marked
+                self._look(use.name, index, answers)
+            else:
+                self._note(fault)
+
+    def _zero(self) -> int:
+        """Nanoseconds by the file system's clock; several hosts, whose own clocks differ, may share it."""
+        if (now := time.monotonic()) >= self._zero_due:
+            self._zero_due = now + _CLOCK_S
+            with suppress(OSError):  # a full one tells no time
+                self._zero_ns = self._folder.now_ns() - int(now * 1e9)
+        return self._zero_ns
 
     def _remove(self, key: str) -> None:
         try:

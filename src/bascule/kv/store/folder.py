@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import math
 import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +28,10 @@ _FORMAT = "v1"
 _BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}")
 _SUBFOLDER_NAME = re.compile(r"[0-9a-f]{2}")
-_ABANDONED_AFTER_S = 900.0
+_ABANDONED_AFTER_NS = 900 * 10**9
+_USED_AGAIN = stat.S_IXUSR
+"""Of a block's mode: a mark that lasts, that all who share the directory see, and that no content carries. Where a file
+system keeps no modes, all blocks are alike."""
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -48,11 +49,13 @@ def fault_of(error: Exception) -> Fault:
 
 
 class Entry(Struct, frozen=True):
-    """A block's file: when it was written or last used, by the file system's clock, and its bytes."""
+    """A block's file: when it was written or last used, by the file system's clock, its bytes, and whether it was used
+    again since it was written."""
 
     name: str
     used_ns: int
     size: int
+    again: bool
 
 
 class Head(Struct, frozen=True):
@@ -78,20 +81,14 @@ class Folder:
         """Make the folders in the directory, for this user only, and try whether they can be written to."""
         for folder in (self._top, self._temporaries):
             Path(folder).mkdir(mode=0o700, exist_ok=True)
-        trial = f"{self._temporaries}/{secrets.token_hex(16)}.{secrets.token_hex(8)}"
-        os.close(os.open(trial, _WRITE_FLAGS, 0o600))
-        os.unlink(trial)
+        with self._trial():
+            pass
 
     def identity(self) -> str:
         """A name that this directory alone has; the first who asks gives it one."""
         path = f"{self._top}/id"
-        name = secrets.token_hex(16)
-        trial = f"{self._temporaries}/{name}.{secrets.token_hex(8)}"
-        with open(trial, "xb", opener=_private) as file:
-            file.write(name.encode())
-        with suppress(FileExistsError):
+        with self._trial(secrets.token_hex(16).encode()) as trial, suppress(FileExistsError):
             os.link(trial, path)  # whole or not there, and never over another's
-        os.unlink(trial)
         with open(path, "rb") as file:
             return file.read(64).decode("ascii", "replace")
 
@@ -99,27 +96,63 @@ class Folder:
         """Raises OSError if the folders cannot be reached."""
         os.stat(self._temporaries)
 
-    def read(self, name: BlockHash, touch_after_s: float) -> bytes | None:
-        """The block, None if it is not there; marked as used now if it last was longer than `touch_after_s` ago."""
-        head = self.head(name, self._largest, touch_after_s)
+    def now_ns(self) -> int:
+        """What time it is by the file system's clock, which need not be this machine's."""
+        with self._trial() as path:
+            return os.stat(path).st_mtime_ns
+
+    def read(self, name: BlockHash) -> bytes | None:
+        """The block, None if it is not there."""
+        head = self.head(name, self._largest)
         return None if head is None else head.data
 
-    def head(self, name: BlockHash, length: int, touch_after_s: float = math.inf) -> Head | None:
-        """The first `length` bytes of a block; otherwise like `read`."""
+    def head(self, name: BlockHash, length: int) -> Head | None:
+        """The first `length` bytes of a block; None if it is not there."""
+        with self._opened(name) as file:
+            if file is None:
+                return None
+            size = os.fstat(file).st_size
+            return Head(_read_all(file, min(length, size)), size)
+
+    def touch(self, name: BlockHash, used_ns: int, again: bool) -> bool:
+        """Note when a block was used, by the file system's clock, and for good if it was used `again`; whether it is
+        there."""
+        with self._opened(name) as file:
+            if file is None:
+                return False
+            os.utime(file, ns=(used_ns, used_ns))
+            mode = os.fstat(file).st_mode
+            if again and not mode & _USED_AGAIN:
+                os.fchmod(file, stat.S_IMODE(mode) | _USED_AGAIN)
+            return True
+
+    @contextmanager
+    def _opened(self, name: BlockHash) -> Iterator[int | None]:
+        """A block's file, None if it is not there."""
         try:
             file = os.open(self._path(name.hex()), _READ_FLAGS)
         except FileNotFoundError:
-            return None
+            yield None
+            return
         try:
             facts = os.fstat(file)
             if not stat.S_ISREG(facts.st_mode) or facts.st_size > self._largest:
                 raise OSError(errno.EINVAL, "not a block")
-            if time.time() - facts.st_mtime > touch_after_s:
-                with suppress(OSError):
-                    os.utime(file)
-            return Head(_read_all(file, min(length, facts.st_size)), facts.st_size)
+            yield file
         finally:
             os.close(file)
+
+    @contextmanager
+    def _trial(self, content: bytes = b"") -> Iterator[str]:
+        """A file that has just been written, for a moment."""
+        path = f"{self._temporaries}/{secrets.token_hex(16)}.{secrets.token_hex(8)}"
+        try:
+            with open(path, "xb", opener=_private) as file:
+                file.write(content)
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
     def write(self, name: BlockHash, data: Blob) -> int | None:
         """Keep a block; returns the size of the one that it replaces."""
@@ -171,17 +204,19 @@ class Folder:
                         with suppress(FileNotFoundError):
                             facts = file.stat(follow_symlinks=False)
                             if stat.S_ISREG(facts.st_mode):
-                                found.append(Entry(file.name, facts.st_mtime_ns, facts.st_size))
+                                again = bool(facts.st_mode & _USED_AGAIN)
+                                found.append(Entry(file.name, facts.st_mtime_ns, facts.st_size, again))
             yield found
 
     def remove_abandoned(self) -> None:
         """Delete what was being written by processes that must be dead by now."""
-        before = time.time() - _ABANDONED_AFTER_S
         with os.scandir(self._temporaries) as files:
-            for file in files:
-                with suppress(FileNotFoundError):
-                    if _TEMPORARY_NAME.fullmatch(file.name) and file.stat(follow_symlinks=False).st_mtime < before:
-                        os.unlink(file.path)
+            left = [file for file in files if _TEMPORARY_NAME.fullmatch(file.name)]
+        before_ns = self.now_ns() - _ABANDONED_AFTER_NS if left else 0
+        for file in left:
+            with suppress(FileNotFoundError):
+                if file.stat(follow_symlinks=False).st_mtime_ns < before_ns:
+                    os.unlink(file.path)
 
     @contextmanager
     def locked(self, patience_s: float) -> Iterator[bool]:

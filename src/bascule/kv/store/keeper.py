@@ -1,4 +1,4 @@
-"""Keeps a folder of blocks within its bound: measures it now and then, counts own writes in between, evicts the oldest.
+"""Keeps a folder of blocks within its bound: measures it now and then, counts own writes in between, evicts.
 
 Several processes may do so on one folder. Each measures it again after writing 1/32 of the bound, so together they
 exceed it by no more than that for each process but one.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from threading import Condition, Event, Thread
 
 from msgspec import Struct
 
 from bascule.kv.store.base import Fault, Tally
 from bascule.kv.store.folder import Entry, Folder
+from bascule.policies.evict import PROTECTED_SHARE, first_to_go
 
 log = logging.getLogger(__name__)
 
@@ -229,8 +229,8 @@ class Keeper:
             entries = self._folder.scan()
             self._account(entries)
             if ours:
-                self._folder.remove_abandoned()
                 self._evict(entries)
+                self._folder.remove_abandoned()
 
     def _account(self, entries: Sequence[Entry]) -> None:
         with self._changed:
@@ -242,16 +242,15 @@ class Keeper:
             self._changed.notify_all()
 
     def _evict(self, entries: list[Entry]) -> None:
-        """Remove the least recently used until there is room for those who wait, and some more."""
+        """Remove blocks until there is room for those who wait, and some more."""
         with self._changed:
             goal = self._goal()
             surplus = self._bytes - goal if goal is not None else 0
             recent = set(self._recent)
         if surplus <= 0:
             return
-        entries.sort(key=attrgetter("used_ns"))
         evicted = 0
-        for entry in entries:
+        for entry in first_to_go(entries, int(PROTECTED_SHARE * self.capacity)):
             if surplus <= 0:
                 break
             if entry.name not in recent and self._folder.remove(entry.name) is not None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from threading import Lock
 
-from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
 from bascule.types import BlockHash, Tier
 
 
 class MemoryStore:
-    """At most `capacity` bytes of blocks in this process; the least recently used go first."""
+    """At most `capacity` bytes of blocks in this process; the least recently used go first, however often they were."""
 
     def __init__(self, capacity: int, tier: Tier = Tier.HOST) -> None:
         self.tier = tier
@@ -46,9 +47,6 @@ class MemoryStore:
         with self._lock:
             self._refuses(len(names))
             answers = [self._blocks.get(name) for name in names]
-            for name in names:
-                if name in self._blocks:
-                    self._blocks.move_to_end(name)
         self._tally.answered(answers)
         return answers
 
@@ -59,6 +57,13 @@ class MemoryStore:
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
             return [name in self._blocks for name in names]
+
+    def touch(self, uses: Sequence[Use]) -> list[bool]:
+        with self._lock:
+            for use in sorted(uses, key=attrgetter("at")):
+                if use.name in self._blocks:
+                    self._blocks.move_to_end(use.name)
+            return [use.name in self._blocks for use in uses]
 
     def names(self) -> Iterator[list[BlockHash]]:
         with self._lock:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 
 from redis.exceptions import ResponseError
 
-from bascule.kv.store.base import Blob, Fault, StoreStats, Tally
+from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
 from bascule.kv.store.gate import Job
 from bascule.kv.store.ring import Ring
 from bascule.kv.store.server import Command, Server, ServerFacts, fault_of
@@ -27,12 +28,12 @@ _ROUND_BYTES = 2 << 20
 """In one round, so that it ends within the timeout at 100 Mbit/s."""
 _MOST_KEYS = 256
 
-Use = Callable[[int, object], bool]
+Take = Callable[[int, object], bool]
 """Takes the reply for the block at a place of the call's list; whether it made sense."""
 
 
 class RemoteStore:
-    """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or read.
+    """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or used.
 
     A call is as many rounds of about 2 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
     for each round. A server that is gone or hangs costs one such wait; until a probe finds it back, its share are
@@ -82,14 +83,11 @@ class RemoteStore:
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        answers = self._read(names, lambda key: ("GETEX", key, "EX", self._ttl_s))
+        answers = self.peek(names)
         self._tally.answered(answers)
         return answers
 
     def peek(self, names: Sequence[BlockHash]) -> list[bytes | None]:
-        return self._read(names, lambda key: ("GET", key))
-
-    def _read(self, names: Sequence[BlockHash], ask: Callable[[bytes], Command]) -> list[bytes | None]:
         found: list[bytes | None] = [None] * len(names)
 
         def take(index: int, reply: object) -> bool:
@@ -98,17 +96,30 @@ class RemoteStore:
                 self._learn_size(len(reply))
             return reply is None or isinstance(reply, bytes)
 
-        self._each(names, lambda i: ask(key_of(names[i])), take, self._typical_bytes)
+        self._each(names, lambda i: ("GET", key_of(names[i])), take, self._typical_bytes)
         return list(found)  # a round that was given up may still write to the other
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
+        return self._whether(names, lambda i: ("EXISTS", key_of(names[i])))
+
+    def touch(self, uses: Sequence[Use]) -> list[bool]:
+        now = monotonic()
+
+        def renew(index: int) -> Command:
+            left_ms = int(1000 * (self._ttl_s - (now - uses[index].at)))
+            return ("PEXPIRE", key_of(uses[index].name), max(1, left_ms))
+
+        return self._whether([use.name for use in uses], renew)
+
+    def _whether(self, names: Sequence[BlockHash], ask: Callable[[int], Command]) -> list[bool]:
+        """For each of `names`, whether the server says yes to what it is asked of it."""
         found = [False] * len(names)
 
         def take(index: int, reply: object) -> bool:
             found[index] = reply == 1
             return reply in (0, 1)
 
-        self._each(names, lambda i: ("EXISTS", key_of(names[i])), take)
+        self._each(names, ask, take)
         return list(found)
 
     def names(self) -> Iterator[list[BlockHash]]:
@@ -175,14 +186,14 @@ class RemoteStore:
         if size:
             self._typical_bytes = size
 
-    def _each(self, names: Sequence[BlockHash], command: Callable[[int], Command], use: Use, size: int = 1) -> None:
+    def _each(self, names: Sequence[BlockHash], command: Callable[[int], Command], take: Take, size: int = 1) -> None:
         """Send each name's command, about `size` bytes with its reply, to its server; count senseless answers."""
         keys = min(_MOST_KEYS, max(1, _ROUND_BYTES // size))
         under_way: list[tuple[Server, Job | None, list[int]]] = []
         for label, places in self._ring.group(names).items():
             server = self._servers[label]
             rounds = [places[start : start + keys] for start in range(0, len(places), keys)]
-            job = server.gate.start([partial(self._round, server, part, command, use) for part in rounds])
+            job = server.gate.start([partial(self._round, server, part, command, take) for part in rounds])
             under_way.append((server, job, [len(part) for part in rounds]))
         for server, job, sizes in under_way:
             self._finish(server, job, sizes)
@@ -193,11 +204,11 @@ class RemoteStore:
         jobs = [(server, server.gate.start([partial(work, server)])) for server in chosen]
         return [server for server, job in jobs if self._finish(server, job, [0])]
 
-    def _round(self, server: Server, places: list[int], command: Callable[[int], Command], use: Use) -> None:
+    def _round(self, server: Server, places: list[int], command: Callable[[int], Command], take: Take) -> None:
         for index, reply in zip(places, server.pipeline([command(index) for index in places]), strict=True):
             if isinstance(reply, Exception):
                 self._tally.failed(fault_of(reply))
-            elif not use(index, reply):
+            elif not take(index, reply):
                 self._tally.failed(Fault.BROKEN)
 
     def _finish(self, server: Server, job: Job | None, sizes: Sequence[int]) -> bool:

@@ -6,7 +6,6 @@ A store hides what fails, because a miss is enough for it; here it is told. Work
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -178,7 +177,7 @@ class FolderShelf:
 
     def _head(self, name: BlockHash, length: int) -> Head | Fault | None:
         try:
-            return self._folder.head(name, length, touch_after_s=math.inf)
+            return self._folder.head(name, length)
         except OSError as error:
             return folder.fault_of(error)
 

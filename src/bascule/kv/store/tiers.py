@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
-from bascule.kv.store.base import Store, StoreStats
+from bascule.kv.store.base import Store, StoreStats, Use
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.record import InvalidRecord, Payload, inspect, pack, unpack
 from bascule.policies.load import UNMEASURED
@@ -232,6 +232,15 @@ class Tiers:
                 self.figures[tier].saved_blocks += count
                 self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
         return Saved(taken, refused)
+
+    def use(self, tier: Tier, uses: Sequence[Use]) -> Saved:
+        """Tell a tier what is used, and give it those of these blocks that are cached on the device and not there."""
+        store = self.stores[tier]
+        absent = {use.name: use for use, held in zip(uses, store.touch(uses), strict=True) if not held}
+        saved = self.save(tier, list(absent))
+        if saved.taken:
+            store.touch([absent[name] for name in saved.taken])
+        return saved
 
     def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
         if not entries:
