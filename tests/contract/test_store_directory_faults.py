@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -254,6 +255,38 @@ def test_a_full_disk_takes_new_blocks_for_old_ones_and_a_read_only_one_is_read(t
             run_child(FULL_DISK, str(tmp_path), prefix=namespace)
             return
     pytest.skip("user namespaces, in which to mount a small file system, cannot be made here")
+
+
+def test_a_file_system_that_others_have_filled_costs_a_sixteenth_and_that_once(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50 << 30, timeout_s=PATIENT)))
+    assert store.put({name_of(number): value_of(number) for number in range(100, 164)}) == 64
+
+    def evicted() -> int:
+        keeper = store._keeper
+        for _ in range(2):  # the first may have been under way
+            with keeper._changed:
+                before = keeper._begun
+                keeper._ask()
+            wait_until(lambda before=before: keeper._accounted > before, "a measurement")  # type: ignore[misc]
+        wait_until(lambda: len(files_in(tmp_path)) == store.stats().blocks, "what is evicted to be gone")
+        return 64 - len(files_in(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", full)
+        assert store.put({A: value_of(1)}) == 0
+        assert evicted() == 5, "one for the block, and four more"
+        for _ in range(3):
+            assert store.put({A: value_of(1)}) == 0
+            assert evicted() == 5, "that did not help, so more would not, either"
+    assert store.put({A: value_of(1)}) == 1
+    monkeypatch.setattr(Folder, "write", full)
+    assert store.put({B: value_of(1)}) == 0
+    assert evicted() == 9, "a write has succeeded since, so it may help again"
 
 
 SHARER = """

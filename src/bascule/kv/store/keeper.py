@@ -7,6 +7,7 @@ exceed it by no more than that for each process but one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from threading import Condition, Event, Thread
@@ -20,6 +21,10 @@ from bascule.policies.evict import PROTECTED_SHARE, first_to_go
 log = logging.getLogger(__name__)
 
 _SLACK_PARTS = 32
+_RELIEF_PARTS = 16
+"""Of what is there, one part is evicted where the file system is full: others' files fill it, perhaps."""
+_HELPLESS_S = 60.0
+"""For so long nothing more is evicted for a file system that is full all the same."""
 _REST_S = 30.0
 """Between measurements of a folder that is in use but not written to much."""
 _LOCK_PATIENCE_S = 1.0
@@ -70,7 +75,10 @@ class Keeper:
         self._bytes = 0
         self._waiting = 0
         """Bytes that writers wait to have room for."""
-        self._pressed = False
+        self._pressed = 0
+        """Bytes that the file system had no room for."""
+        self._relieved_at = -math.inf
+        """When room was last made for those, in monotonic seconds; long ago where a block has found room since."""
         self._fresh = 0
         """Bytes written since the last measurement began."""
         self._flying: dict[str, int] = {}
@@ -120,6 +128,7 @@ class Keeper:
         """What was reserved is there, in place of a block of `replaced` bytes, if any."""
         with self._changed:
             self._changes += 1
+            self._relieved_at = -math.inf
             self._flying.pop(name, None)
             self._bytes -= replaced or 0
             self._blocks += replaced is None
@@ -132,8 +141,12 @@ class Keeper:
             self._recent.pop(name, None)
             self._bytes -= size
             if fault is Fault.FULL:  # the file system's own bound comes before ours: make room within it
-                self._pressed = True
-                self._ask()
+                self._press(size)
+
+    def _press(self, size: int) -> None:
+        if time.monotonic() - self._relieved_at >= _HELPLESS_S:
+            self._pressed += size
+            self._ask()
 
     def removed(self, name: str, size: int) -> None:
         with self._changed:
@@ -266,8 +279,10 @@ class Keeper:
 
     def _goal(self) -> int | None:
         """Bytes to come down to; None where there is no need to."""
-        pressed, self._pressed = self._pressed, False
-        ceiling = min(self.capacity, self._bytes) if pressed else self.capacity
-        if self._bytes <= ceiling - self._slack and self._bytes + self._waiting <= ceiling:
-            return None
-        return max(0, min(ceiling - 2 * self._slack, ceiling - self._waiting))
+        goal, pressed = self._bytes, self._pressed
+        if pressed:
+            self._pressed, self._relieved_at = 0, time.monotonic()
+            goal -= pressed + self._bytes // _RELIEF_PARTS
+        if self._bytes > self.capacity - self._slack or self._bytes + self._waiting > self.capacity:
+            goal = min(goal, self.capacity - 2 * self._slack, self.capacity - self._waiting)
+        return max(0, goal) if goal < self._bytes else None
