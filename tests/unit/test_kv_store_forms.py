@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from bascule.clock import VirtualClock
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
@@ -15,12 +19,13 @@ from bascule.kv.store.forms import Forms
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.record import InvalidRecord, Payload, label
 from bascule.kv.store.tiers import Tiers, Wanted
-from bascule.types import KVLayout, LinkCost, Tier
+from bascule.types import BlockHash, CodecCost, KVLayout, Tier
 
 SIZE = 16
 LAYOUT = KVLayout("float32", 2, 1, 64, SIZE, 4, 256)
 TOKENS = tuple(range(2 * SIZE))
-NEAR, FAR = LinkCost(0.0, 1e12), LinkCost(0.0, 1e5)
+NEAR, FAR = 1e12, 1e5
+"""Bytes a second."""
 
 
 def blocks(count: int = 2) -> np.ndarray:
@@ -57,6 +62,51 @@ def test_auto_takes_a_smaller_form_where_the_tier_is_slow() -> None:
     far, _ = forms.encode(blocks(), FAR)
     assert near == EXACT
     assert far in AUTOMATIC and far != EXACT
+
+
+class Steady(MemoryStore):
+    """A tier that gives `bytes_per_s` of whatever lies there, by a clock of its own."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        super().__init__(1 << 24, Tier.REMOTE)
+        self.clock = VirtualClock(100.0)
+        self.bytes_per_s = bytes_per_s
+
+    def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
+        answers = super().get(names)
+        self.clock.advance(sum(len(data) for data in answers if data is not None) / self.bytes_per_s)
+        return answers
+
+
+@pytest.mark.parametrize(("bytes_per_s", "expected"), [(1e8, "int4"), (3e9, "none")])
+@pytest.mark.parametrize("count", [1, 12])
+def test_auto_settles_on_one_form_for_a_tier_of_one_speed(bytes_per_s: float, expected: str, count: int) -> None:
+    """What was loaded is quicker by the codec, and is no reason to do without it, nor the other way round."""
+    store, chosen = Steady(bytes_per_s), list[str]()
+    forms, tokens = Forms(AUTO, LAYOUT), range(count * SIZE)
+    forms._costs = [
+        CodecCost(name="none", ratio=1.0, encode_bytes_per_s=1e11, decode_bytes_per_s=1e11),
+        CodecCost(name="int8", ratio=3.9, encode_bytes_per_s=2e9, decode_bytes_per_s=2e9),
+        CodecCost(name="int4", ratio=7.1, encode_bytes_per_s=2e9, decode_bytes_per_s=2e9),
+    ]
+    names = BlockHasher("m", SIZE).chain(tokens)
+    with Arena.create(LAYOUT, 2 * count) as arena:
+        books = Books(2 * count, SIZE)
+        tiers = Tiers([store], arena, books, "m", forms, store.clock.now)
+        with books.acquire([], [], count) or pytest.fail("no blocks") as lease:
+            arena.bytes[:, lease.blocks] = blocks(count)
+            lease.seal(0, names, tokens)
+            wanted = [Wanted(name, tuple(tokens[at * SIZE :][:SIZE]), count + at) for at, name in enumerate(names)]
+            for _ in range(30):
+                store.drop(names)
+                assert tiers.save(Tier.REMOTE, names).taken == names
+                [data] = store.peek(names[:1])
+                assert data is not None
+                chosen.append(label(data[:256], len(data)).codec)
+                for _ in range(30):
+                    assert len(tiers.load(wanted, [Tier.REMOTE] * count)) == count
+    assert chosen[-1] == expected
+    assert sum(one != other for one, other in pairwise(chosen)) <= 1, "it does not go to and fro"
 
 
 def test_what_a_codec_has_no_code_for_stays_as_it_is() -> None:

@@ -311,3 +311,19 @@ def test_what_turns_out_to_be_slow_is_not_tried_again_for_a_while(stack: ExitSta
         assert await node.bring(prompt) > 0
 
     asyncio.run(run())
+
+
+def test_a_load_of_one_block_tells_what_a_tier_costs(stack: ExitStack) -> None:
+    remote = Slow(1 << 20, Tier.REMOTE)
+
+    async def run() -> None:
+        prompt = prompt_of(1, BLOCK + 1)
+        await Node([remote], stack).complete(prompt)
+        node = Node([remote], stack)
+        node.tiers._now = remote.clock.now
+        before = node.tiers.costs()[Tier.REMOTE]
+        remote.takes_s = 30.0
+        assert await node.bring(prompt) == 1
+        assert node.tiers.costs()[Tier.REMOTE].latency_s > 10 * before.latency_s
+
+    asyncio.run(run())

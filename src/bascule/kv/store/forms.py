@@ -14,7 +14,7 @@ from bascule.kv.codecs.base import EXACT, Bytes, CannotDecode, CannotEncode
 from bascule.kv.codecs.choice import AUTO, measured, names_of
 from bascule.kv.store.record import InvalidRecord, Payload
 from bascule.policies.codec import Crossing, fastest_codec
-from bascule.types import CodecCost, KVLayout, LinkCost
+from bascule.types import CodecCost, KVLayout
 
 
 class Forms:
@@ -32,15 +32,16 @@ class Forms:
         if codec == AUTO:
             self._costs = [measured(each) for each in self._codecs.values()]
 
-    def encode(self, blocks: Bytes, tier: LinkCost) -> tuple[str, Bytes]:
-        """Records, [n, bytes], of `blocks`, [planes, n, plane_block_bytes], for a tier, and the codec's name.
+    def encode(self, blocks: Bytes, bytes_per_s: float) -> tuple[str, Bytes]:
+        """Records, [n, bytes], of `blocks`, [planes, n, plane_block_bytes], for a tier that gives so many bytes of
+        records a second, and the codec's name.
 
         What the codec has no code for stays as it is.
         """
         codec = self._chosen
         if self._costs:
             size = blocks.shape[1] * self._layout.block_bytes
-            codec = self._codecs[fastest_codec(self._costs, Crossing(size, size), tier.bytes_per_s).name]
+            codec = self._codecs[fastest_codec(self._costs, Crossing(size, size), bytes_per_s).name]
         try:
             return codec.name, codec.encode(blocks)
         except CannotEncode:

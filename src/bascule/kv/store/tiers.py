@@ -25,6 +25,8 @@ _FORGOTTEN_S = 60.0
 """After this, half of what was measured still counts, the other half being what is assumed of such a tier."""
 _LEARNT = 0.5
 """How much the latest load counts in what a tier is said to cost."""
+_ASSUMED_BYTES = 1 << 16
+"""As if so much had been read at the rate that is assumed of a tier."""
 
 
 class Wanted(Struct, frozen=True):
@@ -49,6 +51,14 @@ class _Slowness(Struct, frozen=True):
     times: float
     """Longer than assumed."""
     measured_at: float
+
+
+class _Reads(Struct, frozen=True):
+    """Records that a tier has given lately, what is longer ago counting less."""
+
+    bytes: float = 0.0
+    seconds: float = 0.0
+    at: float = 0.0
 
 
 class TierFigures(Struct):
@@ -83,6 +93,7 @@ class Tiers:
         self.stores = {store.tier: store for store in stores}
         self.figures = {tier: TierFigures(invalid=Counter()) for tier in self.stores}
         self._slowness: dict[Tier, _Slowness] = {}
+        self._reads: dict[Tier, _Reads] = dict.fromkeys(self.stores, _Reads())
         self._arena = arena
         self._books = books
         self._fingerprint = fingerprint
@@ -111,8 +122,17 @@ class Tiers:
         once has to be tried again."""
         if (slowness := self._slowness.get(tier)) is None:
             return 1.0
-        trust: float = 0.5 ** ((self._now() - slowness.measured_at) / _FORGOTTEN_S)
-        return math.pow(slowness.times, trust)
+        return math.pow(slowness.times, self._trust(slowness.measured_at))
+
+    def _trust(self, measured_at: float) -> float:
+        return float(0.5 ** ((self._now() - measured_at) / _FORGOTTEN_S))
+
+    def _rate(self, tier: Tier) -> float:
+        """Bytes of records a second that it gives. Not those of KV: what a codec makes of a slow tier is no reason to
+        do without the codec."""
+        reads, guess = self._reads[tier], UNMEASURED[tier].bytes_per_s
+        trust = self._trust(reads.at)
+        return (reads.bytes * trust + _ASSUMED_BYTES) / (reads.seconds * trust + _ASSUMED_BYTES / guess)
 
     # ------------------------------------------------------------ up
 
@@ -178,10 +198,11 @@ class Tiers:
         begun = self._now()
         store = self.stores[tier]
         good, invalid, size = [False] * len(batch), [], 0
-        answer = store.get([each.name for each in batch])
+        answers = store.get([one.name for one in batch])
+        self._gave(tier, sum(len(data) for data in answers if data is not None), self._now() - begun)
         if not may_write():
             return good
-        for index, (each, data) in enumerate(zip(batch, answer, strict=True)):
+        for index, (each, data) in enumerate(zip(batch, answers, strict=True)):
             if data is None:
                 continue
             try:
@@ -198,6 +219,14 @@ class Tiers:
             store.drop([name for name, _ in invalid])
         return good
 
+    def _gave(self, tier: Tier, size: int, seconds: float) -> None:
+        if not size:
+            return
+        with self._lock:
+            before = self._reads[tier]
+            trust = self._trust(before.at)
+            self._reads[tier] = _Reads(before.bytes * trust + size, before.seconds * trust + seconds, self._now())
+
     def _loaded(self, tier: Tier, blocks: int, size: int, seconds: float, invalid: Counter[str]) -> None:
         with self._lock:
             figures = self.figures[tier]
@@ -205,7 +234,7 @@ class Tiers:
             figures.loaded_bytes += size
             figures.load_s += seconds
             figures.invalid.update(invalid)
-            if blocks > 1 and seconds > 0:
+            if blocks and seconds > 0:
                 guess = UNMEASURED[tier]
                 # By what lies in the arena then: whoever asks for the cost knows nothing of codecs.
                 whole = blocks * self._arena.layout.block_bytes
@@ -247,7 +276,7 @@ class Tiers:
             return {}
         copies = self._arena.bytes[:, [entry.block for entry in entries]]
         unchanged = self._books.unchanged(entries)
-        codec, data = self._forms.encode(copies, self.costs()[tier])
+        codec, data = self._forms.encode(copies, self._rate(tier))
         return {
             entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data), entry.salt)
             for entry, record, whole in zip(entries, data, unchanged, strict=True)
