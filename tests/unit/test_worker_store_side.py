@@ -13,6 +13,7 @@ from engine_rig import BLOCK, greedy, work
 from store_side_rig import HASHER, OUTPUT, Node, prompt_of
 
 from bascule.clock import VirtualClock
+from bascule.kv.store import record
 from bascule.kv.store.base import Blob
 from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import _Slowness
@@ -309,6 +310,30 @@ def test_what_turns_out_to_be_slow_is_not_tried_again_for_a_while(stack: ExitSta
         remote.clock.advance(600)
         remote.takes_s = 0.0
         assert await node.bring(prompt) > 0
+
+    asyncio.run(run())
+
+
+def test_releases_with_other_records_share_a_place_and_leave_each_others_blocks_alone(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = MemoryStore(1 << 20)
+
+    async def run() -> None:
+        ours = Node([host], stack)
+        await ours.complete(prompt_of(1))
+        with monkeypatch.context() as theirs:
+            theirs.setattr(record, "_VERSION", 3)
+            next_release = Node([host], stack)
+            assert await next_release.complete(prompt_of(1)) is None
+            assert host.stats().blocks == 22
+            brought = await Node([host], stack).complete(prompt_of(1))
+            assert brought is not None and brought.tokens == {Tier.HOST: 9 * BLOCK}
+            told = [name for page in next_release.tiers.names(Tier.HOST) for name in page]
+            assert set(told) >= set(HASHER.chain(prompt_of(1)))
+        brought = await Node([host], stack).complete(prompt_of(1))
+        assert brought is not None and brought.tokens == {Tier.HOST: 9 * BLOCK}
+        assert host.stats().blocks == 22 and host.stats().misses == 0
 
     asyncio.run(run())
 

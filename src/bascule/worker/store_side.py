@@ -328,7 +328,7 @@ class StoreSide:
     async def _tell_all(self) -> None:
         """As many blocks as the router has room for: other models' may lie there, too, and be more than that."""
         for tier, place in self.places().items():
-            pages, room = self._tiers.stores[tier].names(), place.blocks or _MOST_TOLD
+            pages, room = self._tiers.names(tier), place.blocks or _MOST_TOLD
             while room and (page := await self._loop.run_in_executor(self._askers, next, pages, None)) is not None:
                 self._tell(tier, page[:room], ())
                 room -= min(len(page), room)

@@ -13,6 +13,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Sequence
+from functools import cache
 
 import xxhash
 from blake3 import blake3
@@ -24,6 +25,8 @@ from bascule.types import BlockHash, Salt
 
 _MAGIC = b"BKVR"
 _VERSION = 2
+_FIRST_VERSION = 2
+"""Whose records are called like their blocks."""
 _HASH_BYTES = 16
 _CHECKSUM_BYTES = 16
 _HEADER = struct.Struct(f"<4sHHIQ{_HASH_BYTES}s16s16s")
@@ -56,6 +59,25 @@ class Label(Struct, frozen=True):
     tenant: bytes
     codec: str
     tokens: int
+
+
+def name_in_tiers(name: BlockHash) -> BlockHash:
+    """What a block is called in the tiers; the inverse is the same.
+
+    Each version of records has names of its own. So releases that share a place, as they do while one takes the other's
+    turn, neither meet nor drop each other's blocks, and make room for both.
+    """
+    if not (mask := _mask(_VERSION)):
+        return name
+    return BlockHash((int.from_bytes(name, "big") ^ mask).to_bytes(_HASH_BYTES, "big"))
+
+
+@cache
+def _mask(version: int) -> int:
+    if version == _FIRST_VERSION:
+        return 0
+    digest = blake3(str(version).encode(), derive_key_context="bascule 1 names of a version of records")
+    return int.from_bytes(digest.digest(_HASH_BYTES), "big")
 
 
 def pack(name: BlockHash, fingerprint: str, tokens: Sequence[int], payload: Payload, salt: Salt = b"") -> bytes:

@@ -15,7 +15,7 @@ from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
 from bascule.kv.store.base import Store, StoreStats, Use
 from bascule.kv.store.forms import Forms
-from bascule.kv.store.record import InvalidRecord, Payload, inspect, pack, unpack
+from bascule.kv.store.record import InvalidRecord, Payload, inspect, name_in_tiers, pack, unpack
 from bascule.policies.load import UNMEASURED
 from bascule.types import BlockHash, LinkCost, Salt, Tier
 
@@ -146,7 +146,7 @@ class Tiers:
         missing = list(range(len(names)))
         for tier in tiers:
             if missing:
-                there = self.stores[tier].holds([names[index] for index in missing])
+                there = self.stores[tier].holds([name_in_tiers(names[index]) for index in missing])
                 found |= {index: tier for index, held in zip(missing, there, strict=True) if held}
                 missing = [index for index in missing if index not in found]
         return [found[index] for index in range(missing[0] if missing else len(names))]
@@ -198,7 +198,8 @@ class Tiers:
         begun = self._now()
         store = self.stores[tier]
         good, invalid, size = [False] * len(batch), [], 0
-        answers = store.get([one.name for one in batch])
+        names = [name_in_tiers(each.name) for each in batch]
+        answers = store.get(names)
         self._gave(tier, sum(len(data) for data in answers if data is not None), self._now() - begun)
         if not may_write():
             return good
@@ -206,10 +207,10 @@ class Tiers:
             if data is None:
                 continue
             try:
-                payload = unpack(each.name, self._fingerprint, each.tokens, data, each.salt)
+                payload = unpack(names[index], self._fingerprint, each.tokens, data, each.salt)
                 self._forms.decode(payload, self._arena.bytes[:, each.block : each.block + 1])
             except InvalidRecord as error:
-                invalid.append((each.name, error.reason))
+                invalid.append((names[index], error.reason))
             else:
                 good[index] = True
                 size += len(data)
@@ -250,11 +251,12 @@ class Tiers:
         """
         store, taken, refused = self.stores[tier], list[BlockHash](), list[BlockHash]()
         for batch in _batches(names):
-            absent = [name for name, held in zip(batch, store.holds(batch), strict=True) if not held]
+            there = store.holds([name_in_tiers(name) for name in batch])
+            absent = [name for name, held in zip(batch, there, strict=True) if not held]
             items = self._records(self._books.peek(absent), tier)
             if not items:
                 continue
-            count = store.put(items)
+            count = store.put({name_in_tiers(name): record for name, record in items.items()})
             # How many were taken, and not which: where some were not, nothing is said of any of them.
             (taken if count == len(items) else refused).extend(items)
             with self._lock:
@@ -264,12 +266,14 @@ class Tiers:
 
     def use(self, tier: Tier, uses: Sequence[Use]) -> Saved:
         """Tell a tier what is used, and give it those of these blocks that are cached on the device and not there."""
-        store = self.stores[tier]
-        absent = {use.name: use for use, held in zip(uses, store.touch(uses), strict=True) if not held}
+        absent = {use.name: use for use, held in zip(uses, self._touch(tier, uses), strict=True) if not held}
         saved = self.save(tier, list(absent))
         if saved.taken:
-            store.touch([absent[name] for name in saved.taken])
+            self._touch(tier, [absent[name] for name in saved.taken])
         return saved
+
+    def _touch(self, tier: Tier, uses: Sequence[Use]) -> list[bool]:
+        return self.stores[tier].touch([Use(name_in_tiers(use.name), use.at, use.again) for use in uses])
 
     def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
         if not entries:
@@ -278,7 +282,9 @@ class Tiers:
         unchanged = self._books.unchanged(entries)
         codec, data = self._forms.encode(copies, self._rate(tier))
         return {
-            entry.hash: pack(entry.hash, self._fingerprint, entry.tokens, Payload(codec, record.data), entry.salt)
+            entry.hash: pack(
+                name_in_tiers(entry.hash), self._fingerprint, entry.tokens, Payload(codec, record.data), entry.salt
+            )
             for entry, record, whole in zip(entries, data, unchanged, strict=True)
             if whole
         }
@@ -300,8 +306,13 @@ class Tiers:
                 with self._lock:
                     self.figures[tier].invalid.update(wrong.values())
                 store.drop(list(wrong))
-                dropped[tier] = list(wrong)
+                dropped[tier] = [name_in_tiers(name) for name in wrong]
         return dropped
+
+    def names(self, tier: Tier) -> Iterator[list[BlockHash]]:
+        """The blocks that lie in a tier, as `Store.names` tells them; what other releases put there has other names."""
+        for page in self.stores[tier].names():
+            yield [name_in_tiers(name) for name in page]
 
     def stats(self) -> dict[Tier, StoreStats]:
         """What each tier holds; asks servers."""
