@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -11,7 +13,7 @@ import pytest
 
 from bascule.config import StoreConfig
 from bascule.errors import ConfigError
-from bascule.kv.store import remote
+from bascule.kv.store import folder, remote
 from bascule.kv.store.places import (
     DiskPlace,
     check_host,
@@ -206,6 +208,39 @@ def test_a_machines_own_server_is_not_the_next_ones(text: str, own: bool, monkey
         places.append(store.place)
         store.close()
     assert (places[0] != places[1]) is own
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])
+def test_a_directory_without_links_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_links)
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB"))
+    one, other = (disk_store(DiskPlace(tmp_path, 1 << 20)) for _ in range(2))
+    assert len(one.place) == 32 and one.place == other.place
+    one.close()
+    other.close()
+    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_given_a_name_is_refused_before_a_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_ID_PATIENCE_S", 0.0)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "id").write_bytes(b"half")
+    with pytest.raises(ConfigError, match=r"--kv-disk.*remove it"):
+        check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB"))
+
+
+def test_a_name_that_another_has_begun_to_write_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB"))
+    path = tmp_path / "v1" / "id"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5])
+    monkeypatch.setattr(time, "sleep", lambda _: path.write_bytes(whole))
+    assert folder.Folder(tmp_path, 1 << 20).identity() == whole.decode()
 
 
 def test_a_check_evicts_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ _BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}")
 _SUBFOLDER_NAME = re.compile(r"[0-9a-f]{2}")
 _ABANDONED_AFTER_NS = 900 * 10**9
+_ID_BYTES = 32
+_ID_PATIENCE_S = 2.0
+_ID_PAUSE_S = 0.01
 _USED_AGAIN = stat.S_IXUSR
 """Of a block's mode: a mark that lasts, that all who share the directory see, and that no content carries. Where a file
 system keeps no modes, all blocks are alike."""
@@ -86,11 +90,21 @@ class Folder:
 
     def identity(self) -> str:
         """A name that this directory alone has; the first who asks gives it one."""
-        path = f"{self._top}/id"
-        with self._trial(secrets.token_hex(16).encode()) as trial, suppress(FileExistsError):
-            os.link(trial, path)  # whole or not there, and never over another's
-        with open(path, "rb") as file:
-            return file.read(64).decode("ascii", "replace")
+        path, name = f"{self._top}/id", secrets.token_hex(_ID_BYTES // 2).encode()
+        with suppress(FileExistsError), self._trial(name) as trial:
+            try:
+                os.link(trial, path)  # whole or not there, and never over another's
+            except FileExistsError:
+                raise
+            except OSError:  # some file systems have no links: the next one may see it before it is whole
+                with open(path, "xb", opener=_private) as file:
+                    file.write(name)
+        deadline = time.monotonic() + _ID_PATIENCE_S
+        while len(found := Path(path).read_bytes()) < _ID_BYTES:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EINVAL, f"{path} is not whole; remove it")
+            time.sleep(_ID_PAUSE_S)
+        return found[:_ID_BYTES].decode("ascii", "replace")
 
     def check(self) -> None:
         """Raises OSError if the folders cannot be reached."""

@@ -122,7 +122,9 @@ def check_disk(place: DiskPlace) -> None:
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         total = shutil.disk_usage(place.directory).total
-        Folder(place.directory, place.capacity).prepare()
+        folder = Folder(place.directory, place.capacity)
+        folder.prepare()
+        folder.identity()
     except OSError as error:
         raise _unusable(DISK_KEY, place.directory, error, "give a directory that this user can write to") from error
     if place.capacity > total:
