@@ -10,9 +10,12 @@ from time import monotonic, sleep
 import pytest
 from store_rig import PATIENT, MadServer, name_of, value_of
 
+from bascule.errors import ConfigError
+from bascule.kv.store import server as server_module
 from bascule.kv.store.base import Fault, Store, Use
 from bascule.kv.store.record import InvalidRecord, unpack
 from bascule.kv.store.remote import RemoteStore
+from bascule.kv.store.shelves import ServerShelf
 from bascule.kv.store.targets import parse_remote
 from support.redis_server import RedisProcess, redis_process, wait_until
 
@@ -249,6 +252,31 @@ def test_a_server_that_answers_garbage_is_a_counted_miss(stack: ExitStack, answe
         store.clear()
         store.stats()
     assert sum(store.stats().errors.values()) > 0
+
+
+def test_a_server_whose_keys_have_no_end_is_not_asked_for_ever(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, asked = open_remote(stack, "redis://127.0.0.1:1"), list[object]()
+    [one] = store._servers.values()
+
+    def endless(commands: list[tuple[object, ...]]) -> list[object]:
+        asked.extend(commands)
+        assert len(asked) < 1000
+        return [(len(asked) % 3 + 1, []) if command[0] == "SCAN" else 0 for command in commands]
+
+    monkeypatch.setattr(one, "pipeline", endless)
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "_WALK_S", 0.0)
+        assert list(store.names()) == [[]] and len(asked) == 1, "nor for long"
+    monkeypatch.setattr(server_module, "_MOST_STEPS", 50)
+    assert all(page == [] for page in store.names()) and len(asked) == 51
+    shelf = stack.enter_context(closing(ServerShelf(parse_remote("redis://127.0.0.1:1")[0])))
+    monkeypatch.setattr(shelf._server, "pipeline", endless)
+    with pytest.raises(ConfigError, match=r"--remote.*no end"):
+        list(shelf.names())
+    store.clear()
+    assert len(asked) == 151
 
 
 def test_what_a_server_announces_takes_no_memory_before_it_comes(stack: ExitStack) -> None:

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
 from bascule.kv.store.gate import Job
 from bascule.kv.store.ring import Ring
-from bascule.kv.store.server import Command, Server, ServerFacts, fault_of
+from bascule.kv.store.server import Command, Server, ServerFacts, Walk, fault_of
 from bascule.kv.store.targets import Target
 from bascule.kv.transfer.base import machine_id
 from bascule.types import BlockHash, Tier
@@ -124,19 +124,17 @@ class RemoteStore:
 
     def names(self) -> Iterator[list[BlockHash]]:
         for server in self._servers.values():
-            cursor, keys = 0, list[bytes]()
+            walk, keys = Walk(), list[bytes]()
 
-            def look(server: Server) -> None:
-                nonlocal cursor, keys
+            def look(server: Server, walk: Walk = walk) -> None:
+                nonlocal keys
                 try:
-                    cursor, keys = server.scan(PREFIX, cursor)
+                    keys = server.scan(PREFIX, walk)
                 except ResponseError:
-                    cursor, keys = 0, []
+                    keys, walk.ended = [], True
 
-            while self._everywhere(look, [server]):
+            while not walk.ended and self._everywhere(look, [server]):
                 yield [name for key in keys if (name := name_in(key)) is not None]
-                if not cursor:
-                    break
 
     def drop(self, names: Sequence[BlockHash]) -> None:
         self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))
@@ -167,15 +165,15 @@ class RemoteStore:
         return []
 
     def clear(self) -> None:
-        cursors = dict.fromkeys(self._servers, 0)
+        walks = {label: Walk() for label in self._servers}
 
         def clear_some(server: Server) -> None:
-            cursors[server.label] = server.unlink_some(PREFIX, cursors[server.label])
+            server.unlink_some(PREFIX, walks[server.label])
 
         remaining = list(self._servers.values())
         while remaining:
             done = self._everywhere(clear_some, remaining)
-            remaining = [server for server in done if cursors[server.label]]
+            remaining = [server for server in done if not walks[server.label].ended]
 
     def close(self) -> None:
         self._closed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any, TypeAlias
 
 import redis
@@ -26,6 +27,9 @@ Command: TypeAlias = tuple[Any, ...]
 
 _READ_BYTES = 1 << 20
 _SCAN_COUNT = 1000
+_MOST_STEPS = 1_000_000
+"""Of a walk over all keys: some 10**9 keys."""
+_WALK_S = 600.0
 _TOO_MANY = 1 << 56
 """Bytes or keys: no server has so many, and what sums of them are sent in has room for them."""
 
@@ -50,6 +54,27 @@ class ServerFacts(Struct, frozen=True):
     bytes: int
     capacity_bytes: int
     evictions: int
+
+
+class Walk:
+    """Where a walk over a server's keys is. It has an end, even with a server that never comes to one."""
+
+    def __init__(self) -> None:
+        self.cursor = 0
+        self.ended = False
+        self._steps = 0
+        self._took_s = 0.0
+
+    def go_on(self, cursor: int, seconds: float) -> None:
+        """The server has told some keys in that time, and with which cursor to ask it for the next ones.
+
+        Raises ResponseError after more steps, or more time, than any server's keys take.
+        """
+        self.cursor, self.ended = cursor, not cursor
+        self._steps += 1
+        self._took_s += seconds
+        if not self.ended and (self._steps >= _MOST_STEPS or self._took_s >= _WALK_S):
+            raise ResponseError(f"SCAN had no end after {self._steps} answers")
 
 
 class Server:
@@ -113,22 +138,22 @@ class Server:
             raise ResponseError("no number of keys or bytes in an answer to DBSIZE and INFO")
         return ServerFacts(*numbers)
 
-    def scan(self, prefix: bytes, cursor: int) -> tuple[int, list[bytes]]:
-        """The next cursor, 0 when all were seen, and some of the keys that begin with `prefix`; some come twice."""
-        match self.pipeline([("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
+    def scan(self, prefix: bytes, walk: Walk) -> list[bytes]:
+        """Some of the keys that begin with `prefix`, until `walk` has ended; some come twice."""
+        begun = monotonic()
+        match self.pipeline([("SCAN", walk.cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)]):
             case [(int(following), list(keys))]:
-                return following, keys
+                walk.go_on(following, monotonic() - begun)
+                return keys
             case [ResponseError() as refusal]:
                 raise refusal
             case _:
                 raise ResponseError("not an answer to SCAN")
 
-    def unlink_some(self, prefix: bytes, cursor: int) -> int:
-        """Delete some of the keys that begin with `prefix`; returns the next cursor like `scan`."""
-        following, keys = self.scan(prefix, cursor)
-        if keys:
+    def unlink_some(self, prefix: bytes, walk: Walk) -> None:
+        """Delete some of the keys that begin with `prefix`, like `scan`."""
+        if keys := self.scan(prefix, walk):
             self.pipeline([("UNLINK", *keys)])
-        return following
 
     def close(self) -> None:
         """Idempotent."""

@@ -22,7 +22,7 @@ from bascule.kv.store.folder import Folder, Head
 from bascule.kv.store.places import check_private, host_directory
 from bascule.kv.store.record import HEAD_BYTES
 from bascule.kv.store.remote import PREFIX, key_of, name_in
-from bascule.kv.store.server import Command, Server
+from bascule.kv.store.server import Command, Server, Walk
 from bascule.kv.store.targets import Target, parse_remote
 from bascule.types import BlockHash, Tier
 
@@ -198,14 +198,11 @@ class ServerShelf:
                 raise ResponseError("not an answer to PING")
 
     def names(self) -> Iterator[list[BlockHash]]:
-        cursor = 0
-        while True:
+        walk = Walk()
+        while not walk.ended:
             with self._told():
-                cursor, keys = self._server.scan(PREFIX, cursor)
-                found = [name_in(key) for key in keys]
+                found = [name_in(key) for key in self._server.scan(PREFIX, walk)]
             yield [name for name in found if name is not None]
-            if not cursor:
-                return
 
     def heads(self, names: Sequence[BlockHash]) -> list[Head | Fault | None]:
         # EXISTS, because an empty value and none have the same length.
