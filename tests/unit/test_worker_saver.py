@@ -130,3 +130,12 @@ def test_uses_and_saves_take_turns() -> None:
         assert place.saver.idle
 
     run(scenario)
+
+
+def test_of_too_many_uses_the_last_are_left_out() -> None:
+    async def scenario(place: Place) -> None:
+        place.saver.use([Use(name, 0.0, again=False) for name in NAMES])
+        await place.saver.drain()
+        assert place.used == NAMES[:32]
+
+    run(scenario)

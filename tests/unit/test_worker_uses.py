@@ -19,6 +19,7 @@ from bascule.kv.store.memory import MemoryStore
 from bascule.types import BlockHash, RequestId
 from bascule.worker import uses as module
 from bascule.worker.uses import EVERY_S, Uses
+from support.redis_server import PATIENT
 
 PROMPT = prompt_of(1, 4 * BLOCK + 2)
 NAMES = HASHER.chain(PROMPT)
@@ -123,14 +124,14 @@ def test_a_prefix_that_is_hot_on_the_device_outlives_what_passes_below_and_is_lo
         with closing(MemoryStore(1 << 20)) as measure:
             await Node([measure], stack).complete(system)
             size = measure.stats().bytes // measure.stats().blocks
-        below = stack.enter_context(closing(DirectoryStore(tmp_path, 60 * size)))
+        below = stack.enter_context(closing(DirectoryStore(tmp_path, 60 * size, timeout_s=PATIENT)))
         node = Node([below], stack, blocks=256)
         await node.complete(system)
         for family in range(2, 14):
             await node.complete([*system, *prompt_of(family, 8 * BLOCK)])  # a session: the system prompt is a hit
             await node.complete(prompt_of(100 + family, 16 * BLOCK))  # and a scan, which nobody asks for again
         assert below.stats().evictions > 100
-        again = stack.enter_context(closing(DirectoryStore(tmp_path, 60 * size)))
+        again = stack.enter_context(closing(DirectoryStore(tmp_path, 60 * size, timeout_s=PATIENT)))
         brought = await Node([again], stack).complete([*system, 7, 8])
         assert brought is not None and sum(brought.tokens.values()) == 6 * BLOCK
 

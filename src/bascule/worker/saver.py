@@ -60,17 +60,21 @@ class Saver:
 
     def add(self, names: Sequence[BlockHash]) -> None:
         self._line |= dict.fromkeys(names)
+        while len(self._line) > self._most:
+            del self._line[next(iter(self._line))]
         self._begin()
 
     def use(self, uses: Sequence[Use]) -> None:
-        """These blocks are used: they are to stay in the tier, or to come back to it."""
+        """These blocks of a prefix are used: they are to stay in the tier, or to come back to it.
+
+        Of more than `most` such blocks the last are left out: none is found without what is in front of it.
+        """
         self._uses |= {use.name: use for use in uses}
+        while len(self._uses) > self._most:
+            self._uses.popitem()
         self._begin()
 
     def _begin(self) -> None:
-        for line in (self._line, self._uses):
-            for name in list(islice(line, max(0, len(line) - self._most))):
-                del line[name]
         if (self._line or self._uses) and self._task is None:
             self._task = asyncio.create_task(self._run())
 
