@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import random
@@ -21,9 +20,8 @@ import pytest
 from store_rig import PATIENT, ROOM, file_of, files_in, name_of, run_child, value_of
 
 from bascule.clock import VirtualClock
-from bascule.kv.store.base import Fault, Use
+from bascule.kv.store.base import Fault
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.folder import Folder
 from bascule.kv.store.record import InvalidRecord, Payload, pack, unpack
 from bascule.types import BlockHash, Tier
 from support.redis_server import wait_until
@@ -120,20 +118,6 @@ def test_what_the_dead_were_writing_is_removed_when_it_is_old(tmp_path: Path, st
     stack.enter_context(closing(DirectoryStore(tmp_path, ROOM)))
     wait_until(lambda: not old.exists(), "the old file to go")
     assert new.exists()
-
-
-def test_the_time_is_what_the_file_system_says(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hosts that share it may each have another."""
-    monkeypatch.setattr(Folder, "now_ns", lambda _: time.time_ns() + 7200 * 10**9)
-    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)))
-    store.put({A: b"a"})
-    assert store.touch([Use(A, monotonic() - 3600, again=False)]) == [True]
-    assert abs(file_of(tmp_path, 1).stat().st_mtime - time.time() - 3600) < 600
-    (left := tmp_path / "v1" / "tmp" / f"{A.hex()}.{'0' * 16}").write_bytes(b"half")
-    store._folder.remove_abandoned()
-    assert not left.exists(), "for the file system it is two hours old"
 
 
 def test_a_directory_that_vanishes_is_missed_not_made_again_and_used_when_it_is_back(
@@ -255,38 +239,6 @@ def test_a_full_disk_takes_new_blocks_for_old_ones_and_a_read_only_one_is_read(t
             run_child(FULL_DISK, str(tmp_path), prefix=namespace)
             return
     pytest.skip("user namespaces, in which to mount a small file system, cannot be made here")
-
-
-def test_a_file_system_that_others_have_filled_costs_a_sixteenth_and_that_once(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50 << 30, timeout_s=PATIENT)))
-    assert store.put({name_of(number): value_of(number) for number in range(100, 164)}) == 64
-
-    def evicted() -> int:
-        keeper = store._keeper
-        for _ in range(2):  # the first may have been under way
-            with keeper._changed:
-                before = keeper._begun
-                keeper._ask()
-            wait_until(lambda before=before: keeper._accounted > before, "a measurement")  # type: ignore[misc]
-        wait_until(lambda: len(files_in(tmp_path)) == store.stats().blocks, "what is evicted to be gone")
-        return 64 - len(files_in(tmp_path))
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "write", full)
-        assert store.put({A: value_of(1)}) == 0
-        assert evicted() == 5, "one for the block, and four more"
-        for _ in range(3):
-            assert store.put({A: value_of(1)}) == 0
-            assert evicted() == 5, "that did not help, so more would not, either"
-    assert store.put({A: value_of(1)}) == 1
-    monkeypatch.setattr(Folder, "write", full)
-    assert store.put({B: value_of(1)}) == 0
-    assert evicted() == 9, "a write has succeeded since, so it may help again"
 
 
 SHARER = """

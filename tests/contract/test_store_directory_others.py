@@ -1,0 +1,72 @@
+"""A directory among others' doings: hosts with other clocks share it, and others' files fill its file system."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from store_rig import PATIENT, ROOM, file_of, files_in, name_of, value_of
+
+from bascule.kv.store.base import Use
+from bascule.kv.store.directory import DirectoryStore
+from bascule.kv.store.folder import Folder
+from support.redis_server import wait_until
+
+A, B = (name_of(number) for number in (1, 2))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_the_time_is_what_the_file_system_says(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that share it may each have another."""
+    monkeypatch.setattr(Folder, "now_ns", lambda _: time.time_ns() + 7200 * 10**9)
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)))
+    store.put({A: b"a"})
+    assert store.touch([Use(A, monotonic() - 3600, again=False)]) == [True]
+    assert abs(file_of(tmp_path, 1).stat().st_mtime - time.time() - 3600) < 600
+    (left := tmp_path / "v1" / "tmp" / f"{A.hex()}.{'0' * 16}").write_bytes(b"half")
+    store._folder.remove_abandoned()
+    assert not left.exists(), "for the file system it is two hours old"
+
+
+def test_a_file_system_that_others_have_filled_costs_a_sixteenth_and_that_once(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50 << 30, timeout_s=PATIENT)))
+    assert store.put({name_of(number): value_of(number) for number in range(100, 164)}) == 64
+
+    def evicted() -> int:
+        keeper = store._keeper
+        for _ in range(2):  # the first may have been under way
+            with keeper._changed:
+                before = keeper._begun
+                keeper._ask()
+            wait_until(lambda before=before: keeper._accounted > before, "a measurement")  # type: ignore[misc]
+        wait_until(lambda: len(files_in(tmp_path)) == store.stats().blocks, "what is evicted to be gone")
+        return 64 - len(files_in(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", full)
+        assert store.put({A: value_of(1)}) == 0
+        assert evicted() == 5, "one for the block, and four more"
+        for _ in range(3):
+            assert store.put({A: value_of(1)}) == 0
+            assert evicted() == 5, "that did not help, so more would not, either"
+    assert store.put({A: value_of(1)}) == 1
+    monkeypatch.setattr(Folder, "write", full)
+    assert store.put({B: value_of(1)}) == 0
+    assert evicted() == 9, "a write has succeeded since, so it may help again"
