@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bascule.control.devices import Device
 from bascule.errors import ConfigError
 from bascule.hardware import ClassFile, Hardware, LinkFile, add_to_file
 from bascule.types import CostModel, LinkCost, Role, WorkerId
+from bascule.worker import process
 from bascule.worker.process import WorkerSettings, build
 
 ONE = CostModel(step_s=0.004, token_s=0.001, stream_s=(0.006, 0.008))
@@ -131,3 +133,18 @@ def test_a_worker_begins_with_the_costs_of_its_class_and_measures_no_other_model
         parts.arena.close()
     with pytest.raises(ConfigError, match=r"hw.json was measured with the model smollm2, and this is llama"):
         build(settings(smollm2, HardwareConfig(hardware=file), (0,), "llama"))
+
+
+def test_a_worker_looks_at_its_settings_before_it_loads_weights(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_weights(*_: object) -> None:
+        raise AssertionError("weights are being loaded")
+
+    monkeypatch.setattr(process, "_torch_runner", load_weights)
+    fine = settings(smollm2, HardwareConfig(), (0,))
+    for engine, store, said in (
+        (EngineConfig(kv_memory="1KiB"), StoreConfig(), "--kv-memory 1KiB holds 0 blocks"),
+        (EngineConfig(prefix_cache=False), StoreConfig(kv_host="1GiB"), "need the prefix cache"),
+        (EngineConfig(), StoreConfig(kv_host="64KiB"), "--kv-host: 65536 bytes hold no two blocks"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            build(replace(fine, engine_config=engine, store_config=store))
