@@ -15,8 +15,7 @@ from msgspec.structs import replace
 from bascule.engine.protocol import Runner, Sampled, Slice
 from bascule.engine.scheduler import EngineLimits, Grant, Scheduler
 from bascule.engine.sequence import Found, Key, Output, Phase, Progress, Sequence, Work, blocks_for
-from bascule.engine.work import EngineLoad, Failure, StepResult, UnderWay
-from bascule.errors import InvalidRequest
+from bascule.engine.work import EngineLoad, Failure, StepResult, UnderWay, check_fits
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, Lease
 from bascule.kv.hashing import BlockHasher
@@ -83,7 +82,7 @@ class Engine:
 
         Raises InvalidRequest if it can never fit, ValueError if the same attempt is already here.
         """
-        self._check_fits(work)
+        check_fits(work, self._runner.card, self._books.num_blocks * self._books.block_size)
         sequence = self._sequence(work)
         with self._lock:
             self._check_new(sequence.key)
@@ -106,7 +105,7 @@ class Engine:
         to be computed. The lease is the engine's from here on, unless adopt raises: InvalidRequest if the request can
         never fit, ValueError if the blocks are too few or the same attempt is already here.
         """
-        self._check_fits(work)
+        check_fits(work, self._runner.card, self._books.num_blocks * self._books.block_size)
         sequence = self._sequence(work)
         held = blocks_for(len(sequence.tokens) - 1, self._books.block_size)
         if not work.generated or len(lease.blocks) < held:
@@ -317,41 +316,6 @@ class Engine:
 
     def _sequence(self, work: Work) -> Sequence:
         return Sequence(work, next(self._arrivals), self._now(), self._books.block_size, self._hasher)
-
-    def _check_fits(self, work: Work) -> None:
-        total = len(work.prompt) + work.sampling.max_tokens
-        asked = f"{len(work.prompt)} prompt tokens and {work.sampling.max_tokens} output tokens"
-        context = self._runner.card.context
-        capacity = self._books.num_blocks * self._books.block_size
-        if not work.prompt:
-            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        biased = [token for token, _ in work.sampling.logit_bias]
-        self._check_known((*work.prompt, *work.generated, *work.sampling.stop_token_ids, *biased))
-        if len(work.generated) >= work.sampling.max_tokens:
-            raise InvalidRequest(
-                f"{len(work.generated)} of {work.sampling.max_tokens} output tokens are there already; ask for more",
-                param="max_tokens",
-            )
-        if total > context:
-            raise InvalidRequest(
-                f"{asked} are {total}, but the model's context is {context} tokens; shorten the prompt or max_tokens",
-                code="context_length_exceeded",
-            )
-        if total > capacity:
-            raise InvalidRequest(
-                f"{asked} are {total}, but this worker's KV memory holds {capacity} tokens; "
-                "shorten them or give the worker more KV memory",
-                code="context_length_exceeded",
-            )
-
-    def _check_known(self, prompt: Tokens[int]) -> None:
-        """Raises InvalidRequest for a token that the model does not know."""
-        if max(prompt) >= self._runner.card.vocab or min(prompt) < 0:
-            raise InvalidRequest(
-                f"the prompt has token {max(prompt)}, but the model's vocabulary ends at "
-                f"{self._runner.card.vocab - 1}; its tokenizer has tokens that the model does not know",
-                param="prompt",
-            )
 
     def _check_new(self, key: Key) -> None:
         if key in self._scheduler.sequences:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from bascule.types import FinishReason, RequestId, Salt, SamplingParams, Slo, TokenLogprobs
+from bascule.errors import InvalidRequest
+from bascule.types import FinishReason, ModelCard, RequestId, Salt, SamplingParams, Slo, TokenLogprobs
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -133,3 +134,38 @@ class EngineLoad(Struct, frozen=True):
     """Sequences that decode."""
     context_tokens: int
     """Tokens of context of these."""
+
+
+def check_fits(work: Work, card: ModelCard, capacity: int) -> None:
+    """Raises InvalidRequest for what the model, or a KV memory of `capacity` tokens, could never take."""
+    total = len(work.prompt) + work.sampling.max_tokens
+    asked = f"{len(work.prompt)} prompt tokens and {work.sampling.max_tokens} output tokens"
+    if not work.prompt:
+        raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+    biased = [token for token, _ in work.sampling.logit_bias]
+    _check_known((*work.prompt, *work.generated, *work.sampling.stop_token_ids, *biased), card.vocab)
+    if len(work.generated) >= work.sampling.max_tokens:
+        raise InvalidRequest(
+            f"{len(work.generated)} of {work.sampling.max_tokens} output tokens are there already; ask for more",
+            param="max_tokens",
+        )
+    if total > card.context:
+        raise InvalidRequest(
+            f"{asked} are {total}, but the model's context is {card.context} tokens; shorten the prompt or max_tokens",
+            code="context_length_exceeded",
+        )
+    if total > capacity:
+        raise InvalidRequest(
+            f"{asked} are {total}, but this worker's KV memory holds {capacity} tokens; "
+            "shorten them or give the worker more KV memory",
+            code="context_length_exceeded",
+        )
+
+
+def _check_known(tokens: tuple[int, ...], vocab: int) -> None:
+    if max(tokens) >= vocab or min(tokens) < 0:
+        raise InvalidRequest(
+            f"the prompt has token {max(tokens)}, but the model's vocabulary ends at {vocab - 1}; "
+            "its tokenizer has tokens that the model does not know",
+            param="prompt",
+        )

@@ -77,7 +77,7 @@ class Entrance:
             time.time(),
             self._view.tokenizer,
             unreached or "",
-            self._view.own,
+            self._view.weights.card,
             tuple(Neighbour(one.id, ()) if one.attached else neighbour(one.registration) for one in members),
             next((one.registration.card.vocab for one in members if one.attached), None),
         )

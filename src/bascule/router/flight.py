@@ -12,7 +12,7 @@ from bascule.errors import RequestError
 from bascule.observe.decisions import Record
 from bascule.policies.retry import Cause
 from bascule.types import BlockHash, Brought, Delta, FinishReason, Placement, Request, WorkerId
-from bascule.wire import TokenItem
+from bascule.wire import Submit, TokenItem
 
 
 class Flight:
@@ -115,6 +115,20 @@ class Flight:
         self.prefilling = True
         self.handed_over = self.first_leg = False
         self.unnamed = {}
+
+    def submission(self, now: float) -> Submit:
+        """The current attempt, for a worker that is to go on behind the tokens that are there."""
+        return Submit(
+            request=self.request.id,
+            attempt=self.attempt,
+            prompt=self.request.prompt,
+            generated=tuple(self.tokens),
+            sampling=self.request.sampling,
+            slo=self.request.slo,
+            timeout_s=self.deadline - now,
+            salt=self.request.salt,
+            priority=self.request.priority,
+        )
 
     def gap_outlasts(self, now: float, seconds: float) -> bool:
         """Whether later tokens have waited that long for one that is missing. Called now and then."""

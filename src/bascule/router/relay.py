@@ -41,18 +41,7 @@ class Relay:
             return None
         flight.first_leg, flight.handed_over = False, True
         self.count += 1
-        return Submit(
-            request=flight.request.id,
-            attempt=flight.attempt,
-            prompt=flight.request.prompt,
-            generated=tuple(flight.tokens),
-            sampling=flight.request.sampling,
-            slo=flight.request.slo,
-            stored_tokens=flight.known_tokens - 1,
-            timeout_s=flight.deadline - now,
-            salt=flight.request.salt,
-            priority=flight.request.priority,
-        )
+        return replace(flight.submission(now), stored_tokens=flight.known_tokens - 1)
 
     def overdue(self, now: float) -> Iterator[Flight]:
         """Those that have waited long enough, and those that need no second leg any more, which are forgotten."""

@@ -6,6 +6,8 @@ import logging
 import math
 from collections import Counter
 
+from msgspec.structs import replace
+
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import InvalidRequest, RequestError, Unavailable, WorkerFailure
@@ -305,19 +307,11 @@ class Service:
         terms = chosen.predicted
         flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
         decode = self.view.members[placement.decode].registration.peer
-        submission = Submit(
-            request=flight.request.id,
-            attempt=flight.attempt,
-            prompt=flight.request.prompt,
-            generated=tuple(flight.tokens),
-            sampling=flight.request.sampling,
+        submission = replace(
+            flight.submission(now),
             decode=decode if placement.remote else None,
-            slo=flight.request.slo,
             stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
             fetch=self.view.lender(chosen),
-            timeout_s=flight.deadline - now,
-            salt=flight.request.salt,
-            priority=flight.request.priority,
         )
         if chosen.handed_by is not None:
             submission = self.relay.first_leg(flight, submission, chosen.handed_by)
