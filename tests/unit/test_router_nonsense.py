@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from membership_rig import CARD, Bench, offer
+from msgspec.structs import replace
 
 from bascule.router.flight import Flight
 from bascule.types import Epoch, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
@@ -22,6 +23,15 @@ def test_a_message_of_another_epoch_than_its_sender_s_is_dropped() -> None:
     bench.membership.apply(Epoch("b-1"), Goodbye(WorkerId("a"), Epoch("a-1")))
     bench.membership.apply(Epoch("b-1"), offer("a", "a-2"))
     assert {member.epoch for member in bench.view.members.values()} == {"a-1", "b-1"}
+
+
+def test_a_member_that_offers_itself_under_another_name_is_not_heard() -> None:
+    """It is no newcomer: refused, it would end."""
+    bench = Bench("a")
+    bench.link.sent.clear()
+    bench.membership.apply(Epoch("a-1"), replace(offer("b", "a-1"), version=0))
+    bench.membership.apply(Epoch("a-1"), offer("c", "a-1"))
+    assert not bench.link.sent and set(bench.view.members) == {"a"}
 
 
 def test_a_token_that_the_model_does_not_have_is_not_delivered_and_the_request_goes_elsewhere() -> None:

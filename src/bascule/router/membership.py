@@ -127,7 +127,8 @@ class Membership:
         if isinstance(message, Starting):
             self._starting(message)
         elif isinstance(message, Register):
-            if message.epoch == sender:
+            named_else = any(one.epoch == sender and one.id != message.worker for one in self._view.members.values())
+            if message.epoch == sender and not named_else:
                 self._register(sender, message)
             else:
                 _drop_foreign(sender, message.epoch, message)
