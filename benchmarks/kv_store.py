@@ -1,11 +1,11 @@
-"""What the KV store saves: TTFT of a long prefix by where its KV is found, and of conversations that outgrow memory.
+"""What the KV store saves: TTFT of a long prefix by where its KV is found, of several at once, and of conversations.
 
     python benchmarks/kv_store.py --rounds 5 --disk /var/tmp
 
-One worker on one core with device memory for one prefix (or for two conversations), once for each tier, each with that
-tier alone, and once without a store; all are up at once and take turns with the same prompts (one that waits is
-stopped). `remote` is a Redis server on loopback, started here if there is one. `peer` is two workers on a core each
-that get requests in turn, so that one fetches from the other what that has computed. Prints Markdown.
+One worker on one core with device memory for one prefix (for two of those at once, and for two conversations), once for
+each tier, each with that tier alone, and once without a store; all are up at once and take turns with the same prompts
+(one that waits is stopped). `remote` is a Redis server on loopback, started here if there is one. `peer` is two workers
+on a core each that get requests in turn, so that one fetches from the other what that has computed. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -175,6 +177,43 @@ def prefixes(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"\n{sum(same)} of {len(same)} answers had the tokens of the one without a store.")
 
 
+def concurrent(arguments: argparse.Namespace, folder: Path) -> None:
+    """Clients that ask for a known prefix each, all at once, with device memory for two of them."""
+    clients, length, question = 6, arguments.prefix // 2, 50
+    slowest: dict[str, list[float]] = {}
+    rows: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
+    same: list[bool] = []
+    with ExitStack() as stack:
+        nodes = systems(arguments, TOKEN_BYTES * 2 * (length + question + 200), folder, stack)
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
+        for number in range(arguments.rounds):
+            known = prompts(5000 + number, clients, length)
+            asked = prompts(6000 + number, 2 * clients, question)
+            for name, node in nodes.items():
+                with turn(node):
+                    for prefix, new in zip(known, asked[:clients], strict=True):
+                        ask(node, prefix + new)
+                    if name != "none":
+                        settle(node)
+                    texts = [prefix + new for prefix, new in zip(known, asked[clients:], strict=True)]
+                    answers = list(pool.map(partial(ask, node), texts))
+                times = sorted(each.ttft_s for each in answers)
+                if name == "none":
+                    base, reference = times, [each.tokens for each in answers]
+                same += [each.tokens == tokens for each, tokens in zip(answers, reference, strict=True)]
+                rows.setdefault(name, []).append(statistics.median(times) / statistics.median(base))
+                slowest.setdefault(name, []).append(times[-1] / base[-1])
+                found.setdefault(name, []).append(sum(each.cached for each in answers) / (clients * length))
+    print(f"\n**{clients} clients at once, each with {length} known tokens and {question} new ones**, memory for two")
+    print("\nTTFT over that without a store in the same round, medians of the rounds:\n")
+    print("| tier | median of a round | slowest of a round | known tokens not computed |\n|---|---|---|---|")
+    for name in nodes:
+        figures = [statistics.median(values[name]) for values in (rows, slowest, found)]
+        print(f"| {name} | {figures[0]:.2f} | {figures[1]:.2f} | {figures[2]:.2f} |")
+    print(f"\n{sum(same)} of {len(same)} answers had the tokens of the one without a store.")
+
+
 def conversations(arguments: argparse.Namespace, folder: Path) -> None:
     """Sessions in turns, with device memory for two of them; then the workers are killed, and each has a turn more."""
     sessions, turns, answer = 8, 6, 50
@@ -234,9 +273,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefix", type=int, default=4000, help="tokens")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"))
-    parser.add_argument("--parts", default="prefixes,conversations")
+    parser.add_argument("--parts", default="prefixes,concurrent,conversations")
     arguments = parser.parse_args()
-    parts = {"prefixes": prefixes, "conversations": conversations}
+    parts = {"prefixes": prefixes, "concurrent": concurrent, "conversations": conversations}
     for part in arguments.parts.split(","):
         with tempfile.TemporaryDirectory(prefix="bascule-bench-", dir=arguments.disk) as folder:
             parts[part](arguments, Path(folder))
