@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import time
@@ -103,6 +104,26 @@ def test_who_does_not_do_the_handshake_is_cut_off(
         while not (answer := asked(server, certificate)):
             pass
         assert answer.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("server", ["asyncio"], indirect=True)
+def test_connections_are_taken_on_after_one_that_could_not_be(
+    server: HttpServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = asyncio.SelectorEventLoop
+    accept, failures = kind.sock_accept, [OSError(errno.EPROTO, "gone"), OSError(errno.EMFILE, "too many open files")]
+
+    async def failing(self: asyncio.SelectorEventLoop, listener: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return await accept(self, listener)
+
+    monkeypatch.setattr(handshakes, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(kind, "sock_accept", failing)
+    assert asked(server, certificate).startswith(b"HTTP/1.1 200"), "the one it waited for already"
+    while failures or not (answer := asked(server, certificate)):
+        pass
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_a_stop_does_not_wait_for_handshakes(

@@ -104,7 +104,7 @@ def test_who_only_asks_is_told_and_does_not_join() -> None:
         "vocabulary",
         f"{where} (connection refused)",
     )
-    assert answer.card == view.own and answer.attached_vocab == 7
+    assert answer.card == view.weights.card and answer.attached_vocab == 7
     assert answer.members == (
         Neighbour(WorkerId("one"), (one.peer.address, "127.0.0.1:2")),
         Neighbour(WorkerId("attached-0"), ()),

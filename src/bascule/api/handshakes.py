@@ -6,6 +6,7 @@ asyncio's own servers tell nobody of a connection before its handshake is done, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -18,8 +19,9 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 """How long a client may take for its handshake; then it is cut off."""
-_AGAIN_S = 0.1
-"""How long to wait when the system has no connection to give, for want of open files say."""
+_AGAIN_S = 1.0
+"""How long to wait when this process, or the machine, has no room for one more connection."""
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class TlsListener:
@@ -55,8 +57,9 @@ class TlsListener:
             try:
                 client, _ = await loop.sock_accept(self._listener)
             except OSError as error:
-                log.warning("a connection could not be taken: %s", error)
-                await asyncio.sleep(_AGAIN_S)
+                if error.errno in _NO_ROOM:
+                    log.warning("no connection can be taken: %s", error.strerror)
+                await asyncio.sleep(_AGAIN_S if error.errno in _NO_ROOM else 0)  # else that one has gone again
                 continue
             if len(self._handshakes) + self._connected() >= (most := connection.most_clients()):
                 connection.say_too_many(loop.time(), most)
