@@ -169,3 +169,13 @@ def test_blocks_of_a_tier_are_those_of_all_its_places_each_counted_once() -> Non
         rack.beat(name, WorkerLoad(stores={Tier.DISK: StoreLoad(blocks=blocks), Tier.REMOTE: StoreLoad(blocks=70)}))
     assert rack.read()['bascule_kv_store_blocks{tier="disk"}'] == 31 + 12
     assert rack.read()['bascule_kv_store_blocks{tier="remote"}'] == 70
+
+
+def test_reasons_that_a_worker_invents_without_end_are_not_all_kept() -> None:
+    rack = Rack()
+    rack.join("a")
+    for start in range(0, 3000, 500):
+        rack.beat("a", WorkerLoad(handoff_refused={str(start + number): 1 for number in range(500)}))
+    assert 500 < len(rack.counters()) <= 1000
+    rack.beat("a", KNOWN)
+    assert rack.counters()["bascule_kv_fetch_bytes_total"] == 512, "those known before are counted on"

@@ -29,6 +29,8 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "bascule_kv_fetch_failed": ("Fetches that brought nothing", ("reason",)),
 }
 """By name: what it counts, and its labels."""
+_MOST_KEYS = 1000
+"""Workers name reasons and transports, of which there are a few dozen; a confused one might invent them without end."""
 
 
 def counts_of(load: WorkerLoad) -> dict[Key, float]:
@@ -83,7 +85,9 @@ class Totals:
         this one to tell; all that share them see the same."""
         known = counts_of(before)
         for key, count in counts_of(now).items():
-            if remote or key != (EVICTIONS, Tier.REMOTE):
+            if key == (EVICTIONS, Tier.REMOTE) and not remote:
+                continue
+            if key in self._sums or len(self._sums) < _MOST_KEYS:
                 self._sums[key] += count - known.get(key, 0)
 
     def read(self) -> dict[Key, float]:
