@@ -130,22 +130,26 @@ def test_what_comes_before_the_engine_begins_counts_as_loaded(store: Gated, stac
     run(scenario)
 
 
+@pytest.mark.parametrize("question", [0, 3])
 def test_where_memory_holds_one_prompt_its_end_takes_the_place_of_what_was_to_be_computed(
-    store: Gated, stack: ExitStack
+    question: int, store: Gated, stack: ExitStack
 ) -> None:
+    """Blocks that no tier has may come behind that end."""
+    prompt = [*PROMPT, *range(7000, 7000 + question * BLOCK)]
+
     async def scenario() -> None:
-        node = await gated(store, stack, chunk=2 * BLOCK, blocks=LENGTH + 8)
+        node = await gated(store, stack, chunk=2 * BLOCK, blocks=LENGTH + 8 + question)
         computed = watched(node.rig)
-        key, ready = node.submit(PROMPT)
+        key, ready = node.submit(prompt)
         await ready
         node.step()
         store.let_all()
         await until(lambda: not node.side.loading)
         while node.rig.engine.has_work():
             node.step()
-        brought = node.check(key, PROMPT)
+        brought = node.check(key, prompt)
         assert brought is not None and brought.tokens[Tier.HOST] >= 20 * BLOCK
-        assert len(computed) < (LENGTH - 20) * BLOCK + 2 + OUTPUT
+        assert len(computed) < (LENGTH - 20 + question) * BLOCK + 2 + OUTPUT
         await finish(node, store)
 
     run(scenario)

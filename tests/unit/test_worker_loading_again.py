@@ -39,6 +39,8 @@ DEVICE = LENGTH + 8
 """Blocks: memory for one prompt."""
 LAST = [LENGTH * BLOCK + offset for offset in range(2 + OUTPUT - 1)]
 """Positions that no tier has."""
+ASKED = [*PROMPT[: LENGTH * BLOCK], *range(7000, 7000 + 3 * BLOCK + 1)]
+"""The prompt that the tier has, and behind it what it has not."""
 
 
 @pytest.fixture
@@ -52,7 +54,9 @@ def store() -> Gated:
     return Gated()
 
 
-async def waiting(store: Gated, stack: ExitStack, blocks: int = DEVICE) -> tuple[Node, Lease, Key]:
+async def waiting(
+    store: Gated, stack: ExitStack, blocks: int = DEVICE, prompt: list[int] = PROMPT
+) -> tuple[Node, Lease, Key]:
     """A prompt that lies in the store, in the line of an engine whose memory others hold."""
     await Node([store], stack).complete(PROMPT)
     store.asked.clear()
@@ -61,7 +65,7 @@ async def waiting(store: Gated, stack: ExitStack, blocks: int = DEVICE) -> tuple
     node.rig.engine.cost = KNOWN
     lease = node.rig.books.acquire([], [], blocks)
     assert lease is not None
-    key, ready = node.submit(PROMPT)
+    key, ready = node.submit(prompt)
     await ready
     await until(lambda: not node.side.loading)
     assert node.rig.step().is_empty and store.asked == []
@@ -77,17 +81,19 @@ async def serve(node: Node) -> None:
 
 
 @pytest.mark.parametrize("spare", [2, 8, 40])
+@pytest.mark.parametrize("prompt", [PROMPT, ASKED], ids=["all is known", "a new question"])
 def test_a_prompt_that_came_while_the_device_was_full_is_loaded_once_it_has_memory(
-    spare: int, store: Gated, stack: ExitStack
+    prompt: list[int], spare: int, store: Gated, stack: ExitStack
 ) -> None:
     async def scenario() -> None:
-        node, lease, key = await waiting(store, stack, LENGTH + 1 + spare)
+        blocks = -(-len(prompt) // BLOCK) + spare
+        node, lease, key = await waiting(store, stack, blocks, prompt)
         computed = watched(node.rig)
         lease.release()
         await serve(node)
-        brought = node.check(key, PROMPT)
+        brought = node.check(key, prompt)
         assert brought is not None and brought.tokens == {Tier.HOST: LENGTH * BLOCK}
-        assert computed == LAST
+        assert computed == list(range(LENGTH * BLOCK, len(prompt) + OUTPUT - 1))
         assert node.rig.outputs[key][0].cached_tokens == LENGTH * BLOCK
         await finish(node, store)
 

@@ -163,8 +163,9 @@ class Engine:
         with self._lock:
             self._adopted_blocks += blocks
 
-    def take_found(self, request: RequestId, attempt: int) -> bool:
-        """Let a prompt that is computed hold what has just been sealed of it, in place of blocks of its own.
+    def take_found(self, request: RequestId, attempt: int, end: int | None = None) -> bool:
+        """Let a prompt that is computed hold what has just been sealed of it, in place of blocks of its own; where that
+        comes from the back, `end` is the place behind the first of them.
 
         It does so before each step, too; but then those may have been evicted. False if no more of it is of use.
         """
@@ -172,7 +173,7 @@ class Engine:
             sequence = self._scheduler.sequences.get(Key(request, attempt))
             if sequence is None or sequence.phase is Phase.WAITING:
                 return True
-            return sequence.behind > 1 and sequence.take_found()
+            return sequence.behind > 1 and sequence.take_found(end)
 
     def hold(self, request: RequestId, attempt: int, blocks: int) -> None:
         """A sequence that waits for memory is not computed before `go` if it finds fewer than its first `blocks` in

@@ -199,13 +199,15 @@ class Sequence:
                 to += 1
         return self._jump(to) if to > first else None
 
-    def take_found(self) -> bool:
+    def take_found(self, end: int | None = None) -> bool:
         """Take what has come into the cache of a prompt that is computed, instead of blocks of its own.
 
-        That is what follows, which a sibling computes, and what ends it, which is loaded from there to the front. Its
-        own blocks in those places are free at once; what the running step writes is left alone. False if there is
-        nothing more to be found.
+        That is what follows, which a sibling computes, and what ends it, which is loaded from there to the front; with
+        `end`, from before that place: nobody has what comes behind. Its own blocks in those places are free at once;
+        what the running step writes is left alone. False if there is nothing more to be found.
         """
+        if end is not None:
+            self._end_from = min(self._end_from, end)
         first, places = blocks_for(self.computed + self.granted, self._block_size), self._places
         if first < places and first not in self._ahead:
             count = self.lease.swap(range(first, places), self._hashes, self.tokens)

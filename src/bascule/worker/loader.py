@@ -228,7 +228,7 @@ class Loader:
         that waits in the engine's line they are cached: it holds no memory. If it waits for memory, nothing more is
         taken of that: it is loaded when its turn comes.
         """
-        while not load.over.is_set() and self._engine.take_found(*load.key):
+        while not load.over.is_set() and self._engine.take_found(*load.key, end):
             if load.late.is_set() and self._engine.is_starved(*load.key, BATCH):
                 return
             first += self._books.count_cached(load.hashes[first:end])
