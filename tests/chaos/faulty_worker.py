@@ -10,6 +10,7 @@ import asyncio
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -191,9 +192,9 @@ def bend_words(orders: Orders, known: Known) -> None:
         _stall(orders)
         return message
 
-    def taken(self: TcpReceiver, stream: Stream, form: Any, header: Header) -> None:
+    def taken(self: TcpReceiver, writer: Any, header: Header, admitted: Callable[[], None]) -> None:
         _stall(orders, known.written(header))
-        take(self, stream, form, header)
+        take(self, writer, header, admitted)
 
     Stream.write = written  # type: ignore[method-assign]
     Channel.receive = received  # type: ignore[method-assign]
