@@ -20,7 +20,7 @@ settings.load_profile("patient")
 
 _WITH_SERVERS = ("tests/chaos/", "tests/e2e/", "tests/parity/")
 _LIGHT = ("attached", "bench_compare", "bench_front", "bench_handoff", "doctor", "drain", "explain", "lifecycle")
-_LIGHT += ("plug_in", "probe", "router_restart", "security")
+_LIGHT += ("plug_in", "probe", "reload", "router_restart", "security", "strangers")
 _WITH_LIGHT_SERVERS = tuple(f"tests/e2e/test_{name}.py" for name in _LIGHT)
 """Servers of a mock engine nearly all, and nothing that compares times: these may run beside any others."""
 

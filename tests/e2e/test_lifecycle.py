@@ -31,23 +31,10 @@ def slow_mock(folder: Path) -> list[str]:
 
 REFUSED = [
     (["--kv-memory", "10KiB"], "kv-memory"),
-    (["--kv-memory", "lots"], "kv-memory"),
-    (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
-    (["--kv-host", "1", "--engine", "mock"], "--kv-host: 1 bytes hold no two blocks"),
-    (["--handoff", "store"], "--handoff store needs a KV store"),
-    (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
-    (["--transfer", "shm", "--transfer-codec", "auto"], "transfer-codec is auto, but must be none with"),
-    (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
-    (["--policy", "single", "--transfer-codec", "int8"], "--transfer-codec int8 has no effect under policy single"),
-    (["--policy", "random", "--handoff", "auto", "--kv-host", "1GiB"], "--handoff auto has no effect under policy"),
     (["--ready-file", "/nowhere/ready"], "--ready-file /nowhere/ready cannot be written"),
-    (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
-    (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
-    (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),
-    (["--policy", "single", "--mixed", "2"], "policy single runs 1 worker, not 2"),
     (["--chunk-tokenz", "3"], "Did you mean --chunk-tokens"),
-    (["--dtype", "float8"], "float8"),
 ]
+"""Of each kind one; tests/unit/test_doctor_refuses.py has more."""
 
 
 def test_settings_that_cannot_work_are_refused_at_start() -> None:

@@ -86,6 +86,31 @@ def test_doctor_and_serve_refuse_the_same_in_the_same_line(
     assert (code, error.splitlines()[-1]) == (2, f"bascule: {line}")
 
 
+AT_ONCE = [
+    (["--kv-memory", "lots"], "kv-memory"),
+    (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
+    (["--handoff", "store"], "--handoff store needs a KV store"),
+    (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
+    (["--transfer", "shm", "--transfer-codec", "auto"], "transfer-codec is auto, but must be none with"),
+    (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
+    (["--policy", "single", "--transfer-codec", "int8"], "--transfer-codec int8 has no effect under policy single"),
+    (["--policy", "random", "--handoff", "auto", "--kv-host", "1GiB"], "--handoff auto has no effect under policy"),
+    (["--devices", "cpu:0"], "--devices lists 1 devices for 2 workers"),
+    (["--devices", "tpu:0,tpu:1"], "'tpu:0' is not a device"),
+    (["--policy", "disaggregated", "--prefill", "1"], "at least one --prefill and one --decode"),
+    (["--policy", "single", "--mixed", "2"], "policy single runs 1 worker, not 2"),
+    (["--dtype", "float8"], "float8"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), AT_ONCE, ids=[" ".join(flags) for flags, _ in AT_ONCE])
+def test_serve_refuses_what_cannot_work_before_it_looks_at_the_model(
+    flags: list[str], said: str, serve: Run, smollm2: Path
+) -> None:
+    code, out, error = serve(smollm2, "--port=0", *flags)
+    assert code == 2 and said in " ".join((out + error).split())
+
+
 def test_what_serve_would_start_doctor_lets_pass(doctor: Run, smollm2: Path, files: Path) -> None:
     fine = ["--kv-memory=64MiB", f"--kv-disk={files}/kv:64MiB", "--kv-codec=int8", "--handoff=store"]
     code, out, _ = doctor(smollm2, "--port=0", *fine)
