@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import zmq
 
@@ -16,7 +17,7 @@ from bascule.keys import ClusterKey
 from bascule.router.link import RouterLink
 from bascule.sockets import MessageSocket
 from bascule.types import Epoch, WorkerId
-from bascule.wire import Registered, RouterMessage, Starting, WorkerMessage
+from bascule.wire import VERSION, Registered, RegistrationRefusal, RouterMessage, Starting, WorkerMessage
 from bascule.worker.link import RouterSocket
 from bascule.worker.peers import Peers
 
@@ -65,6 +66,32 @@ async def worker(address: str, key: ClusterKey | None) -> AsyncIterator[tuple[Ro
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         link.close()
+
+
+def test_a_newcomer_of_another_release_is_told_so_and_a_member_that_seems_to_be_one_is_not() -> None:
+    theirs = msgspec.msgpack.encode({"type": "Register", "version": VERSION + 1, "worker": "w", "epoch": 5})
+
+    async def answers(is_member: bool) -> list[RouterMessage]:
+        link, got = RouterLink("tcp://127.0.0.1:*"), []
+
+        def take(epoch: Epoch, message: WorkerMessage) -> None:
+            link.send(epoch, Registered(epoch, 0.5))
+
+        serving = asyncio.create_task(link.serve(take, lambda epoch: is_member and epoch == EPOCH))
+        try:
+            async with worker(link.address, None) as (theirs_to_us, got):
+                theirs_to_us._socket.post([theirs])
+                theirs_to_us.send(Starting(WorkerId("w"), "last"))
+                await until(lambda: sum(isinstance(each, Registered) for each in got) == 2)
+            return got
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            link.close()
+
+    for member in (False, True):
+        refused = [each for each in asyncio.run(answers(member)) if isinstance(each, RegistrationRefusal)]
+        assert [f"version {VERSION + 1}" in each.reason for each in refused] == ([] if member else [True])
 
 
 @pytest.mark.parametrize("key", [ONE, None])

@@ -33,7 +33,7 @@ class NoLink:
     def send(self, *message: object) -> None:
         raise AssertionError("an attached server has no socket")
 
-    async def serve(self, handler: object) -> None:
+    async def serve(self, handler: object, is_member: object) -> None:
         await asyncio.Event().wait()
 
 

@@ -31,7 +31,7 @@ SILENT_S = 0.3
 class Deaf(FakeLink):
     """A link by which nobody speaks."""
 
-    async def serve(self, handler: object) -> None:
+    async def serve(self, handler: object, is_member: object) -> None:
         await asyncio.Event().wait()
 
 

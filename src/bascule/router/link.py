@@ -41,15 +41,17 @@ class RouterLink:
         """Queue a message to the worker with that epoch; `on_failure` is called later if it is not connected."""
         self._socket.post([epoch.encode(), encode(message)], on_failure)
 
-    async def serve(self, handler: Handler) -> None:
-        """Deliver messages until cancelled; a worker of another version of the protocol is told so."""
+    async def serve(self, handler: Handler, is_member: Callable[[Epoch], bool] = lambda epoch: False) -> None:
+        """Deliver messages until cancelled; a newcomer of another version of the protocol is told so, and ends: what a
+        member says of another version is dropped."""
 
         def deliver(frames: list[bytes]) -> None:
             sender = Epoch(frames[0].decode("ascii"))
             try:
                 message = from_worker(frames[-1])
             except OtherVersion as other:
-                self.send(sender, RegistrationRefusal(str(other)))
+                if not is_member(sender):
+                    self.send(sender, RegistrationRefusal(str(other)))
                 raise
             handler(sender, message)
 

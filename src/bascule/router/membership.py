@@ -92,7 +92,7 @@ class Membership:
         """Serve the worker socket and the clock until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._link.serve(self.apply))
+                group.create_task(self._link.serve(self.apply, self._is_member))
                 group.create_task(self._watch())
         finally:
             self._silence.close()
@@ -127,8 +127,7 @@ class Membership:
         if isinstance(message, Starting):
             self._starting(message)
         elif isinstance(message, Register):
-            named_else = any(one.epoch == sender and one.id != message.worker for one in self._view.members.values())
-            if message.epoch == sender and not named_else:
+            if message.epoch == sender and (self.is_current(message.worker, sender) or not self._is_member(sender)):
                 self._register(sender, message)
             else:
                 _drop_foreign(sender, message.epoch, message)
@@ -166,6 +165,10 @@ class Membership:
             self._service.saved(message)
         else:
             self._service.failed(message)
+
+    def _is_member(self, epoch: Epoch) -> bool:
+        """Whether a member has that epoch, under whatever name."""
+        return any(member.epoch == epoch for member in self._view.members.values())
 
     def is_current(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether that epoch of the worker is a member, and not lost or replaced."""
