@@ -91,6 +91,15 @@ def test_a_client_counts_once_its_handshake_is_done(server: HttpServer, certific
         assert client.recv(1 << 12)
 
 
+def test_a_stop_waits_for_no_client_that_does_not_close_its_side(server: HttpServer, certificate: Path) -> None:
+    """Longer than this test does: the fixture's stop would be late."""
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    idle = trusting.wrap_socket(silent(server), server_hostname="127.0.0.1")
+    idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert idle.recv(12) == b"HTTP/1.1 200"
+    server.idle = idle  # type: ignore[attr-defined]
+
+
 def test_who_does_not_do_the_handshake_is_cut_off(
     server: HttpServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,13 +224,17 @@ def test_a_directory_without_links_is_as_good(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "v1" / "tmp").iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_given_a_name_is_refused_before_a_worker_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_whose_name_is_damaged_gets_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "_ID_PATIENCE_S", 0.0)
     (tmp_path / "v1").mkdir()
-    (tmp_path / "v1" / "id").write_bytes(b"half")
-    with pytest.raises(ConfigError, match=r"--kv-disk.*remove it"):
+    path = tmp_path / "v1" / "id"
+    path.write_bytes(b"half")
+    check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB"))
+    name = path.read_text()
+    assert len(name) == 32 and folder.Folder(tmp_path, 1 << 20).identity() == name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match="--kv-disk"):
         check_stores(StoreConfig(kv_disk=f"{tmp_path}:1MiB"))
 
 

@@ -7,6 +7,7 @@ from tests.unit.routing_rig import Cluster
 
 from bascule.policies.admit import has_room, worth_starting, worth_waiting
 from bascule.policies.order import place_in_line
+from bascule.policies.predict import predict
 from bascule.policies.route import adaptive
 from bascule.policies.snapshot import Candidate
 from bascule.types import Role, Slo
@@ -79,6 +80,20 @@ def test_the_pace_that_was_seen_counts_more_than_the_number_of_workers() -> None
     assert worth_waiting(snapshot, query, 1.0, pace=4.0).admitted
     verdict = worth_waiting(snapshot, query, 1.0, pace=0.5)
     assert "TTFT 2" in verdict.reason and verdict.retry_after_s >= 1.0
+
+
+def test_where_no_worker_takes_another_stream_waiting_is_for_streams_to_end() -> None:
+    cluster = Cluster()
+    for name in "ab":
+        cluster.add(name, slots=2, streams=(200, 200))
+    snapshot, query = cluster.snapshot(), cluster.query(slo=Slo(1.0))
+    output_s = query.output_tokens * float(predict(snapshot, query)[1].tpot_s[0])
+    for ahead in (0, 3, 40):
+        verdict = worth_waiting(snapshot, query, 0.0, ahead=ahead)
+        assert verdict.admitted == ((ahead + 1) * output_s / 4 + 0.05 < 0.8), "four streams, one of them ends at a time"
+    assert not verdict.admitted
+    cluster.add("c", slots=2, streams=(200,))
+    assert worth_waiting(cluster.snapshot(), cluster.query(slo=Slo(1.0)), 0.0, ahead=40).admitted
 
 
 def test_what_a_request_has_waited_already_counts() -> None:

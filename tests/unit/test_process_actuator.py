@@ -33,7 +33,8 @@ class Rig:
         self.and_then: Callable[[], None] = lambda: None
         """What happens as soon as a worker has ended."""
         plans = [WorkerPlan(WorkerId(name), Role.MIXED, Device("cpu"), (script,)) for name, script in scripts.items()]
-        self.actuator = ProcessActuator("model", "join", plans, self._on_death)
+        self.put_off: list[tuple[str, str]] = []
+        self.actuator = ProcessActuator("model", "join", plans, self._on_death, lambda *what: self.put_off.append(what))
 
     def _on_death(self, worker: WorkerId, how: str) -> None:
         self.deaths[worker] += 1
@@ -162,7 +163,7 @@ class FailingFront:
 
     done: ClassVar[list[str]]
     link = SimpleNamespace(address="")
-    membership = SimpleNamespace(lost=lambda worker, how: None)
+    membership = SimpleNamespace(lost=lambda worker, how: None, cannot_start=lambda worker, why: None)
     attachments = SimpleNamespace(workers=())
     service = SimpleNamespace(
         ready=True, view=SimpleNamespace(members=("one",), links=SimpleNamespace(expect=lambda links: None))

@@ -35,7 +35,7 @@ async def busy(bench: Bench, seconds_each: float) -> None:
 @scenario
 async def test_who_has_been_let_in_is_placed_even_if_it_is_late_by_then() -> None:
     bench = slow_bench(admission="slo")
-    bench.service._queries.slo = Slo(ttft_s=1.2)
+    bench.service._queries.slo = Slo(ttft_s=2.0)
     started = [bench.start(f"r{number}") for number in range(5)]
     await settle()
     assert bench.service.state().queued == 1

@@ -130,7 +130,7 @@ def _seconds_of(headers: Headers, name: str, default: float) -> float:
     if given is None:
         return default
     try:
-        seconds = float(given)
+        seconds = float(given if "_" not in given else "nan")
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:

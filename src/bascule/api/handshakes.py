@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 """How long a client may take for its handshake; then it is cut off."""
+GOODBYE_S = 1.0
+"""How long it may take to close its side, too, which a stop of the server waits for."""
 _AGAIN_S = 1.0
 """How long to wait when this process, or the machine, has no room for one more connection."""
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -74,5 +76,9 @@ class TlsListener:
         loop = asyncio.get_running_loop()
         with suppress(OSError):  # the client's business: it went away, took too long, or speaks no TLS
             await loop.connect_accepted_socket(
-                self._protocol, client, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S
+                self._protocol,
+                client,
+                ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=GOODBYE_S,
             )

@@ -209,7 +209,8 @@ class Deployment:
         front = Frontend(self._loaded, self._name, self._routing, self._http, self._slo, _JOIN, self._attach, self._key)
         front.service.view.links.expect(self._links)
         front.catch_signals()
-        actuator = ProcessActuator(self._model, front.link.address, self._plans, front.membership.lost)
+        members = front.membership
+        actuator = ProcessActuator(self._model, front.link.address, self._plans, members.lost, members.cannot_start)
         running = front.run_in_background()
         if self._plans:
             running.append(asyncio.create_task(actuator.run()))

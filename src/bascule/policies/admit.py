@@ -75,11 +75,15 @@ def worth_starting(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> 
     return Verdict(False, broken, max(_SOONEST_S, predicted.ttft_s - slo.ttft_s, predicted.queue_s))
 
 
-def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float, pace: float | None = None) -> Verdict:
-    """Whether a request that has to wait behind `queued_s` seconds of other prompts' work may still meet its SLO.
+def worth_waiting(
+    snapshot: Snapshot, query: RouteQuery, queued_s: float, pace: float | None = None, ahead: int = 0
+) -> Verdict:
+    """Whether a request that has to wait behind `ahead` others, `queued_s` seconds of prompts' work, may still meet its
+    SLO.
 
     `pace` is how many of these seconds have lately been begun in a second; where it is not known, workers that compute
-    prompts are taken to do nothing else.
+    prompts are taken to do nothing else. Where all that decode have as many requests as they take, each in line waits
+    for one to end, too: they are taken to be spread over the time that an output takes.
     """
     feeders = usable(snapshot, query, (PREFILL, MIXED))
     homes = usable(snapshot, query, (DECODE, MIXED))
@@ -89,7 +93,11 @@ def worth_waiting(snapshot: Snapshot, query: RouteQuery, queued_s: float, pace: 
         return ADMITTED
     prefill, decode = predict(snapshot, query)
     soonest = float(np.min((prefill.queue_s + prefill.load_s + prefill.prefill_s)[feeders]))
-    ttft = query.waited_s + queued_s / (pace or len(feeders)) + soonest
+    turn_s = queued_s / (pace or len(feeders))
+    if (snapshot.decoding[homes] >= snapshot.slots[homes]).all():
+        ends_per_s = float(np.sum(snapshot.slots[homes] / np.maximum(decode.tpot_s[homes], 1e-9))) / query.output_tokens
+        turn_s = max(turn_s, (ahead + 1) / ends_per_s)
+    ttft = query.waited_s + turn_s + soonest
     if ttft > WAIT_MARGIN * query.slo.ttft_s:
         late = ttft - query.slo.ttft_s
         return Verdict(

@@ -34,6 +34,8 @@ class Door:
             return wait_too_long(flight, wait_s)
         if self._by_slo:
             query = self._queries.query(flight, now)
-            verdict = worth_waiting(self._view.snapshot(now), query, self._line.ahead_s(flight), pace)
+            verdict = worth_waiting(
+                self._view.snapshot(now), query, self._line.ahead_s(flight), pace, self._line.ahead(flight)
+            )
             return None if verdict.admitted else overloaded(verdict)
         return None

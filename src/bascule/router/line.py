@@ -77,6 +77,11 @@ class Line:
         ahead = sum(self._work[other] for other, key in self._keys.items() if key <= own)
         return ahead - self._work[flight.request.id]
 
+    def ahead(self, flight: Flight) -> int:
+        """How many will be placed before this one, as things are."""
+        own = self._keys[flight.request.id]
+        return sum(key <= own for key in self._keys.values()) - 1
+
     def among_s(self, flight: Flight) -> float:
         """Seconds of work of all others that wait with its priority or a better one, whoever goes first."""
         own = self._keys[flight.request.id]

@@ -184,6 +184,10 @@ class Membership:
         if member is not None and epoch in (None, member.epoch):
             self._lose(member, why)
 
+    def cannot_start(self, worker: WorkerId, why: str) -> None:
+        """Who starts a worker has given that up for a while."""
+        self.operations.renewal.cannot_start(worker, why)
+
     def attach(self, offer: Register, client: WorkerClient) -> Member:
         """Take in an attached server under a new epoch; what it says comes through `apply` as any worker's.
 

@@ -49,13 +49,20 @@ class ProcessActuator:
     """Runs each plan as a child process; a child dies with this process, whatever ends it."""
 
     def __init__(
-        self, model: str, join: str, plans: Sequence[WorkerPlan], on_death: Callable[[WorkerId, str], None]
+        self,
+        model: str,
+        join: str,
+        plans: Sequence[WorkerPlan],
+        on_death: Callable[[WorkerId, str], None],
+        on_put_off: Callable[[WorkerId, str], None] = lambda worker, why: None,
     ) -> None:
-        """`on_death` is told which worker's process ended unasked, and how, in words."""
+        """`on_death` is told which worker's process ended, and how, in words; `on_put_off` who is not started again for
+        a while, and why."""
         self._model = model
         self._join = join
         self._plans = list(plans)
         self._on_death = on_death
+        self._on_put_off = on_put_off
         self._children: dict[WorkerId, asyncio.subprocess.Process] = {}
         self._carrying_on = False
         self._stopping = False
@@ -115,6 +122,7 @@ class ProcessActuator:
         """Wait until it is worth another try; raises ConfigError where nothing is served yet."""
         if not self._carrying_on:
             raise ConfigError(f"worker {worker} {why}")
+        self._on_put_off(worker, why)
         log.error(
             "worker %s %s; mend what is in its way: it is tried again every %g s; all else goes on meanwhile",
             worker,

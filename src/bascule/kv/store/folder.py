@@ -101,8 +101,9 @@ class Folder:
                     file.write(name)
         deadline = time.monotonic() + _ID_PATIENCE_S
         while len(found := Path(path).read_bytes()) < _ID_BYTES:
-            if time.monotonic() > deadline:
-                raise OSError(errno.EINVAL, f"{path} is not whole; remove it")
+            if time.monotonic() > deadline:  # whoever began it is gone, or it was damaged
+                with self._trial(name) as trial:
+                    os.replace(trial, path)
             time.sleep(_ID_PAUSE_S)
         return found[:_ID_BYTES].decode("ascii", "replace")
 
