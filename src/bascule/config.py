@@ -196,7 +196,7 @@ class RoutingConfig:
     least-loaded, round-robin, random, prefix-only, thresholds. Or your own: pkg.module:function."""
     admission: Literal["queue", "slo"] = "queue"
     """queue: requests wait, up to queue-limit of them; slo: those that are predicted to miss their TTFT or
-    TPOT are answered 429 with Retry-After, when they come or when it is their turn."""
+    TPOT are answered 429 with Retry-After, when they come; those that wait in line are let in."""
     handoff: Literal["push", "store", "auto"] = "push"
     """How KV goes from a prefill to a decode worker: pushed from one to the other; or by way of a tier of the KV store
     that both have (else pushed), so that neither needs to reach the other; or whichever is predicted to be quicker."""

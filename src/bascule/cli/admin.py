@@ -157,6 +157,8 @@ def _is_reload(found: dict[str, Any]) -> bool:
 def _progress(found: dict[str, Any]) -> str:
     if found["state"] != "running":
         return f"{found['done']} of {found['workers']} workers are reloaded"
+    if not found["current"]:
+        return "no worker is there; the first one that comes is taken, whatever its weights"
     waiting = f"; with other weights, and waiting: {', '.join(found['waiting'])}" if found["waiting"] else ""
     return f"{found['done']} of {found['workers']} workers are reloaded; now {found['current']}{waiting}"
 
