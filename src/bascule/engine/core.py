@@ -189,6 +189,13 @@ class Engine:
             if (sequence := self._scheduler.sequences.get(Key(request, attempt))) is not None:
                 self._scheduler.go(sequence)
 
+    def secure(self, request: RequestId, attempt: int) -> bool:
+        """Whether a handoff has memory here, or is about to get some whatever else happens: only then may it keep
+        blocks of the decode side. True for one that is not here."""
+        with self._lock:
+            sequence = self._scheduler.sequences.get(Key(request, attempt))
+            return sequence is None or self._scheduler.secure(sequence)
+
     def permit(self, request: RequestId, attempt: int) -> None:
         """The decode side has reserved its blocks: a handoff may compute beyond its first chunk."""
         with self._lock:

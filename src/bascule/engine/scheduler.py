@@ -106,6 +106,23 @@ class Scheduler:
             return False
         return self._available() - taken < sequence.blocks_known + len(self._preemptible())
 
+    def secure(self, sequence: Sequence) -> bool:
+        """Whether a sequence has memory, or will get some without anybody ending first; then it goes before all others.
+
+        Else it and one that has memory might wait for each other, if it had blocks elsewhere that the other needs.
+        """
+        if sequence.phase is not Phase.WAITING or sequence.secured:
+            return True
+        wanted = sum(each.blocks_known + 1 for each in self.waiting)
+        if len(self._running) + len(self.waiting) > self._max_sequences:
+            return False
+        if wanted > self._available() - len(self._preemptible()):
+            return False
+        self.waiting.remove(sequence)
+        sequence.secured = True
+        self._wait(sequence)
+        return True
+
     def enqueue(self, sequence: Sequence) -> None:
         self.sequences[sequence.key] = sequence
         self._wait(sequence)
@@ -189,6 +206,9 @@ class Scheduler:
     def _rank(self, sequence: Sequence, cached: int) -> None:
         """Set a sequence's place in line, if `cached` blocks of what it knows need not be computed."""
         priority = sequence.work.priority
+        if sequence.secured:
+            sequence.place = (_FIRST, *place_in_line(0, 0.0, sequence.arrived_s))
+            return
         if sequence.has_begun:
             sequence.place = (priority, *place_in_line(0, 0.0, sequence.arrived_s))
             return
@@ -287,6 +307,7 @@ class Scheduler:
 
 _WORTH_WAITING = 4
 """Blocks that a sibling has to compute for another to wait for them."""
+_FIRST = -(1 << 62)
 _LOOKED_AT = 8
 """Waiting sequences whose prefix is looked up anew before each step that could admit one."""
 

@@ -66,6 +66,8 @@ class Sequence:
         """Leading blocks that it is to have found before it is computed, or `go` after that."""
         self.held = False
         """It has blocks, but not all that are awaited: no step computes it before `go`."""
+        self.secured = False
+        """It waits, but blocks elsewhere may be kept for it: there are enough here for it and all others that wait."""
         self.cancelled = False
         """Cancelled while in the running step: to be dropped when that ends."""
         self.cached_tokens = 0
@@ -169,7 +171,7 @@ class Sequence:
     def admit(self, lease: Lease) -> Found | None:
         """Go on from what `lease` found in the cache, and say what that was."""
         self._lease = lease
-        self.phase = Phase.RUNNING
+        self.phase, self.secured = Phase.RUNNING, False
         self._admissions += 1
         self._end_from = self._places
         self.held = lease.cached < self.awaited

@@ -205,6 +205,10 @@ class PrefillSide:
         self._wake()
 
     async def _hand_over(self, handoff: Outgoing) -> None:
+        # Blocks there that are kept for a prompt without memory here are missed by those whose memory it waits for.
+        while not (handoff.blocks or self._engine.secure(*handoff.key)):
+            handoff.changed.clear()
+            await handoff.changed.wait()
         for round_number in range(1, _ROUNDS + 1):
             try:
                 await self._round(handoff)
