@@ -25,8 +25,8 @@ def run() -> None:
         python, _, _, *words = command(self, model, join)
         return [python, "-m", "chaos.faulty_worker", folder, self.worker, *words]
 
-    def deaf(self: ProcessActuator, *args: Any) -> None:
-        init(self, *args[:-1], lambda worker, how: None)
+    def deaf(self: ProcessActuator, model: str, join: str, plans: Any, *_: Any) -> None:
+        init(self, model, join, plans, lambda worker, how: None)
 
     WorkerPlan.command = faulty  # type: ignore[method-assign]
     process._STEADY_S = 0.0

@@ -118,7 +118,14 @@ def test_a_body_is_given_back_when_it_is_refused_and_as_soon_as_it_is_checked() 
         assert rig.backend.start_cancelled.wait(WAIT)
 
 
-def test_a_client_is_told_when_to_come_back() -> None:
+def test_a_client_is_told_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, add = [0], Bodies.add
+
+    def noted(self: Bodies, more: int, size: int) -> None:
+        add(self, more, size)
+        held[0] = self.held
+
+    monkeypatch.setattr(Bodies, "add", noted)
     with ApiRig(max_body=LIMIT) as rig, socket.create_connection(("127.0.0.1", rig.server.port), WAIT) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % LIMIT)
         slow.sendall(b"x" * (LIMIT - 1))
@@ -126,7 +133,8 @@ def test_a_client_is_told_when_to_come_back() -> None:
         def status() -> int:
             return rig.http.post("/v1/chat/completions", content=b"x" * LIMIT).status_code
 
-        rig.wait_for(lambda: status() == 429)  # once the slow one's bytes have been read
+        rig.wait_for(lambda: held[0] == LIMIT - 1)  # or the slow one might be refused, as well as the others
+        assert status() == 429
         refused = rig.http.post("/v1/chat/completions", content=b"x" * LIMIT)
         assert (refused.json()["error"]["code"], refused.headers["Retry-After"]) == ("too_many_bodies", "1")
         assert refused.json()["error"]["type"] == "rate_limit_error"
