@@ -38,7 +38,7 @@ class Reload:
         self._clock = clock
         self._leave = leave
         self._workers: list[tuple[WorkerId, Epoch]] = []
-        """Those that there were at the beginning."""
+        """Those that there were at the beginning, and who has to go besides because files have changed since."""
         self._asked = 0
         """How many of them have been asked to end."""
         self._gone_at: float | None = None
