@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from itertools import count
 from pathlib import Path
 from time import monotonic
 
@@ -14,7 +15,7 @@ from store_rig import PATIENT, ROOM, file_of, files_in, name_of, value_of
 
 from bascule.kv.store.base import Use
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.folder import Folder
+from bascule.kv.store.folder import Entry, Folder
 from support.redis_server import wait_until
 
 A, B = (name_of(number) for number in (1, 2))
@@ -70,3 +71,44 @@ def test_a_file_system_that_others_have_filled_costs_a_sixteenth_and_that_once(
     monkeypatch.setattr(Folder, "write", full)
     assert store.put({B: value_of(1)}) == 0
     assert evicted() == 9, "a write has succeeded since, so it may help again"
+
+
+def test_a_block_that_others_use_while_the_folder_is_measured_is_not_evicted(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50_000, timeout_s=PATIENT)))
+    scan, uses = Folder.scan, count(1)
+
+    def scan_and_use(folder: Folder) -> list[Entry]:
+        """By the times found, A is always the next to go; when that is done, it has been used since."""
+        found = scan(folder)
+        folder.touch(A, next(uses), again=False)
+        return found
+
+    assert store.put({A: value_of(1)}) == 1
+    monkeypatch.setattr(Folder, "scan", scan_and_use)
+    for number in range(100, 200):
+        assert store.put({name_of(number): value_of(number)}) == 1
+    assert store.holds([A, name_of(100)]) == [True, False]
+
+
+def test_the_protected_stay_where_a_measurement_has_not_seen_what_was_written_since(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50_000, timeout_s=PATIENT)))
+    scan, hot = Folder.scan, [name_of(number) for number in range(10)]
+
+    def slow_scan(folder: Folder) -> list[Entry]:
+        found = scan(folder)
+        for _ in range(20):
+            if store._keeper._waiting:  # a writer has no room left
+                break
+            time.sleep(0.01)
+        return found
+
+    assert store.put({name: value_of(1) for name in hot}) == 10
+    assert all(store.touch([Use(name, monotonic(), again=True) for name in hot]))
+    monkeypatch.setattr(Folder, "scan", slow_scan)
+    for number in range(100, 200):
+        assert store.put({name_of(number): value_of(number)}) == 1
+    assert store.holds(hot) == [True] * 10

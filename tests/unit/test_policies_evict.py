@@ -194,13 +194,18 @@ class File(Struct, frozen=True):
     size: int = 10
 
 
+def times(files: list[File], protected: int) -> tuple[list[int], list[int]]:
+    others, spared = first_to_go(files, protected)
+    return [file.used_ns for file in others], [file.used_ns for file in spared]
+
+
 def test_in_a_tier_what_was_used_again_latest_goes_last() -> None:
     files = [File(5), File(1, again=True), File(2), File(4, again=True), File(3, again=True), File(0)]
-    assert [file.used_ns for file in first_to_go(files, 25)] == [0, 1, 2, 5, 3, 4]
-    assert [file.used_ns for file in first_to_go(files, 9)] == [0, 1, 2, 3, 4, 5]
-    assert [file.used_ns for file in first_to_go(files, 100)] == [0, 2, 5, 1, 3, 4]
+    assert times(files, 25) == ([0, 1, 2, 5], [3, 4])
+    assert times(files, 9) == ([0, 1, 2, 3, 4, 5], [])
+    assert times(files, 100) == ([0, 2, 5], [1, 3, 4])
 
 
 def test_in_a_tier_nothing_older_is_protected_in_place_of_what_is_too_large() -> None:
     large, small = File(2, again=True, size=20), File(1, again=True, size=5)
-    assert first_to_go([large, small], 15) == [small, large]
+    assert first_to_go([large, small], 15) == ([small, large], [])

@@ -28,9 +28,9 @@ class Stored(Protocol):
 AnyStored = TypeVar("AnyStored", bound=Stored)
 
 
-def first_to_go(blocks: Iterable[AnyStored], protected: int) -> list[AnyStored]:
-    """The blocks of a tier, the next to be evicted first: the least recently used, but last the `protected` bytes of
-    those used again that were used latest.
+def first_to_go(blocks: Iterable[AnyStored], protected: int) -> tuple[list[AnyStored], list[AnyStored]]:
+    """The blocks of a tier, the least recently used and so next to be evicted first; apart from them, to be evicted
+    last, the `protected` bytes of those used again that were used latest.
 
     So a scan of any length leaves those alone. The beginning of a prefix stays longer than its end as long as it is
     told to have been used later, and as often.
@@ -41,7 +41,7 @@ def first_to_go(blocks: Iterable[AnyStored], protected: int) -> list[AnyStored]:
         protected -= block.size * block.again
         spare = block.again and protected >= 0
         (spared if spare else others).append(block)
-    return [*reversed(others), *reversed(spared)]
+    return others[::-1], spared[::-1]
 
 
 _AWAY, _ON_PROBATION, _PROTECTED = range(3)

@@ -203,6 +203,17 @@ class Folder:
             os.unlink(path)
         return size
 
+    def evict(self, entry: Entry) -> bool:
+        """Delete a block if it is as it was found: neither used, replaced nor removed since; whether it was."""
+        path = self._path(entry.name)
+        try:
+            if _entry(entry.name, os.stat(path, follow_symlinks=False)) != entry:
+                return False
+            os.unlink(path)
+        except FileNotFoundError:
+            return False
+        return True
+
     def scan(self) -> list[Entry]:
         """All blocks, in no order. What comes and goes meanwhile may be in it or not."""
         return [entry for page in self.pages() for entry in page]
@@ -219,8 +230,7 @@ class Folder:
                         with suppress(FileNotFoundError):
                             facts = file.stat(follow_symlinks=False)
                             if stat.S_ISREG(facts.st_mode):
-                                again = bool(facts.st_mode & _USED_AGAIN)
-                                found.append(Entry(file.name, facts.st_mtime_ns, facts.st_size, again))
+                                found.append(_entry(file.name, facts))
             yield found
 
     def remove_abandoned(self) -> None:
@@ -262,6 +272,10 @@ def _lock(file: int, patience_s: float) -> bool:
         return lock(file, fcntl.LOCK_EX, patience_s)
     except OSError:
         return True
+
+
+def _entry(name: str, facts: os.stat_result) -> Entry:
+    return Entry(name, facts.st_mtime_ns, facts.st_size, again=bool(facts.st_mode & _USED_AGAIN))
 
 
 def _size(path: str) -> int | None:

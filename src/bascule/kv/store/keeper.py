@@ -30,6 +30,8 @@ _REST_S = 30.0
 _LOCK_PATIENCE_S = 1.0
 _FIRST_MEASUREMENT_S = 2.0
 """What a start waits for it at most; it then ends in the background."""
+_LAST_MEASUREMENT_S = 1.0
+"""What `close` waits for one that is under way at most."""
 LEFT_OVER_S = 1.0
 """Between two looks of an audit, in which a call that is under way gets on."""
 _PROOFS = 2
@@ -94,7 +96,8 @@ class Keeper:
         self._due = True
         self._closed = False
         self._measured = Event()
-        Thread(target=self._run, name="kv-store keeper", daemon=True).start()
+        self._thread = Thread(target=self._run, name="kv-store keeper", daemon=True)
+        self._thread.start()
         self._measured.wait(_FIRST_MEASUREMENT_S)
 
     def contents(self) -> Contents:
@@ -207,10 +210,11 @@ class Keeper:
         ]
 
     def close(self) -> None:
-        """End the thread. Idempotent."""
+        """End the thread, and leave the folder alone from then on, unless it hangs. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._thread.join(_LAST_MEASUREMENT_S)
 
     def _ask(self) -> None:
         if not self._due:
@@ -255,7 +259,11 @@ class Keeper:
             self._changed.notify_all()
 
     def _evict(self, entries: list[Entry]) -> None:
-        """Remove blocks until there is room for those who wait, and some more."""
+        """Remove blocks until there is room for those who wait, and some more.
+
+        What we have changed since the measurement began is left for the next one, and so are the protected, before
+        which it may have to go.
+        """
         with self._changed:
             goal = self._goal()
             surplus = self._bytes - goal if goal is not None else 0
@@ -263,10 +271,11 @@ class Keeper:
         if surplus <= 0:
             return
         evicted = 0
-        for entry in first_to_go(entries, int(PROTECTED_SHARE * self.capacity)):
+        others, spared = first_to_go(entries, int(PROTECTED_SHARE * self.capacity))
+        for entry in others if recent else others + spared:
             if surplus <= 0:
                 break
-            if entry.name not in recent and self._folder.remove(entry.name) is not None:
+            if entry.name not in recent and self._folder.evict(entry):
                 surplus -= entry.size
                 evicted += 1
                 with self._changed:
