@@ -31,9 +31,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 from faults import TIER, Fault, disk, remote
-from kv_store import TOKEN_BYTES, Answer, ask
+from kv_store import HTTP, TOKEN_BYTES, Answer, ask
 from layouts import System, running
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -125,7 +124,7 @@ class Bench:
         return sum(sample.value for sample in self.samples() if sample.labels.get("way") == "saved")
 
     def samples(self) -> list[Sample]:
-        text = httpx.get(f"{self.stored.url}/metrics").text
+        text = HTTP.get(f"{self.stored.url}/metrics").text
         return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def counts(self) -> Counter[str]:

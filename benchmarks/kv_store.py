@@ -37,7 +37,11 @@ TOKEN_BYTES = 23_040
 """Of the embedded model's KV in bfloat16."""
 
 
-_WAKING_S = 0.2
+HTTP = httpx.Client(timeout=300, limits=httpx.Limits(keepalive_expiry=2))
+"""One for all, as each takes 20 ms to make."""
+_REST_S = 0.2
+_SAVED_S = 0.8
+"""Without a change, after which all is saved."""
 _WAKER = 200
 """Tokens of the request that wakes a system up; no two have the same."""
 _wakers = itertools.count()
@@ -62,7 +66,7 @@ def ask(system: System, prompt: list[int], output: int = 4) -> Answer:
     tokens: list[int] = []
     first, details = 0.0, {}
     begun = time.perf_counter()
-    with httpx.stream("POST", f"{system.url}/v1/completions", json=body, timeout=300) as answer:
+    with HTTP.stream("POST", f"{system.url}/v1/completions", json=body) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
@@ -79,8 +83,8 @@ def ask(system: System, prompt: list[int], output: int = 4) -> Answer:
 def settle(system: System) -> None:
     """Until nothing more is saved to the tier."""
     before, since = -1.0, time.monotonic()
-    while time.monotonic() - since < 1.5:
-        families = text_string_to_metric_families(httpx.get(f"{system.url}/metrics").text)
+    while time.monotonic() - since < _SAVED_S:
+        families = text_string_to_metric_families(HTTP.get(f"{system.url}/metrics").text)
         samples = [sample for family in families for sample in family.samples]
         saved = sum(each.value for each in samples if each.labels.get("way") == "saved")
         if saved != before:
@@ -90,17 +94,16 @@ def settle(system: System) -> None:
 
 @contextmanager
 def turn(system: System) -> Iterator[None]:
-    """Only this system runs: a small request wakes it up, and it saves what it has to save before it is stopped again.
+    """Only this system works: a small request wakes it up, and it saves what it has to save before the next one's turn.
 
     Without the former all requests would take longer by the same time: processor and caches have been idle meanwhile.
     """
-    system.signal(signal.SIGCONT)
-    time.sleep(_WAKING_S)
     ask(system, [next(_wakers) % 30_000 + 200] * _WAKER)
     yield
-    if system.label != "none":
+    if system.label == "none":
+        time.sleep(_REST_S)
+    else:
         settle(system)
-    system.signal(signal.SIGSTOP)
 
 
 ONE = ["--policy", "single", "--devices", "cpu:0"]
@@ -116,7 +119,7 @@ def systems(
     peers: bool = False,
     device: int | None = None,
 ) -> dict[str, System]:
-    """One for each tier, and one without a store, all stopped; with `peers` one of two workers, too; with `device` one
+    """One for each tier, and one without a store; with `peers` one of two workers, too; with `device` one
     that has so much memory instead of a store."""
     flags = {"none": [], "host": ["--kv-host", "2GiB"], "disk": ["--kv-disk", f"{folder / 'kv'}:8GiB"]}
     if binary := shutil.which("redis-server") or shutil.which("valkey-server"):
@@ -130,7 +133,6 @@ def systems(
         command += ["--ready-file", str(ready), "--log-level", "warning"]
         command += ["--kv-memory", str(device if name == "device" else memory)]
         found[name] = stack.enter_context(running(name, arguments.model, command, ready, folder / f"{name}.log"))
-        found[name].signal(signal.SIGSTOP)
     return found
 
 
@@ -261,7 +263,7 @@ def kill_workers(system: System) -> None:
         os.kill(process.pid, signal.SIGKILL)
     time.sleep(1.0)
     deadline = time.monotonic() + 120
-    while httpx.get(f"{system.url}/ready").status_code != 200:
+    while HTTP.get(f"{system.url}/ready").status_code != 200:
         if time.monotonic() > deadline:
             sys.exit(f"{system.label}: no worker came back")
         time.sleep(0.1)
