@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -197,48 +196,6 @@ def test_a_write_that_the_system_cuts_off_leaves_nothing_behind(tmp_path: Path) 
     assert run_child(FILE_LIMIT, str(tmp_path)).strip() == "{'denied': 1}"
     assert len(files_in(tmp_path)) == 1
     assert list((tmp_path / "v1" / "tmp").iterdir()) == []
-
-
-FULL_DISK = """
-import subprocess, sys
-from pathlib import Path
-from time import monotonic, sleep
-from bascule.kv.store.base import Fault, Use
-from bascule.kv.store.directory import DirectoryStore
-
-directory = sys.argv[1]
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", directory], check=True)
-store = DirectoryStore(Path(directory), 1 << 30, timeout_s=20)
-names = [number.to_bytes(16, "big") for number in range(200)]
-deadline, last_taken = monotonic() + 20, 0
-for number, name in enumerate(names):
-    last_taken = number if store.put({name: bytes([number]) * 40_000}) else last_taken
-    sleep(0.005)
-stats = store.stats()
-assert stats.errors.keys() == {Fault.FULL}, stats
-assert stats.evictions > 0 and last_taken > 150, (stats, last_taken)
-answers = store.get(names)
-assert all(answer in (None, bytes([number]) * 40_000) for number, answer in enumerate(answers))
-assert answers[last_taken] is not None
-assert list(Path(directory, "v1", "tmp").iterdir()) == []
-subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
-kept = [name for name, answer in zip(names, answers) if answer is not None]
-assert None not in store.get(kept)
-uses = [Use(name, 0.0, again=True) for name in (kept[0], b"\\xfe" * 16)]
-assert store.touch(uses) == [True, False]
-assert store.put({b"\\xff" * 16: b"x"}) == 0
-assert store.stats().errors[Fault.DENIED] == 1
-store.close()
-"""
-
-
-def test_a_full_disk_takes_new_blocks_for_old_ones_and_a_read_only_one_is_read(tmp_path: Path) -> None:
-    namespace = ("unshare", "--user", "--map-root-user", "--mount")
-    with suppress(FileNotFoundError):
-        if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode == 0:
-            run_child(FULL_DISK, str(tmp_path), prefix=namespace)
-            return
-    pytest.skip("user namespaces, in which to mount a small file system, cannot be made here")
 
 
 SHARER = """

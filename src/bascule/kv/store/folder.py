@@ -82,15 +82,33 @@ class Folder:
         self._temporaries = f"{self._top}/tmp"
 
     def prepare(self) -> None:
-        """Make the folders in the directory, for this user only, and try whether they can be written to."""
+        """Make the folders in the directory, for this user only, and try whether they can be written to.
+
+        A file system that has no room now may have some later, so that is no error once the folders are there.
+        """
         for folder in (self._top, self._temporaries):
             Path(folder).mkdir(mode=0o700, exist_ok=True)
-        with self._trial():
+        with _unless_full(), self._trial():
             pass
 
     def identity(self) -> str:
-        """A name that this directory alone has; the first who asks gives it one."""
+        """A name that this directory alone has; the first who asks gives it one. Where there is no room for it, it is
+        known to this process alone."""
         path, name = f"{self._top}/id", secrets.token_hex(_ID_BYTES // 2).encode()
+        with _unless_full():
+            if not os.path.exists(path):
+                self._name(path, name)
+            deadline = time.monotonic() + _ID_PATIENCE_S
+            while len(found := Path(path).read_bytes()) < _ID_BYTES:
+                if time.monotonic() > deadline:  # whoever began it is gone, or it was damaged
+                    with self._trial(name) as trial:
+                        os.replace(trial, path)
+                time.sleep(_ID_PAUSE_S)
+            name = found[:_ID_BYTES]
+        return name.decode("ascii", "replace")
+
+    def _name(self, path: str, name: bytes) -> None:
+        """Write the file of the name, unless another has done so."""
         with suppress(FileExistsError), self._trial(name) as trial:
             try:
                 os.link(trial, path)  # whole or not there, and never over another's
@@ -99,13 +117,6 @@ class Folder:
             except OSError:  # some file systems have no links: the next one may see it before it is whole
                 with open(path, "xb", opener=_private) as file:
                     file.write(name)
-        deadline = time.monotonic() + _ID_PATIENCE_S
-        while len(found := Path(path).read_bytes()) < _ID_BYTES:
-            if time.monotonic() > deadline:  # whoever began it is gone, or it was damaged
-                with self._trial(name) as trial:
-                    os.replace(trial, path)
-            time.sleep(_ID_PAUSE_S)
-        return found[:_ID_BYTES].decode("ascii", "replace")
 
     def check(self) -> None:
         """Raises OSError if the folders cannot be reached."""
@@ -261,6 +272,16 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self._top}/{name[:2]}/{name}"
+
+
+@contextmanager
+def _unless_full() -> Iterator[None]:
+    """What has no room is left undone."""
+    try:
+        yield
+    except OSError as error:
+        if fault_of(error) is not Fault.FULL:
+            raise
 
 
 def _private(path: str, flags: int) -> int:

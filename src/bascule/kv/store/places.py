@@ -11,9 +11,9 @@ from pathlib import Path
 
 from bascule.config import StoreConfig, parse_size
 from bascule.errors import ConfigError
-from bascule.kv.store.base import Store
+from bascule.kv.store.base import Fault, Store
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.folder import Folder
+from bascule.kv.store.folder import Folder, fault_of
 from bascule.kv.store.host import HostStore
 from bascule.kv.store.remote import RemoteStore
 from bascule.kv.store.targets import parse_remote
@@ -161,4 +161,6 @@ def _held(directory: Path) -> int:
 
 
 def _unusable(key: str, directory: Path, error: OSError, advice: str) -> ConfigError:
+    if fault_of(error) is Fault.FULL:
+        advice = "make room there"
     return ConfigError(f"{key}: {directory} cannot be used ({error.strerror or error}); {advice}")
