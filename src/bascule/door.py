@@ -137,15 +137,26 @@ class Knock:
         self._keyed = key is not None
         self._breaks = 0
         self._since = 0.0
+        self._inside = self._lost = False
         self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Why we are not let in, for a person."""
-        self._source = _monitor(context, connecting, zmq.Event.HANDSHAKE_SUCCEEDED | _FAILED)
+        news = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILED
+        self._source = _monitor(context, connecting, news)
         self._task = asyncio.create_task(self._source.deliver(self._news))
 
     def _news(self, frames: list[bytes]) -> None:
         event = _Event.read(frames)
         if event.kind is zmq.Event.HANDSHAKE_SUCCEEDED:
             self._breaks = 0
+            self._inside = True
+            if self._lost:
+                log.info("connected to the router at %s again", self._address)
+        elif event.kind is zmq.Event.DISCONNECTED:
+            if self._inside:
+                log.warning(
+                    "the connection to the router at %s has broken off; trying on until it is back", self._address
+                )
+            self._lost, self._inside = self._lost or self._inside, False
         elif event.kind is zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
             self._broke_off()
         elif event.kind is zmq.Event.HANDSHAKE_FAILED_PROTOCOL and event.value == _MISMATCH:

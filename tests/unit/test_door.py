@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 
 import msgspec
 import pytest
@@ -100,6 +100,23 @@ def test_router_and_worker_with_the_same_key_talk(key: ClusterKey | None) -> Non
         async with router(key) as (ours, got), worker(ours.address, key) as (_, answers):
             await until(lambda: bool(got) and bool(answers))
             assert got == [Starting(WorkerId("w"), "hello")]
+
+    run(work)
+
+
+def test_a_worker_says_when_its_router_is_gone_and_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            async with router(None) as (ours, _):
+                _, answers = await stack.enter_async_context(worker(ours.address, None))
+                await until(lambda: bool(answers))
+                assert "the connection" not in caplog.text
+            await until(lambda: f"the connection to the router at {ours.address} has broken off" in caplog.text)
+            assert "again" not in caplog.text
+            with closing(RouterLink(ours.address, None)):
+                await until(lambda: f"connected to the router at {ours.address} again" in caplog.text)
 
     run(work)
 

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
+import membership_rig as rig
 import pytest
 from membership_rig import FakeLink, offer
 from msgspec.structs import replace
@@ -222,3 +223,16 @@ def test_an_address_that_does_not_answer_refuses_nothing() -> None:
         asked = address_of(listener)
         assert asyncio.run(first_unreachable([asked], 0.2)) == f"{asked} (no answer within 0.2 s)"
         assert not asyncio.run(refuses(asked, 0.2))
+
+
+def test_who_is_suspect_is_told_of_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
+    bench = rig.Bench("a", "b")
+    for _ in range(3):
+        bench.clock.advance(1.5)
+        bench.hear(Heartbeat(WorkerId("b"), Epoch("b-1"), WorkerLoad()))
+        bench.membership._judge_silent()
+    assert [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING] == [
+        "worker a has sent no heartbeat for 3 s: it gets no requests until it does"
+    ]
+    bench.hear(Heartbeat(WorkerId("a"), Epoch("a-1"), WorkerLoad()))
+    assert caplog.records[-1].getMessage() == "worker a is back"

@@ -337,9 +337,7 @@ class Membership:
             if late > STOOD_STILL_S:
                 log.warning("the router stood still for %.1f s", late)
                 self._view.excuse(late)
-            dead = self._view.overdue(self._clock.now(), self._config.suspect_after, self._config.dead_after)
-            for member in dead:
-                self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
+            self._judge_silent()
             self._silence.look(self._view.members.values())
             self.claims.tick(self._view.members)
             self._service.tick()
@@ -348,6 +346,20 @@ class Membership:
             self._view.index.sweep(SWEPT_BLOCKS)
             if not self._service.active:
                 self._view.audit_index(SWEPT_BLOCKS)
+
+    def _judge_silent(self) -> None:
+        """By missed heartbeats: suspect, then dead."""
+        suspects = {member.epoch for member in self._view.members.values() if member.suspect}
+        dead = self._view.overdue(self._clock.now(), self._config.suspect_after, self._config.dead_after)
+        for member in self._view.members.values():
+            if member.suspect and member.epoch not in suspects:
+                log.warning(
+                    "worker %s has sent no heartbeat for %g s: it gets no requests until it does",
+                    member.id,
+                    self._config.suspect_after,
+                )
+        for member in dead:
+            self._lose(member, f"sent no heartbeat for {self._config.dead_after:g} s and counts as dead")
 
 
 def _drop_foreign(sender: Epoch, named: Epoch, message: WorkerMessage) -> None:

@@ -96,6 +96,8 @@ class Standing:
     def taken(self, message: Registered) -> None:
         """The router has taken this worker in."""
         self._heartbeat_s = message.heartbeat_s
+        if not self._registered.is_set():
+            log.info("the router has taken this worker in")
         self._registered.set()
 
     def forgotten(self) -> None:
