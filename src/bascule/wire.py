@@ -98,6 +98,8 @@ class Register(Struct, frozen=True, tag=True, kw_only=True):
     """The tiers of the KV store that this worker has."""
     lends: bool = False
     """Peers may fetch what it has computed."""
+    keeps_apart: bool = True
+    """What it has cached for requests with a `cache_salt`, no others find."""
     chunk_tokens: Size = 512
     """Most prompt tokens that it computes in a step."""
     cost: CostModel
@@ -176,6 +178,8 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     retryable: bool
     failing: WorkerId | None = None
     """Another worker, where it was that one which failed."""
+    unfit: str = ""
+    """The parameter of the request for which this worker could never take it; nothing is wrong with the worker then."""
 
 
 class TierChanges(Struct, frozen=True, array_like=True):

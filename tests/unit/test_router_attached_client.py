@@ -131,6 +131,7 @@ def test_a_server_that_does_not_look_at_salts_gets_no_request_with_one() -> None
         await rig.idle()
         assert not rig.server.bodies and not rig.items
         assert rig.failure is not None and rig.failure.retryable and "cache_salt" in rig.failure.message
+        assert rig.failure.unfit == "cache_salt"
 
     attached(test)
 
@@ -349,6 +350,18 @@ def test_a_refused_connection_fails_the_attempt_at_once() -> None:
         await rig.server.stop()
         await rig.run(greedy())
         assert rig.failure is not None and rig.failure.retryable and rig.troubles[0].doubt
+
+    attached(test)
+
+
+def test_a_server_that_names_tokens_by_their_text_could_never_take_a_request_for_log_probabilities() -> None:
+    async def test(rig: Rig) -> None:
+        by_text = {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5}]}
+        rig.server.answer = lambda body: streamed([chunk([65], 1, 3, "length", logprobs=by_text)])
+        await rig.run(greedy(max_tokens=1, logprobs=1))
+        assert rig.failure is not None and (rig.failure.unfit, rig.failure.retryable) == ("logprobs", True)
+        assert "leave logprobs out" in rig.failure.message
+        assert not rig.troubles[0].doubt and not rig.troubles[0].rest_s
 
     attached(test)
 

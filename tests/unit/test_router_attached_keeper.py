@@ -13,7 +13,7 @@ from fake_server import CONTEXT, FakeServer, chunk, chunks_of, response, streame
 
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, RoutingConfig
-from bascule.errors import ConfigError, RequestError, WorkerFailure
+from bascule.errors import ConfigError, InvalidRequest, WorkerFailure
 from bascule.kv.hashing import salt_of
 from bascule.router.attached import keeper
 from bascule.router.attached.keeper import Attachments
@@ -129,9 +129,11 @@ def test_whether_a_server_looks_at_salts_is_found_out() -> None:
     async def knows_not(rig: Rig) -> None:
         await rig.until(lambda: rig.member)
         asked = len(rig.server.bodies)
-        with pytest.raises(RequestError, match="cache_salt"):
-            await rig.complete(salt=salt_of("ann"))
+        for index in range(4):
+            with pytest.raises(InvalidRequest, match="send no cache_salt"):
+                await rig.complete(f"salted {index}", salt=salt_of("ann"))
         assert len(rig.server.bodies) == asked
+        assert rig.member is not None and not rig.member.strikes and not rig.member.resting
         assert await rig.complete() == tokens_after((1, 2, 3), 5)
 
     attached(knows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 from test_router_service import CARD, Bench, item, offer, scenario, settle
@@ -13,9 +15,9 @@ from bascule.types import Request, RequestId, Role, SamplingParams, WorkerId
 from bascule.wire import Register
 
 
-def server(name: str = "attached-0", context: int = 600, vocab: int = 100) -> Register:
+def server(name: str = "attached-0", context: int = 600, vocab: int = 100, **changes: Any) -> Register:
     card = replace(CARD, fingerprint=f"attached {name}", context=context, vocab=vocab)
-    return offer(name, Role.MIXED, card=card, device=f"http://{name}")
+    return offer(name, Role.MIXED, card=card, device=f"http://{name}", **changes)
 
 
 def test_the_card_is_the_workers_own_bounded_by_the_shortest_attached_context() -> None:

@@ -26,7 +26,8 @@ class Cause(StrEnum):
     UNHEARD = "unheard"
     """Tokens of it, or the request itself, were lost on the way."""
     MOVED = "moved"
-    """It never ran there, or was to leave a worker that drains. Not counted: no worker has failed it."""
+    """It never ran there, could not run there as it is, or was to leave a worker that drains. Not counted: no worker
+    has failed it."""
 
 
 class Budget:

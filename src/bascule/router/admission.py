@@ -9,7 +9,6 @@ from bascule.router.flight import Flight
 from bascule.router.line import Line
 from bascule.router.queries import Queries
 from bascule.router.refusals import line_full, overloaded, wait_too_long
-from bascule.router.view import ClusterView
 
 _WAIT_SHARE = 0.5
 """Of its time limit that a request may spend in line; the rest is for its prompt and its output."""
@@ -18,10 +17,9 @@ _WAIT_SHARE = 0.5
 class Door:
     """One for a router; `refusal` is asked when a request has just been put in line."""
 
-    def __init__(self, config: RoutingConfig, view: ClusterView, queries: Queries, line: Line) -> None:
+    def __init__(self, config: RoutingConfig, queries: Queries, line: Line) -> None:
         self._limit = config.queue_limit
         self._by_slo = config.admission == "slo"
-        self._view = view
         self._queries = queries
         self._line = line
 
@@ -35,7 +33,7 @@ class Door:
         if self._by_slo:
             query = self._queries.query(flight, now)
             verdict = worth_waiting(
-                self._view.snapshot(now), query, self._line.ahead_s(flight), pace, self._line.ahead(flight)
+                self._queries.snapshot(flight, now), query, self._line.ahead_s(flight), pace, self._line.ahead(flight)
             )
             return None if verdict.admitted else overloaded(verdict)
         return None

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from bascule.errors import RequestError
+from bascule.errors import InvalidRequest, RequestError
 from bascule.observe.decisions import Record
 from bascule.policies.retry import Cause
 from bascule.types import BlockHash, Brought, Delta, FinishReason, Placement, Request, WorkerId
-from bascule.wire import Submit, TokenItem
+from bascule.wire import Failed, Submit, TokenItem
 
 
 class Flight:
@@ -34,6 +34,8 @@ class Flight:
         self.attempt = self.failures = self.losses = 0
         """Attempts given up so far; those of them that workers failed; those that ended with a worker or a message."""
         self.excluded: frozenset[WorkerId] = frozenset()
+        self.unfit: dict[WorkerId, InvalidRequest] = {}
+        """Workers that could never take it, as they have said, and what to tell its client if there are no others."""
         self.tokens: list[int] = []
         """Output tokens taken so far, over all attempts."""
         self.placed: Placement | None = None
@@ -154,6 +156,13 @@ class Flight:
         if self.prefilling and self._lender is not None:
             workers.add(self._lender)
         return workers
+
+    def refused(self, message: Failed) -> Cause:
+        """For which cause it is placed again, now that a worker has given the current attempt up."""
+        if not message.unfit:
+            return Cause.FAILED
+        self.unfit[message.worker] = InvalidRequest(message.message, param=message.unfit)
+        return Cause.MOVED
 
     def retry(self, cause: Cause, failed: WorkerId | None = None) -> None:
         """Give the attempt up; the next one continues after the tokens taken so far, not on the worker that failed."""

@@ -6,9 +6,12 @@ import statistics
 from collections import OrderedDict, deque
 from typing import Literal
 
+from msgspec.structs import replace
+
 from bascule.policies.cost import PrefillPart, step_seconds
-from bascule.policies.snapshot import RouteQuery
+from bascule.policies.snapshot import RouteQuery, Snapshot
 from bascule.router.flight import Flight
+from bascule.router.refusals import unfit
 from bascule.router.view import ClusterView
 from bascule.types import Salt, Slo, WorkerId
 
@@ -46,6 +49,16 @@ class Queries:
         full = (len(known) - 1) // card.layout.block_size
         flight.hashes = tuple(self._hasher.chain(known, flight.request.salt)[:full])
         flight.weights = self._view.weights.fingerprint
+
+    def snapshot(self, flight: Flight, now: float) -> Snapshot:
+        """The cluster at this moment, but for workers that could never take the request: these are not placeable."""
+        snapshot, members = self._view.snapshot(now), self._view.members
+        rows = [members[worker].row for worker in unfit(flight, members.values()) if worker in members]
+        if not rows:
+            return snapshot
+        placeable = snapshot.placeable.copy()
+        placeable[rows] = False
+        return replace(snapshot, placeable=placeable)
 
     def query(self, flight: Flight, now: float) -> RouteQuery:
         """What the policy is to know, at this moment."""

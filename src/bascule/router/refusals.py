@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from bascule.errors import DeadlineExceeded, Overloaded, RequestError, WorkerFailure
+from bascule.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, WorkerFailure
 from bascule.policies.admit import Verdict
 from bascule.router.flight import Flight
 from bascule.router.view import Member
+from bascule.types import WorkerId
 
 NO_SECOND_HAND = (
     "an output that has begun with sampling, or with penalties that count the output, is not continued on an engine "
@@ -15,6 +16,11 @@ NO_SECOND_HAND = (
 )
 
 OTHER_WEIGHTS = "its model was loaded anew meanwhile, and other weights do not go on with its output; send it again"
+
+NOT_KEPT_APART = (
+    "does not look at cache_salt, and might let others find what it caches of this prompt; attach servers that do "
+    "(vLLM, Bascule), or send no cache_salt"
+)
 
 
 def line_full(limit: int) -> Overloaded:
@@ -50,10 +56,27 @@ def too_late(flight: Flight) -> DeadlineExceeded:
     )
 
 
+def unfit(flight: Flight, members: Collection[Member]) -> dict[WorkerId, InvalidRequest]:
+    """Workers that could never take that request, in whatever state they are: why, and what its client can do."""
+    found = dict(flight.unfit)
+    for member in members if flight.request.salt else ():
+        if not member.registration.keeps_apart:
+            found[member.id] = InvalidRequest(f"server {member.id} {NOT_KEPT_APART}", param="cache_salt")
+    return found
+
+
 def stranded(flight: Flight, members: Collection[Member]) -> RequestError | None:
-    """What ends a request that none of these members could ever take, however long it waits; None for all others."""
-    if all(member.attached for member in members) and not flight.portable:
+    """What ends a request that none of these members could ever take, however long it waits; None for all others, and
+    where there are no members."""
+    refusals = unfit(flight, members)
+    able = [member for member in members if member.id not in refusals]
+    if not able:
+        refusal = next(iter(refusals.values())) if members else None
+        if refusal is None or not flight.weights:
+            return refusal
+        return Unavailable(f"only attached servers are left; {refusal.message}, or try again when workers are back")
+    if all(member.attached for member in able) and not flight.portable:
         return WorkerFailure(f"no worker is left but attached servers; {NO_SECOND_HAND}")
-    if len(flight.request.prompt) + flight.request.sampling.max_tokens > max(member.kv_tokens for member in members):
+    if len(flight.request.prompt) + flight.request.sampling.max_tokens > max(member.kv_tokens for member in able):
         return WorkerFailure("no worker that is left has enough KV memory for the request")
     return None

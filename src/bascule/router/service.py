@@ -62,7 +62,7 @@ class Service:
         self._queries = Queries(view, slo, config.handoff)
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
-        self._door = Door(config, view, self._queries, self._line)
+        self._door = Door(config, self._queries, self._line)
         self.relay = Relay()
         self.retries = Retries(view)
         self.tallies = Tallies(view)
@@ -111,7 +111,7 @@ class Service:
         self._flights[request.id] = flight
         self._wait(flight)
         self._dispatch()
-        if flight in self._line and (refusal := self._door.refusal(flight, now)) is not None:
+        if flight in self._line and (refusal := self._stranded(flight) or self._door.refusal(flight, now)) is not None:
             self._end_with(flight, refusal)
             raise refusal
         flight.let_in = True
@@ -212,8 +212,11 @@ class Service:
         flight = self._flights.get(message.request)
         if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
             return
-        if message.retryable:
-            self._again(flight, Cause.FAILED, message.message, message.failing or message.worker)
+        cause = flight.refused(message)
+        if cause is Cause.MOVED and (error := self._stranded(flight)) is not None:
+            self._end_with(flight, error)
+        elif message.retryable:
+            self._again(flight, cause, message.message, message.failing or message.worker)
         else:
             self._end_with(flight, WorkerFailure(f"worker {message.worker}: {message.message}"))
         self._dispatch()
@@ -237,7 +240,9 @@ class Service:
             self._end_with(flight, too_late(flight))
         for flight in self.relay.overdue(now):
             self._send_second_leg(flight)
-        self._end_stranded()
+        for flight in [flight for flight in self._flights.values() if flight in self._line]:
+            if (error := self._stranded(flight)) is not None:
+                self._end_with(flight, error)
         self._dispatch()
 
     # ------------------------------------------------------------ inside
@@ -272,7 +277,7 @@ class Service:
                 return True
             self._queries.prepare(flight)
         now = self._clock.now()
-        snapshot, query = self.view.snapshot(now), self._queries.query(flight, now)
+        snapshot, query = self._queries.snapshot(flight, now), self._queries.query(flight, now)
         decision = self._policy(snapshot, query)
         if decision.placement is None:
             self.journal.waits(flight, decision.reason)
@@ -306,10 +311,9 @@ class Service:
         flight.place(placement, uncached, context, chosen.fetch_from)
         terms = chosen.predicted
         flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
-        decode = self.view.members[placement.decode].registration.peer
         submission = replace(
             flight.submission(now),
-            decode=decode if placement.remote else None,
+            decode=self.view.members[placement.decode].registration.peer if placement.remote else None,
             stored_tokens=chosen.cached_tokens if chosen.loaded_tokens and not chosen.fetch_from else 0,
             fetch=self.view.lender(chosen),
         )
@@ -345,14 +349,10 @@ class Service:
         at_server = flight.placed is not None and flight.placed.decode in self._attached
         return NO_SECOND_HAND if at_server and flight.drawn_at_random else ""
 
-    def _end_stranded(self) -> None:
-        """End what no worker that is left can take: it would wait in vain, and all others behind it."""
-        members = self.view.members.values()
-        if not len(self._line) or not members or self._clock.now() < self._back_by:
-            return
-        for flight in [one for one in self._flights.values() if one in self._line]:
-            if (error := stranded(flight, members)) is not None:
-                self._end_with(flight, error)
+    def _stranded(self, flight: Flight) -> RequestError | None:
+        """What ends a request that no worker that is left can take: it would wait in vain, and all others behind it."""
+        waits = self._clock.now() < self._back_by
+        return None if waits else stranded(flight, self.view.members.values())
 
     def _cancelled(self, flight: Flight) -> None:
         self.retries.waited_in_vain(flight, self._clock.now())

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from bascule.router.attached.exchange import REST_S, Chunk, Trouble, completion_body, converse
 from bascule.router.attached.output import Output, ends_of
+from bascule.router.refusals import NOT_KEPT_APART
 from bascule.types import Epoch, RequestId, WorkerId
 from bascule.wire import Failed, StepTokens, Submit, TokenItem, WorkerMessage
 
@@ -103,11 +104,7 @@ class AttachedClient:
     async def _stream(self, submission: Submit) -> None:
         sampling, drawn = submission.sampling, len(submission.generated)
         if submission.salt and not self._served.keeps_apart:
-            raise Trouble(
-                "does not look at cache_salt, and might let others find what it caches of this prompt; attach servers "
-                "that do (vLLM, Bascule), or send no cache_salt",
-                retryable=True,
-            )
+            raise Trouble(NOT_KEPT_APART, unfit="cache_salt")
         ends = ends_of(sampling, self._served.eos)
         output = Output(submission, self._served.vocab, ends)
         prompt = [*submission.prompt, *submission.generated]
@@ -137,6 +134,7 @@ class AttachedClient:
                 attempt=submission.attempt,
                 message=f"server {self._worker} {trouble.message}",
                 retryable=trouble.retryable,
+                unfit=trouble.unfit,
             )
         )
 

@@ -34,13 +34,17 @@ _JSON = {"Content-Type": "application/json", "Accept": "text/event-stream", "Acc
 class Trouble(Exception):
     """An attached server did not do what was asked; the message says what it did instead."""
 
-    def __init__(self, message: str, *, retryable: bool = True, doubt: bool = False, rest_s: float = 0.0) -> None:
-        """`doubt`: the server has to prove again that it can be used. `rest_s`: for how long to leave it alone."""
+    def __init__(
+        self, message: str, *, retryable: bool = True, doubt: bool = False, rest_s: float = 0.0, unfit: str = ""
+    ) -> None:
+        """`doubt`: the server has to prove again that it can be used. `rest_s`: for how long to leave it alone (s).
+        `unfit`: the request's parameter that it does not know, where nothing else is the matter."""
         super().__init__(message)
         self.message = message
         self.retryable = retryable
         self.doubt = doubt
         self.rest_s = rest_s
+        self.unfit = unfit
 
 
 class Details(Struct, frozen=True):

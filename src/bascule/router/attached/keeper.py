@@ -204,6 +204,7 @@ class Keeper:
             max_sequences=self._sequences,
             kv_blocks=served.context,
             machine="",
+            keeps_apart=served.keeps_apart,
             cost=_A_GUESS,
         )
 

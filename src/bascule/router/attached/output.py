@@ -143,8 +143,8 @@ def _token_of(name: str) -> int:
     if digits == name or not (digits.isascii() and digits.isdigit()):
         raise Trouble(
             "names tokens in log probabilities by their text (it does not know return_tokens_as_token_ids), and texts"
-            " do not tell tokens apart",
-            retryable=True,
+            " do not tell tokens apart; leave logprobs out, or attach a server that knows it",
+            unfit="logprobs",
         )
     return int(digits)
 
