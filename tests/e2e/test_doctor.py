@@ -106,9 +106,9 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
     assert "this host connects to the cluster's workers (1 tried)" in alike.stdout
     assert differs.returncode == 1
     assert wrong(differs.stdout) == [
-        "block size 32 here, 16 at the cluster's workers; start all with the same --block-size",
+        "block size 32 here, 16 at the cluster's workers; start all workers with the same --block-size",
         "context length 100 here, 8192 at the cluster's workers; start all workers with the same --max-model-len",
-        "KV codecs push-int8 here, none at the cluster's workers; start all with the same --kv-codec and "
+        "KV codecs push-int8 here, none at the cluster's workers; start all workers with the same --kv-codec and "
         "--transfer-codec",
         "--transfer-codec: codec int8 needs KV of float32, bfloat16, float16, and this KV is uint8; use none",
     ]

@@ -80,7 +80,8 @@ def test_a_worker_with_another_model_is_refused_naming_both(smollm2: Path) -> No
         other = ["worker", "smollm2", "--join", join, "--id", "other", "--device", "cpu:1", *MOCK]
         result = run_cli(*other, "--max-model-len", "4096")
         assert result.returncode == 1
-        assert "fingerprint" in result.stderr and "other" in result.stderr
+        assert "worker other (smollm2)" in result.stderr
+        assert "context length 4096 instead of 8192; start all workers with the same --max-model-len" in result.stderr
         assert [worker["id"] for worker in cluster.state()["workers"]] == ["mixed-0"]
 
 

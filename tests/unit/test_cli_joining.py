@@ -42,12 +42,16 @@ DIFFERENT = [
 ]
 
 
-def is_taken(card: ModelCard, there: ModelCard) -> bool:
-    """Whether a router whose first worker brought `there` takes in one with `card`."""
+def join(card: ModelCard, there: ModelCard) -> None:
+    """What a router whose first worker brought `there` does with one with `card`."""
     view = ClusterView()
     view.add(replace(offer("first"), card=there), 0.0)
+    view.check(replace(offer("second"), card=card))
+
+
+def is_taken(card: ModelCard, there: ModelCard) -> bool:
     try:
-        view.check(replace(offer("second"), card=card))
+        join(card, there)
     except RegistrationRefused:
         return False
     return True
@@ -58,7 +62,31 @@ def test_each_difference_is_a_line_that_says_what_where_and_how_to_mend(there: M
     [finding] = compared(CARD, there)
     assert finding.level is Level.WRONG
     assert what in finding.what and mend in finding.mend
-    assert not is_taken(CARD, there), "what doctor calls wrong is refused"
+    with pytest.raises(RegistrationRefused) as refused:
+        join(CARD, there)
+    ours = what.split("here, ")[0].strip()
+    assert ours in str(refused.value) and mend in str(refused.value), "what doctor calls wrong is refused alike"
+    assert CARD.fingerprint not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", LAYOUT.__struct_fields__)
+def test_no_difference_of_layout_is_taken(name: str) -> None:
+    other = "float32" if name == "dtype" else 3
+    assert not is_taken(replace(CARD, layout=replace(LAYOUT, **{name: other})), CARD)
+
+
+def test_a_refusal_names_all_that_differs_and_what_else_would_do() -> None:
+    here = replace(CARD, layout=replace(LAYOUT, dtype="float32", block_size=32), fingerprint="f" * 32)
+    with pytest.raises(RegistrationRefused) as refused:
+        join(here, CARD)
+    assert str(refused.value) == (
+        "worker second (mock) differs from this cluster's workers (mock): dtype float32 instead of uint8, block size "
+        "32 instead of 16; start all workers with the same --engine and --dtype, --block-size, or let other weights "
+        "take over with bascule admin reload"
+    )
+    with pytest.raises(RegistrationRefused) as refused:
+        join(replace(CARD, context=7), CARD)
+    assert "reload" not in str(refused.value), "other contexts are never let in by it"
 
 
 def test_what_a_router_takes_has_one_good_line() -> None:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
+from bascule.addresses import check_address
 from bascule.api.server import check_port
 from bascule.cli.fitness import (
     Finding,
@@ -25,7 +26,7 @@ from bascule.cli.fitness import (
     of_workers,
     tried,
 )
-from bascule.cli.joining import check_join, joining
+from bascule.cli.joining import joining
 from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts, tls_of
 from bascule.cli.outside import of_servers
 from bascule.cli.report import JsonTarget, write_json
@@ -211,7 +212,7 @@ def _clear(security: SecurityConfig, store: StoreConfig, attach: AttachConfig) -
 def _joining(
     join: str, host: str, security: SecurityConfig, offered: Callable[[], ModelCard | None], name: str | None
 ) -> Iterator[Finding]:
-    check_join(join)
+    check_address("--join", join)
     key = cluster_key_of(security)
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
         if doubt := check_open(key, security.insecure, what, stays):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 from bascule import __version__
 from bascule.cli.fitness import Finding, Level, found
-from bascule.errors import ConfigError
 from bascule.keys import ClusterKey
 from bascule.reach import CONNECT_S, first_unreachable
+from bascule.router.differences import differences
 from bascule.router.skew import MOST_S, skewed
 from bascule.types import Epoch, ModelCard
 from bascule.wire import VERSION, Neighbour, Probe, Probed, RouterMessage
@@ -23,13 +22,6 @@ _ANSWER_S = 3 * CONNECT_S
 """The router tries one address meanwhile; a wrong key is known for sure after some 3 s."""
 _MOST_TRIED = 64
 """Workers that are connected to, all at once."""
-_SAME_MODEL = "start all workers with the same model"
-
-
-def check_join(join: str) -> None:
-    """Raises ConfigError for what is no address."""
-    if not re.fullmatch(r"(tcp|ipc)://\S+", join):
-        raise ConfigError(f"--join {join!r} is no address; write for example tcp://127.0.0.1:8100")
 
 
 async def joining(
@@ -108,39 +100,16 @@ async def _reaching(members: Sequence[Neighbour]) -> list[Finding]:
 
 
 def compared(here: ModelCard, there: ModelCard) -> list[Finding]:
-    """One for each difference from the cluster's workers for which a worker would be refused; a good one without any.
-
-    Weights are compared only where nothing else that a fingerprint is made of differs: it would say no more.
-    """
-    (weights, *codecs), (their_weights, *their_codecs) = (card.fingerprint.split("+") for card in (here, there))
-    differences = [
-        Finding(Level.WRONG, f"{what} {ours} here, {theirs} at the cluster's workers", mend)
-        for what, ours, theirs, mend in (
-            ("dtype", here.layout.dtype, there.layout.dtype, "start all workers with the same --engine and --dtype"),
-            ("block size", here.layout.block_size, there.layout.block_size, "start all with the same --block-size"),
-            ("KV of", _shape(here), _shape(there), _SAME_MODEL),
-            ("vocabulary of", here.vocab, there.vocab, _SAME_MODEL),
-            ("context length", here.context, there.context, "start all workers with the same --max-model-len"),
-        )
-        if ours != theirs
-    ]
-    if not differences and weights != their_weights:
-        what = f"model fingerprint {weights[:16]} here, {their_weights[:16]} at the cluster's workers"
-        differences.append(Finding(Level.WRONG, what, "start all with the same model files and --quantize"))
-    if codecs != their_codecs:
-        what = f"KV codecs {_named(codecs)} here, {_named(their_codecs)} at the cluster's workers"
-        differences.append(Finding(Level.WRONG, what, "start all with the same --kv-codec and --transfer-codec"))
+    """One for each difference from the cluster's workers for which a worker is refused; a good one without any."""
     same = "model, dtype, block size, context and codecs are those of the cluster's workers"
-    return differences or [Finding(Level.OK, same)]
-
-
-def _shape(card: ModelCard) -> str:
-    layout = card.layout
-    return f"{layout.layers} layers with {layout.kv_heads} heads of {layout.head_dim}"
-
-
-def _named(codecs: list[str]) -> str:
-    return " and ".join(codecs) or "none"
+    return [
+        Finding(
+            Level.WRONG,
+            f"{one.what} {one.here} here, {one.there} at the cluster's workers",
+            f"start all workers with the same {one.same}",
+        )
+        for one in differences(here, there)
+    ] or [Finding(Level.OK, same)]
 
 
 def _clock(behind_s: float) -> Finding:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import uvloop
 
+from bascule.addresses import check_address
 from bascule.cli.fitness import act_on, of_clear, of_router
 from bascule.cli.frontend import Frontend, first_of
 from bascule.cli.keys import cluster_key_of
@@ -49,6 +50,7 @@ def router(
         TOML file with the same keys as these flags.
     """
     begin_log(http.log_level, "router")
+    check_address("--bind", bind, listens=True)
     key = cluster_key_of(security_config)
     if doubt := check_open(key, security_config.insecure, f"--bind {bind}", stays_here(bind)):
         log.warning("%s", doubt)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from bascule.addresses import check_address
 from bascule.cli.fitness import act_on, check_advertised, of_clear, of_hardware, of_workers
-from bascule.cli.joining import check_join
 from bascule.cli.keys import cluster_key_of
 from bascule.config import (
     EngineConfig,
@@ -81,7 +81,7 @@ def worker(
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {id} %(levelname)s %(message)s")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id):
         raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
-    check_join(join)
+    check_address("--join", join)
     key = cluster_key_of(security_config)
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):
         if doubt := check_open(key, security_config.insecure, what, stays):

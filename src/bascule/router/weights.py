@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bascule.errors import RegistrationRefused
+from bascule.router.differences import differences
 from bascule.types import ModelCard
 from bascule.wire import Register
 
@@ -33,20 +34,21 @@ class Weights:
         ours = self.card
         if ours is None or not self.reloading or card.fingerprint == ours.fingerprint:
             return False
-        return (card.name, card.vocab, card.context) == (ours.name, ours.vocab, ours.context)
+        return _same_prompts(card, ours)
 
 
 def _require_same_model(card: ModelCard, offer: Register) -> None:
     """Two cards must agree in everything that decides whether KV and tokens mean the same."""
-    for what, ours, theirs in (
-        ("model fingerprint", card.fingerprint, offer.card.fingerprint),
-        ("KV layout", card.layout, offer.card.layout),
-        ("vocabulary", card.vocab, offer.card.vocab),
-        ("context length", card.context, offer.card.context),
-    ):
-        if ours != theirs:
-            raise RegistrationRefused(
-                f"worker {offer.worker} serves {offer.card.name} with {what} {theirs}, but this cluster serves "
-                f"{card.name} with {what} {ours}; start all workers with the same model, dtype, block size and codecs, "
-                "or let other weights take over with bascule admin reload"
-            )
+    if not (found := differences(offer.card, card)):
+        return
+    what = ", ".join(f"{one.what} {one.here} instead of {one.there}" for one in found)
+    mend = f"start all workers with the same {', '.join(dict.fromkeys(one.same for one in found))}"
+    if _same_prompts(card, offer.card):
+        mend += ", or let other weights take over with bascule admin reload"
+    raise RegistrationRefused(
+        f"worker {offer.worker} ({offer.card.name}) differs from this cluster's workers ({card.name}): {what}; {mend}"
+    )
+
+
+def _same_prompts(one: ModelCard, other: ModelCard) -> bool:
+    return (one.name, one.vocab, one.context) == (other.name, other.vocab, other.context)
