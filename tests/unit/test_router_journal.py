@@ -128,7 +128,7 @@ async def test_rejections_are_recorded_with_their_reason() -> None:
     with pytest.raises(Overloaded):
         await bench.start("full")
     assert only(bench, "full").outcome is Outcome.REJECTED
-    assert "--queue-limit" in only(bench, "full").note
+    assert "line is full" in only(bench, "full").note
     for task in tasks:
         task.cancel()
     assert bench.service.state().routing.rejected == {"queue": 1}

@@ -202,7 +202,7 @@ async def test_with_all_workers_drained_requests_wait_within_their_bounds() -> N
     assert not rig.service.ready and rig.service.draining
     waiting = rig.start("r0", timeout=5)
     await settle()
-    with pytest.raises(Exception, match="--queue-limit"):
+    with pytest.raises(Exception, match="line is full: 1 requests wait; try again in 1 s"):
         await rig.start("r1")
     rig.tick(5.1)
     with pytest.raises(Exception, match="5 s"):

@@ -22,10 +22,15 @@ NOT_KEPT_APART = (
     "(vLLM, Bascule), or send no cache_salt"
 )
 
+_AGAIN_S = 1.0
+"""When a place in a full line is worth asking for again."""
+
 
 def line_full(limit: int) -> Overloaded:
     """For a request that comes when as many wait as may."""
-    return Overloaded(f"{limit} requests wait already; try again later or raise --queue-limit", retry_after=1.0)
+    return Overloaded(
+        f"the server's line is full: {limit} requests wait; try again in {_AGAIN_S:g} s", retry_after=_AGAIN_S
+    )
 
 
 def wait_too_long(flight: Flight, wait_s: float) -> Overloaded:
