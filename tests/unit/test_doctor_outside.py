@@ -50,7 +50,9 @@ def answers() -> Iterator[tuple[str, dict[str, bytes]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(301 if "Location" in body else 200)
+            if "Location" in body:
+                self.send_header("Location", body["Location"].decode())
             self.send_header("Content-Length", str(len(body[""])))
             self.end_headers()
             self.wfile.write(body[""])
@@ -75,6 +77,12 @@ def test_an_attached_server_is_asked_for_the_model(answers: tuple[str, dict[str,
     assert of_attached(url).level is Level.DOUBT
     body[""] = b"<html>"
     assert "no OpenAI-compatible server" in of_attached(url).line
+
+
+def test_an_attached_server_that_leads_nowhere_is_in_doubt(answers: tuple[str, dict[str, bytes]]) -> None:
+    url, body = answers
+    body["Location"] = b"ftp:\\"
+    assert of_attached(url).level is Level.DOUBT
 
 
 def test_an_attached_server_that_is_not_there_is_in_doubt() -> None:

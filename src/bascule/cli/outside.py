@@ -12,7 +12,7 @@ from bascule.config import AttachConfig, StoreConfig
 from bascule.kv.store.base import Fault
 from bascule.kv.store.server import Server, fault_of
 from bascule.kv.store.targets import Target, parse_remote
-from bascule.router.attached.exchange import Trouble
+from bascule.router.attached.exchange import Trouble, short
 from bascule.router.attached.probe import Refused, find_model
 
 ANSWER_S = 2.0
@@ -55,7 +55,7 @@ async def _attached(url: str, model: str) -> Finding:
         return Finding(Level.WRONG, str(refused))
     except Trouble as trouble:
         return Finding(Level.DOUBT, f"{url} {trouble.message}", "requests wait, or go elsewhere, until it serves")
-    except (TimeoutError, httpx.HTTPError) as error:
-        why = str(error) or f"no answer within {ANSWER_S:g} s"
+    except Exception as error:  # whatever an answer can make the HTTP client raise
+        why = short(str(error)) or f"no answer within {ANSWER_S:g} s"
         return Finding(Level.DOUBT, f"{url} does not answer ({why})", "start it, or mend the URL of --attach")
-    return Finding(Level.OK, f"{url} serves {entry.id}")
+    return Finding(Level.OK, f"{url} serves {short(entry.id)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,13 +10,11 @@ from collections.abc import Callable, Sequence
 import httpx
 from msgspec import Struct
 
-from bascule.router.attached.exchange import REST_S, Chunk, Trouble, completion_body, converse
+from bascule.router.attached.exchange import Chunk, Trouble, completion_body, converse, trouble_of
 from bascule.router.attached.output import Output, ends_of
 from bascule.router.refusals import NOT_KEPT_APART
 from bascule.types import Epoch, RequestId, WorkerId
 from bascule.wire import Failed, StepTokens, Submit, TokenItem, WorkerMessage
-
-log = logging.getLogger(__name__)
 
 Key = tuple[RequestId, int]
 
@@ -93,13 +90,8 @@ class AttachedClient:
     async def _run(self, submission: Submit) -> None:
         try:
             await self._stream(submission)
-        except Trouble as trouble:
-            self._fail(submission, trouble)
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            self._fail(submission, broken(error))
         except Exception as error:
-            log.exception("a stream of %s could not be followed", self._worker)
-            self._fail(submission, Trouble(f"{type(error).__name__}: {error}"))
+            self._fail(submission, trouble_of(error))
 
     async def _stream(self, submission: Submit) -> None:
         sampling, drawn = submission.sampling, len(submission.generated)
@@ -137,12 +129,6 @@ class AttachedClient:
                 unfit=trouble.unfit,
             )
         )
-
-
-def broken(error: Exception) -> Trouble:
-    """A connection that could not be made, or broke."""
-    why = str(error) or type(error).__name__
-    return Trouble(f"the connection to it failed: {why}", doubt=True, rest_s=REST_S)
 
 
 def _refuse_what_cannot_be_continued(submission: Submit) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +21,9 @@ from bascule.types import Salt, SamplingParams
 MAX_EVENT = 16 << 20
 """Bytes of one event; the first may repeat a long prompt's token ids."""
 
+MAX_ANSWER = 1 << 20
+"""Bytes of an answer that is no completion: a list of models, a health check's page."""
+
 REST_S = 1.0
 MAX_REST_S = 30.0
 """Seconds that a server which answers 429 or 5xx is left alone: by default, and at most."""
@@ -28,7 +32,8 @@ _MAX_ERROR = 64 << 10
 _ERROR_S = 5.0
 _LAST_WORDS_S = 1.0
 _LEAST_TIMEOUT_S = 0.001
-_JSON = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+_PLAIN = {"Accept-Encoding": "identity"}
+_JSON = {"Content-Type": "application/json", "Accept": "text/event-stream", **_PLAIN}
 
 
 class Trouble(Exception):
@@ -45,6 +50,16 @@ class Trouble(Exception):
         self.doubt = doubt
         self.rest_s = rest_s
         self.unfit = unfit
+
+
+def trouble_of(error: Exception) -> Trouble:
+    """What asking a server raised, which may be anything: a header of its answer can make the HTTP client fail."""
+    if isinstance(error, Trouble):
+        return error
+    why = short(str(error)) or type(error).__name__
+    if isinstance(error, (httpx.HTTPError, httpx.StreamError)):
+        return Trouble(f"gave no connection or broke it: {why}", doubt=True, rest_s=REST_S)
+    return Trouble(f"answered what cannot be read ({type(error).__name__}: {why})", doubt=True, rest_s=REST_S)
 
 
 class Details(Struct, frozen=True):
@@ -152,15 +167,42 @@ async def converse(
     async with http.stream("POST", "/v1/completions", content=body, headers=headers) as response:
         if response.status_code != HTTPStatus.OK:
             raise await refusal(response)
+        _refuse_encoded(response)
         kind = response.headers.get("content-type", "nothing")
         if not kind.startswith("text/event-stream"):
-            raise Trouble(f"answered with {kind[:60]} instead of an event stream", doubt=True)
+            raise Trouble(f"answered with {short(kind)} instead of an event stream", doubt=True)
         events = Events()
         async for raw in response.aiter_raw():
             for event in events.feed(raw):
                 if event == b"[DONE]" or on_chunk(_decoded(event)):
                     await _last_words(response)
                     return
+
+
+async def whole(response: httpx.Response) -> bytes:
+    """The body of an answer to a GET; raises Trouble for one of more than `MAX_ANSWER` bytes, or a compressed one."""
+    _refuse_encoded(response)
+    body = bytearray()
+    async for raw in response.aiter_raw():
+        body += raw
+        if len(body) > MAX_ANSWER:
+            raise Trouble(f"answered {response.url.path} with more than {MAX_ANSWER} bytes", doubt=True)
+    return bytes(body)
+
+
+def get(http: httpx.AsyncClient, path: str) -> AbstractAsyncContextManager[httpx.Response]:
+    """Ask for what `whole` reads."""
+    return http.stream("GET", path, headers=_PLAIN)
+
+
+def _refuse_encoded(response: httpx.Response) -> None:
+    encoding = response.headers.get("content-encoding", "") or "identity"
+    if encoding.lower() != "identity":
+        raise Trouble(
+            f"answered {response.url.path} encoded ({short(encoding)}), which it was asked not to do; turn off"
+            " compression there and in proxies before it",
+            doubt=True,
+        )
 
 
 async def _last_words(response: httpx.Response) -> None:
@@ -193,20 +235,18 @@ def _decoded(event: bytes) -> Chunk:
     try:
         chunk: Chunk = _chunk.decode(event)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Trouble(
-            f"sent an event that is no chunk of a completion ({error}): {_short(event)}", doubt=True
-        ) from None
+        raise Trouble(f"sent an event that is no chunk of a completion ({error}): {short(event)}", doubt=True) from None
     if chunk.error is not None:
-        raise Trouble(f"ended the stream with an error: {_short(_message(chunk.error))}")
+        raise Trouble(f"ended the stream with an error: {short(_message(chunk.error))}")
     if chunk.choices is UNSET:
-        raise Trouble(f"sent an event without choices: {_short(event)}", doubt=True)
+        raise Trouble(f"sent an event without choices: {short(event)}", doubt=True)
     return chunk
 
 
 async def refusal(response: httpx.Response) -> Trouble:
     """What a status other than 200 means for the request and for the server."""
     status = response.status_code
-    said = f"answered {status}: {_short(await _error_text(response))}"
+    said = f"answered {status}: {short(await _error_text(response))}"
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return Trouble(said, rest_s=_retry_after(response.headers.get("retry-after", "")))
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -229,8 +269,8 @@ async def _error_text(response: httpx.Response) -> str:
     try:
         fields = msgspec.json.decode(body)
     except UNREADABLE:
-        return _short(body) or "(nothing)"
-    return _message(fields.get("error", fields)) if isinstance(fields, dict) else _short(body)
+        return short(body) or "(nothing)"
+    return _message(fields.get("error", fields)) if isinstance(fields, dict) else short(body)
 
 
 def _message(error: object) -> str:
@@ -239,7 +279,7 @@ def _message(error: object) -> str:
     return str(error)
 
 
-def _short(text: bytes | str) -> str:
+def short(text: bytes | str) -> str:
     """A stranger's words in a message of ours: one line, not too long."""
     words = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in words[:1000]).split())

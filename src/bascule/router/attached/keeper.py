@@ -7,14 +7,15 @@ import logging
 import math
 import uuid
 from collections.abc import Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
 from bascule.clock import Clock
 from bascule.config import AttachConfig, RoutingConfig
 from bascule.errors import RegistrationRefused
-from bascule.router.attached.client import AttachedClient, Served, broken
-from bascule.router.attached.exchange import Trouble
+from bascule.router.attached.client import AttachedClient, Served
+from bascule.router.attached.exchange import Trouble, short
 from bascule.router.attached.probe import OurModel, Refused, beat, probe
 from bascule.router.membership import HEARTBEAT_S, Membership
 from bascule.router.view import Member
@@ -100,10 +101,10 @@ class Keeper:
                         raise Refused(str(error)) from None
                     self._say(logging.ERROR, f"{self.worker} is not attached again: {error}")
                     await asyncio.sleep(_REFUSED_AGAIN_S)
-                except (Trouble, httpx.HTTPError, httpx.StreamError) as error:
-                    why = error.message if isinstance(error, Trouble) else broken(error).message
-                    self._membership.stages[self.worker] = f"waiting for {self._url}: {why}"
-                    self._say(logging.WARNING, f"{self.worker}: waiting for {self._url}: {why}")
+                except Trouble as trouble:
+                    why = f"waiting for {self._url}: {trouble.message}"
+                    self._membership.stages[self.worker] = why
+                    self._say(logging.WARNING, f"{self.worker}: {why}")
                     await asyncio.sleep(_AGAIN_S)
 
     async def _probe(self, http: httpx.AsyncClient) -> Served:
@@ -111,8 +112,8 @@ class Keeper:
         served = await probe(http, self._url, self._ours)
         if self._model not in ("", served.model):
             raise Refused(
-                f"{self._url} serves {served.model} now and served {self._model} before; if that is the same model"
-                " under another name, restart the router"
+                f"{self._url} serves {short(served.model)} now and served {short(self._model)} before; if that is the"
+                " same model under another name, restart the router"
             )
         return served
 
@@ -127,7 +128,7 @@ class Keeper:
         client = AttachedClient(http, served, self.worker, epoch, deliver, lambda trouble: self._heard(member, trouble))
         member = self._membership.attach(self._offer(served, epoch), client)
         self._model, self._said = served.model, ""
-        log.info("%s is %s at %s, context %d", self.worker, served.model, self._url, served.context)
+        log.info("%s is %s at %s, context %d", self.worker, short(served.model), self._url, served.context)
         try:
             while self._membership.is_current(self.worker, epoch):
                 await self._beat(http, served, member, client)
@@ -151,20 +152,21 @@ class Keeper:
                 self._proof = asyncio.create_task(self._prove(http, served, member))
         except Refused as error:
             self._membership.lost(self.worker, f"is let go: {error}", member.epoch)
-        except (TimeoutError, Trouble, httpx.HTTPError, httpx.StreamError) as error:
-            message = error.message if isinstance(error, Trouble) else f"no heartbeat: {error or type(error).__name__}"
-            self._doubt_it(member, message)
+        except Trouble as trouble:
+            self._doubt_it(member, trouble.message)
+        except TimeoutError:
+            self._doubt_it(member, f"did not answer a heartbeat within {self._silence_s:g} s")
 
     async def _prove(self, http: httpx.AsyncClient, served: Served, member: Member) -> None:
         """Probe the server again, for it may be another one now; beside its heartbeats and its streams."""
         try:
             now = await self._probe(http)
             if now != served:
-                raise Refused(f"{self._url} serves {now.model} with context {now.context} now")
+                raise Refused(f"{self._url} serves {short(now.model)} with context {now.context} now")
         except Refused as error:
             self._membership.lost(self.worker, f"is let go: {error}", member.epoch)
-        except (Trouble, httpx.HTTPError, httpx.StreamError) as error:
-            log.info("%s could not be probed: %s", self.worker, error)
+        except Trouble as trouble:
+            log.info("%s could not be probed: it %s", self.worker, trouble.message)
         else:
             log.warning("%s is trusted again", self.worker)
             self._doubt = ""
@@ -216,11 +218,15 @@ class Keeper:
 
 
 def _client(url: str) -> httpx.AsyncClient:
-    """Streams may be silent for as long as the request may last; that deadline is the router's to keep."""
+    """Streams may be silent for as long as the request may last; that deadline is the router's to keep.
+
+    Cookies are never kept: they would go with other users' requests.
+    """
     return httpx.AsyncClient(
         base_url=url,
         timeout=httpx.Timeout(connect=_CONNECT_S, write=_WRITE_S, read=None, pool=None),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         trust_env=False,
         follow_redirects=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from msgspec import UNSET
 
@@ -12,6 +13,11 @@ from bascule.wire import Submit, TokenItem
 
 _LOWEST_LOGPROB = -9999.0
 """What OpenAI-compatible servers report for a token that cannot occur; JSON has no minus infinity."""
+
+_HIGHEST_LOGPROB = 0.01
+"""A probability is at most 1; the rest is for servers that compute in 16 bits."""
+
+_NAMED = re.compile(r"token_id:([0-9]{1,18})")
 
 
 class Output:
@@ -71,10 +77,8 @@ class Output:
     def _item(self, token: int, logprobs: TokenLogprobs | None) -> TokenItem:
         if self._last is not None:
             raise Trouble(f"went on after token {self._last.token}, which ends the output ({self._end})", doubt=True)
-        if not 0 <= token < self._vocab:
-            raise Trouble(f"sent token {token}, but the vocabulary has {self._vocab}", doubt=True)
         submission = self._submission
-        finish = self._finish(token)
+        finish = self._finish(self._known(token))
         item = TokenItem(submission.request, submission.attempt, self._next, token, self._cached, finish, logprobs)
         self._next += 1
         if finish is not None:
@@ -105,7 +109,8 @@ class Output:
 
     def _note_cached(self, usage: Usage) -> None:
         if usage.prompt_tokens_details is not None:
-            self._cached = min(usage.prompt_tokens_details.cached_tokens or 0, len(self._submission.prompt))
+            cached = usage.prompt_tokens_details.cached_tokens or 0
+            self._cached = min(max(cached, 0), len(self._submission.prompt))
 
     def _check_counts(self, usage: Usage) -> None:
         if usage.prompt_tokens != len(self._sent):
@@ -122,15 +127,30 @@ class Output:
         tops = given.top_logprobs if given is not None and given.top_logprobs is not None else [None] * len(tokens)
         if given is None or not len(given.tokens) == len(given.token_logprobs) == len(tops) == len(tokens):
             raise Trouble("sent tokens without their log probabilities", doubt=True)
-        if [_token_of(name) for name in given.tokens] != tokens:
+        if [self._token_of(name) for name in given.tokens] != tokens:
             raise Trouble("sent log probabilities of other tokens than those it drew", doubt=True)
         found = []
         for logprob, top in zip(given.token_logprobs, tops, strict=True):
-            best = sorted(((_token_of(name), _finite(one)) for name, one in (top or {}).items()), key=lambda e: -e[1])
+            others = [(self._token_of(name), _logprob(one)) for name, one in (top or {}).items()]
+            best = sorted(others, key=lambda e: -e[1])
             if len(best) < wanted:
                 raise Trouble(f"sent {len(best)} log probabilities, where {wanted} were asked for", doubt=True)
-            found.append(TokenLogprobs(_finite(logprob), tuple(best[:wanted])))
+            found.append(TokenLogprobs(_logprob(logprob), tuple(best[:wanted])))
         return found
+
+    def _token_of(self, name: str) -> int:
+        if (named := _NAMED.fullmatch(name)) is None:
+            raise Trouble(
+                "names tokens in log probabilities by their text (it does not know return_tokens_as_token_ids), and"
+                " texts do not tell tokens apart; leave logprobs out, or attach a server that knows it",
+                unfit="logprobs",
+            )
+        return self._known(int(named[1]))
+
+    def _known(self, token: int) -> int:
+        if not 0 <= token < self._vocab:
+            raise Trouble(f"sent token {token}, but the vocabulary has {self._vocab}", doubt=True)
+        return token
 
 
 def ends_of(sampling: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
@@ -138,16 +158,11 @@ def ends_of(sampling: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
     return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
 
 
-def _token_of(name: str) -> int:
-    digits = name.removeprefix("token_id:")
-    if digits == name or not (digits.isascii() and digits.isdigit()):
+def _logprob(given: float) -> float:
+    if given > _HIGHEST_LOGPROB:
         raise Trouble(
-            "names tokens in log probabilities by their text (it does not know return_tokens_as_token_ids), and texts"
-            " do not tell tokens apart; leave logprobs out, or attach a server that knows it",
+            f"sent {given:g} as a log probability, which is never above 0; leave logprobs out, or see that server's "
+            "settings (vLLM: --logprobs-mode)",
             unfit="logprobs",
         )
-    return int(digits)
-
-
-def _finite(logprob: float) -> float:
-    return logprob if logprob > _LOWEST_LOGPROB else -math.inf
+    return min(given, 0.0) if given > _LOWEST_LOGPROB else -math.inf

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 
 import httpx
@@ -12,7 +13,17 @@ from msgspec import UNSET, Struct, structs
 
 from bascule.errors import UNREADABLE, ConfigError
 from bascule.router.attached.client import Served
-from bascule.router.attached.exchange import Chunk, Trouble, completion_body, converse, refusal
+from bascule.router.attached.exchange import (
+    Chunk,
+    Trouble,
+    completion_body,
+    converse,
+    get,
+    refusal,
+    short,
+    trouble_of,
+    whole,
+)
 from bascule.router.attached.output import Output
 from bascule.types import RequestId, SamplingParams
 from bascule.wire import Submit
@@ -22,6 +33,9 @@ PROBE_S = 60.0
 
 _TEXT = 'The café\'s 東京 menu: 3.14159 €, naïve — "tea"?\n    def price(x):\n        return x ** 2\nИ всё.'
 _PROBE_TOKENS = 12
+_LONGEST = 1 << 31
+"""Tokens of context that no server has."""
+
 _REPLACED = "�"
 
 
@@ -53,45 +67,66 @@ class _Models(Struct, frozen=True):
 async def probe(http: httpx.AsyncClient, url: str, ours: OurModel) -> Served:
     """Find out what is served, with four small requests.
 
-    Raises Refused for a server that cannot be used, Trouble and httpx.HTTPError for one that does not answer (yet).
+    Raises Refused for a server that cannot be used, Trouble for one that does not answer (yet).
     """
     try:
         async with asyncio.timeout(PROBE_S):
-            entry = await find_model(http, url, ours.name)
-            if entry.max_model_len is None:
-                raise Refused(
-                    f"{url} does not say in /v1/models how long its context is (max_model_len); use vLLM, say"
-                )
-            served = Served(model=entry.id, context=entry.max_model_len, vocab=ours.vocab, eos=ours.eos)
-            await _probe_tokens(http, url, served, ours)
-            await _probe_tokenizer(http, url, served, ours)
-            return structs.replace(served, keeps_apart=await _looks_at_salts(http, served, ours))
+            with _asking():
+                return await _probe(http, url, ours)
     except TimeoutError:
         raise Trouble(f"did not answer a probe within {PROBE_S:g} s") from None
+
+
+async def _probe(http: httpx.AsyncClient, url: str, ours: OurModel) -> Served:
+    entry = await find_model(http, url, ours.name)
+    if entry.max_model_len is None or not 0 < entry.max_model_len < _LONGEST:
+        raise Refused(
+            f"{url} does not say in /v1/models how long its context is (max_model_len, in tokens); use vLLM, say"
+        )
+    served = Served(model=entry.id, context=entry.max_model_len, vocab=ours.vocab, eos=ours.eos)
+    await _probe_tokens(http, url, served, ours)
+    await _probe_tokenizer(http, url, served, ours)
+    return structs.replace(served, keeps_apart=await _looks_at_salts(http, served, ours))
 
 
 async def beat(http: httpx.AsyncClient, url: str, name: str, served: Served) -> None:
     """One heartbeat: alive, and with the same model as before.
 
-    Raises Refused where it is another one, Trouble and httpx.HTTPError where there is no answer.
+    Raises Refused where it is another one, Trouble where there is no answer.
     """
-    health = await http.get("/health")
-    if health.status_code not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
-        raise Trouble(f"answered {health.status_code} to /health")
-    entry = await find_model(http, url, name)
+    with _asking():
+        async with get(http, "/health") as health:
+            if health.status_code not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+                raise Trouble(f"answered {health.status_code} to /health")
+            await whole(health)
+        entry = await find_model(http, url, name)
     if (entry.id, entry.max_model_len) != (served.model, served.context):
-        raise Refused(f"{url} serves {entry.id} with context {entry.max_model_len} now")
+        raise Refused(f"{url} serves {short(entry.id)} with context {entry.max_model_len} now")
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Whatever an answer makes fail becomes Trouble with the one server that gave it."""
+    try:
+        yield
+    except (Refused, Trouble):
+        raise
+    except Exception as error:
+        raise trouble_of(error) from error
 
 
 async def find_model(http: httpx.AsyncClient, url: str, name: str) -> _Entry:
-    """The server's entry for the model that we call `name`: the only one it has, or the one it calls so too."""
-    async with http.stream("GET", "/v1/models") as response:
+    """The server's entry for the model that we call `name`: the only one it has, or the one it calls so too.
+
+    Raises Refused where there is none, Trouble where there is none yet, and what the HTTP client makes of the answer.
+    """
+    async with get(http, "/v1/models") as response:
         if response.status_code != HTTPStatus.OK:
             trouble = await refusal(response)
             if trouble.retryable and not trouble.doubt:
                 raise trouble
             raise Refused(f"{url} is no OpenAI-compatible server: /v1/models {trouble.message}")
-        body = await response.aread()
+        body = await whole(response)
     try:
         models = msgspec.json.decode(body, type=_Models)
     except UNREADABLE as error:
@@ -101,7 +136,7 @@ async def find_model(http: httpx.AsyncClient, url: str, name: str) -> _Entry:
         raise Trouble("serves no model yet")
     chosen = entries if len(entries) == 1 else [entry for entry in entries if entry.id == name]
     if not chosen:
-        names = ", ".join(entry.id for entry in entries[:8])
+        names = ", ".join(short(entry.id) for entry in entries[:8])
         raise Refused(f"{url} serves several models ({names}) and none is called {name!r}; choose with --model-name")
     return chosen[0]
 
@@ -133,7 +168,7 @@ async def _probe_tokens(http: httpx.AsyncClient, url: str, served: Served, ours:
     expected = ours.decode(ids)
     if _comparable(text) != _comparable(expected):
         raise Refused(
-            f"{url} has another tokenizer: tokens {ids} are {text!r} there and {expected!r} in {ours.name}; "
+            f"{url} has another tokenizer: tokens {ids} are {short(text)!r} there and {expected!r} in {ours.name}; "
             "serve the same model in both places"
         )
 
