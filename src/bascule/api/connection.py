@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from http import HTTPStatus
 from typing import Any, cast
 
+import httptools
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from bascule.api.context import REQUEST_ID, request_id_of
+from bascule.api.errors import error_body
+from bascule.errors import InvalidRequest, RequestError, Unavailable
 from bascule.machine import open_files_allowed
 
 log = logging.getLogger(__name__)
@@ -16,9 +22,11 @@ log = logging.getLogger(__name__)
 MOST_HEAD = 64 << 10
 """Bytes of a request's first line and headers, and of what comes between or behind the parts of a body."""
 HEAD_S = 30.0
-"""How long the first line and headers may take to come, from the connection or from the first byte of them on."""
+"""How long the first line and headers may take to come, from the connection or from the first byte of them on, or from
+the end of the answer before them."""
 STALLED_S = 60.0
-"""How long a client may take nothing of what waits for it; then it is cut off, and what it asked for is cancelled."""
+"""How often to look whether a client took something of what waits for it; if not, it is cut off, and what it asked for
+is cancelled."""
 LINGER_S = 5.0
 """How long the rest of a body may take, and is thrown away, that was answered before it was there: to close at once
 would reset the connection, and the answer might be lost with it."""
@@ -37,21 +45,54 @@ class Connection(HttpToolsProtocol):
 
     _head = 0
     """Bytes that came since the last request was complete, or its headers, or since the last bytes of its body."""
+    _in_head = False
     _in_body = False
+    _owed = 0
+    """Requests whose headers are complete and whose answers are not."""
+    _refusal: RequestError | None = None
+    """Why nothing more is read; the last answer, once those before it have ended."""
     _head_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
     _lingering: asyncio.TimerHandle | None = None
     """Cuts a client off whose request was answered before all of it was there, unless the rest comes soon."""
 
     def data_received(self, data: bytes) -> None:
-        if not self._in_body and not self._head:
+        if self._refusal is not None or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        if not self._in_body and not self._owed:
             self._await_head()
         self._head += len(data)
-        super().data_received(data)
-        if self._head > MOST_HEAD and not self.transport.is_closing():
-            if not self._in_body:  # else an answer may have begun
-                self.transport.write(_TOO_LARGE)
-            self.transport.close()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            self._refuse(_malformed(error))
+        else:
+            if self._head > MOST_HEAD:
+                self._refuse(_HeadersTooLarge())
+
+    def _parse(self, data: bytes) -> None:
+        """Offers to speak another protocol are ignored (RFC 9110, 7.8): a parser takes all that comes behind one for
+        that protocol, so a new one reads the request's head again, without the offer."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            if (method := self.parser.get_method()) == b"CONNECT":
+                self._refuse(InvalidRequest("This server is no proxy; send it no CONNECT.", code="invalid_http"))
+                return
+            line = b"%b %b HTTP/%b\r\n" % (method, self.url, self.parser.get_http_version().encode())
+            fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            self.parser.feed_data(b"".join((line, *fields, b"\r\n")))
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_body:
@@ -62,17 +103,22 @@ class Connection(HttpToolsProtocol):
             self._head_due = self.loop.call_later(HEAD_S, self.transport.abort)
 
     def on_headers_complete(self) -> None:
-        self._in_body, self._head = True, 0
+        if self.parser.should_upgrade():
+            return
+        super().on_headers_complete()
+        self._in_head, self._in_body, self._head = False, True, 0
+        self._owed += 1
         if self._head_due is not None:
             self._head_due.cancel()
             self._head_due = None
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._head = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_body, self._head = False, 0
         if self._lingering is not None:
             self._lingering.cancel()
@@ -80,17 +126,40 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._owed -= 1
         super().on_response_complete()
-        early = self._in_body and self.cycle is not None and self.cycle.response_complete
-        if early and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self._in_body and self.cycle.response_complete:
             self._lingering = self.loop.call_later(LINGER_S, self.transport.abort)
+        elif self._in_head and not self._owed:
+            self._await_head()
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer with `error` as soon as all that was asked before is answered, then close; read nothing more."""
+        if self.transport.is_closing():
+            return
+        self._refusal = error
+        if self._in_body:  # the request at fault was handed on
+            self._in_body = False
+            if self.pipeline:
+                self.pipeline.popleft()
+            elif self.cycle.response_started:
+                self.transport.close()
+                return
+            self._owed -= 1
+        if not self._owed:
+            self.transport.write(_last_words(error, Headers(raw=self.headers)))
+            self.transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, GatheringTransport(transport, self.loop))
         if len(self.connections) > (most := most_clients()):
             say_too_many(self.loop.time(), most)
-            self.transport.write(_TOO_MANY)
+            self.transport.write(_last_words(_TooMany(), Headers()))
             self.transport.close()
             return
         self._await_head()
@@ -103,7 +172,17 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading_due = self.loop.call_later(STALLED_S, self.transport.abort)
+        self._await_reading()
+
+    def _await_reading(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._reading_due = self.loop.call_later(STALLED_S, self._check_reading, waiting)
+
+    def _check_reading(self, waiting: int) -> None:
+        if self.transport.get_write_buffer_size() < waiting:
+            self._await_reading()
+        else:
+            self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -128,24 +207,44 @@ def say_too_many(now: float, most: int) -> None:
         log.warning("%d clients are connected; more are refused until some leave (ulimit -n allows more)", most)
 
 
-def _last_words(status: bytes, kind: bytes, code: bytes, message: bytes) -> bytes:
-    body = b'{"error":{"message":"%b","type":"%b","param":null,"code":"%b"}}' % (message, kind, code)
-    head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    return head % (status, len(body)) + body
+class _HeadersTooLarge(RequestError):
+    """431: the first line and headers are over the limit."""
+
+    status = 431
+    kind = "invalid_request_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"The request line and its headers have more than {MOST_HEAD} bytes; send fewer or shorter ones.",
+            code="headers_too_large",
+        )
 
 
-_TOO_LARGE = _last_words(
-    b"431 Request Header Fields Too Large",
-    b"invalid_request_error",
-    b"headers_too_large",
-    b"The request line and its headers have more than %d bytes; send fewer or shorter ones." % MOST_HEAD,
-)
-_TOO_MANY = _last_words(
-    b"503 Service Unavailable",
-    b"server_error",
-    b"too_many_connections",
-    b"Too many clients are connected to this server; try again in a few seconds.",
-)
+class _TooMany(Unavailable):
+    def __init__(self) -> None:
+        super().__init__(
+            "Too many clients are connected to this server; try again in a few seconds.", code="too_many_connections"
+        )
+
+
+def _malformed(error: httptools.HttpParserError) -> InvalidRequest:
+    """What the parser says is wrong; a failure of ours, while it parsed, is one of reading the target."""
+    ours = isinstance(error, httptools.HttpParserCallbackError)
+    why = "its target is no path" if ours else str(error) or "it cannot be parsed"
+    return InvalidRequest(
+        f"The request is not valid HTTP/1.1: {why}. Mend the client that sent it.", code="invalid_http"
+    )
+
+
+def _last_words(error: RequestError, asked: Headers) -> bytes:
+    """A whole response that the application has no part in; `asked` are the headers of the request, as far as known."""
+    body = error_body(error)
+    status, phrase = error.status, HTTPStatus(error.status).phrase
+    head = (
+        f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        f"Content-Length: {len(body)}\r\n{REQUEST_ID}: {request_id_of(asked)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 class GatheringTransport:
