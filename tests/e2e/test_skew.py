@@ -12,7 +12,7 @@ from bascule.traffic.workloads import Ask, Talk
 from support.cluster import Cluster, serve
 
 WORKERS, REQUESTS, CLIENTS, SHARED, OWN, OUTPUT = 4, 160, 8, 2000, 40, 16
-TRIES = 3
+TRIES = 6
 COST = {"step_s": 0.016, "token_s": 0.0004, "context_s": 4e-7, "stream_s": [0.016, 0.018, 0.02, 0.024, 0.032]}
 """Steps that are long beside what a busy machine takes from them."""
 
