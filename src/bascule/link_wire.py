@@ -36,6 +36,24 @@ class Neighbours(Struct, frozen=True, tag=True):
     gone: tuple[WorkerId, ...] = ()
 
 
+class TryReach(Struct, frozen=True, tag=True):
+    """Try whether you connect to the addresses of somebody who has not joined; answered by `Reached`."""
+
+    question: Annotated[str, Meta(max_length=64)]
+    """Names the answer."""
+    addresses: tuple[str, ...]
+
+
+class Reached(Struct, frozen=True, tag=True, kw_only=True):
+    """How it came out."""
+
+    worker: WorkerId
+    epoch: Epoch
+    question: str
+    unreachable: Annotated[str, Meta(max_length=1000)] = ""
+    """The first address that did not answer, and why."""
+
+
 class MeasureLink(Struct, frozen=True, tag=True, kw_only=True):
     """Push blocks to another worker, which forgets them; answered by `LinkMeasured`."""
 
@@ -93,3 +111,6 @@ class Probed(Struct, frozen=True, tag=True):
     """All that are there; attached servers have no addresses."""
     attached_vocab: int | None = None
     """Entries of the vocabulary that attached servers are used with; None where there are none."""
+    from_workers: dict[WorkerId, str] | None = None
+    """Of the cluster's own workers that have tried: the first address that did not answer them, and why; empty where
+    all did. None from older releases."""

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bascule.errors import UNREADABLE, BasculeError
-from bascule.link_wire import LinkMeasured, MeasureLink
+from bascule.link_wire import LinkMeasured, MeasureLink, Reached, TryReach
 from bascule.link_wire import Neighbour as Neighbour
 from bascule.link_wire import Neighbours as Neighbours
 from bascule.link_wire import PeerAddress as PeerAddress
@@ -227,6 +227,7 @@ WorkerMessage = (
     | Failed
     | KvEvents
     | LinkMeasured
+    | Reached
     | Leaving
     | Goodbye
     | Probe
@@ -322,6 +323,7 @@ RouterMessage = (
     | Cancel
     | Resync
     | MeasureLink
+    | TryReach
     | Draining
     | Stop
 )

@@ -104,6 +104,7 @@ def test_doctor_says_what_a_worker_would_meet_at_a_router_and_it_does(tmp_path: 
     assert "the router connects back to 127.0.0.1" in let_in.stdout and "vocabulary is that of" in let_in.stdout
     assert alike.returncode == 0 and "context and codecs are those of the cluster's workers" in alike.stdout
     assert "this host connects to the cluster's workers (1 tried)" in alike.stdout
+    assert "the cluster's workers connect to this host (1 tried)" in alike.stdout
     assert differs.returncode == 1
     assert wrong(differs.stdout) == [
         "block size 32 here, 16 at the cluster's workers; start all workers with the same --block-size",
@@ -169,6 +170,25 @@ def test_a_worker_that_cannot_be_reached_where_it_says_is_refused(cable: Cable, 
         [line] = wrong((tmp_path / "doctor.log").read_text())
         assert f"the router cannot connect to this host at {UNREACHED}:" in line and "within 2 s); give --host" in line
         assert not ready.exists()
+
+
+def test_doctor_tells_which_worker_cannot_connect_to_this_host_though_the_router_can(
+    cable: Cable, tmp_path: Path, key: Path
+) -> None:
+    with_key, join = ("--cluster-key-file", str(key)), f"tcp://{cable.far.address}:8100"
+    with one_way_only(cable), ExitStack() as stack:
+        ready, log = stack.enter_context(router_on(cable.far, join, tmp_path, *with_key))
+        until(lambda: "start workers with" in log.read_text(), "the router does not listen", [log])
+        stack.enter_context(worker(cable, tmp_path, join, False, "mixed", *with_key))
+        until(ready.exists, "no worker has joined", [log, tmp_path / "mixed.log"])
+        doctor = ("doctor", "smollm2", *MOCK, "--kv-memory=64MiB", "--join", join, *with_key, "--host", UNREACHED)
+        said = tmp_path / "doctor.log"
+        assert stack.enter_context(started(cable.far, said, *doctor)).wait(START_S) == 0, said.read_text()
+    text = said.read_text()
+    assert f"the router connects back to {UNREACHED}" in text
+    assert "this host connects to the cluster's workers (1 tried)" in text
+    assert f"worker mixed cannot connect to this host at {UNREACHED}:" in doubted(text)
+    assert "(no answer within 2 s); check --host, and the firewalls between" in doubted(text)
 
 
 @pytest.mark.full

@@ -125,13 +125,24 @@ def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told
         here = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
         near, far = Neighbour(WorkerId("near"), (here,)), Neighbour(WorkerId("far"), (here, nobody))
         fine = Probed(VERSION, __version__, 0.0, "", card=CARD, members=(near, Neighbour(WorkerId("at-0"), ())))
+        fine = replace(fine, from_workers={near.worker: ""})
         good = found_at(fine, monkeypatch, "mine")
         bad = found_at(replace(fine, members=(near, far)), monkeypatch, "near")
+        silent = found_at(replace(fine, from_workers={}), monkeypatch)
+        shut = found_at(replace(fine, from_workers={near.worker: f"{nobody} (no answer)"}), monkeypatch)
+        older = found_at(replace(fine, from_workers=None), monkeypatch)
     assert good[Level.DOUBT] == good[Level.WRONG] == []
     assert "this host connects to the cluster's workers (1 tried)" in good[Level.OK]
     assert "the name mine is free" in good[Level.OK]
-    [doubt], [wrong] = bad[Level.DOUBT], bad[Level.WRONG]
+    there = "the cluster's workers connect to this host (1 tried)"
+    assert [there in found[Level.OK] for found in (good, silent, shut, older)] == [True, False, False, False]
+    assert older[Level.DOUBT] == []
+    [[unheard], [refused]] = silent[Level.DOUBT], shut[Level.DOUBT]
+    assert unheard.startswith("worker near did not tell in time whether it connects to this host; see in its log")
+    assert refused.startswith(f"worker near cannot connect to this host at {nobody} (no answer); check --host, and")
+    [doubt, untold], [wrong] = bad[Level.DOUBT], bad[Level.WRONG]
     assert f"cannot connect to worker far at {nobody} (connection refused); check its --host" in doubt
+    assert untold.startswith("worker far did not tell in time")
     assert wrong == "the name near is taken by another in the cluster; give another with --id, or stop that one first"
 
 

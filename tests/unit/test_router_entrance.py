@@ -15,6 +15,8 @@ from msgspec.structs import replace
 
 from bascule.config import RoutingConfig
 from bascule.errors import RegistrationRefused
+from bascule.link_wire import Reached, TryReach
+from bascule.router import entrance as door
 from bascule.router.entrance import Entrance
 from bascule.router.skew import ClockSkew, skewed
 from bascule.router.view import ClusterView
@@ -30,6 +32,7 @@ from bascule.wire import (
     Probed,
     Registered,
     RegistrationRefusal,
+    RouterMessage,
     encode,
     from_worker,
 )
@@ -90,14 +93,46 @@ def test_a_worker_out_of_reach_is_refused_unless_that_is_how_it_is_meant(
     assert line in caplog.text
 
 
-def test_who_only_asks_is_told_and_does_not_join() -> None:
+def test_who_only_asks_is_told_which_workers_connect_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_HEAR_S", 0.3)
+    view, names, where = ClusterView(), ("good", "bad", "silent"), nobody()
+    for name in names:
+        view.add(offer(name), 0.0)
+    view.add(offer("attached-0"), 0.0, attached=True)
+
+    def knock(entrance: Entrance, link: FakeLink) -> None:
+        def send(epoch: Epoch, message: RouterMessage, *_: object) -> None:
+            link.sent.append((epoch, message))
+            if isinstance(message, TryReach) and epoch != "silent-1":
+                worker, other = (
+                    WorkerId(epoch.removesuffix("-1")),
+                    Reached(worker=WorkerId("attached-0"), epoch=Epoch("x"), question=message.question),
+                )
+                why = "" if worker == "good" else f"{message.addresses[0]} (no answer within 2 s)"
+                answer = Reached(worker=worker, epoch=epoch, question=message.question, unreachable=why)
+                stale = replace(answer, question="another", unreachable="stale")
+                for one in (stale, other, answer, replace(answer, unreachable="said twice")):
+                    entrance.heard(one)
+
+        entrance._link.send = send  # type: ignore[method-assign]
+        entrance.answer(Epoch("x"), Probe(VERSION, (where,)))
+
+    link = at_the_door(RoutingConfig(), knock, view)
+    assert [to for to, message in link.sent if isinstance(message, TryReach)] == [f"{name}-1" for name in names]
+    [answer] = [message for _, message in link.sent if isinstance(message, Probed)]
+    assert answer.from_workers == {"good": "", "bad": f"{where} (no answer within 2 s)"}
+
+
+def test_who_only_asks_is_told_and_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_HEAR_S", 0.1)
     where, view = nobody(), ClusterView(tokenizer="vocabulary")
     one, server = offer("one"), offer("attached-0")
     view.add(replace(one, card=replace(CARD, tokenizer="vocabulary"), kv_addresses=("127.0.0.1:2",)), 0.0)
     view.add(replace(server, card=replace(CARD, vocab=7)), 0.0, attached=True)
     ask = Probe(VERSION, (where,))
     link = at_the_door(RoutingConfig(), lambda entrance, _: entrance.answer(Epoch("x"), ask), view)
-    [(_, answer)] = link.sent
+    [(asked, question), (_, answer)] = link.sent
+    assert asked == "one-1" and isinstance(question, TryReach) and question.addresses == (where,)
     assert isinstance(answer, Probed)
     assert (answer.version, answer.tokenizer, answer.unreachable) == (
         VERSION,

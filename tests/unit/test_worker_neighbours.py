@@ -9,18 +9,21 @@ from collections.abc import Callable
 import pytest
 from handoff_rig import SAMPLING, TARGET, pair
 
+from bascule.link_wire import Neighbour, Neighbours, Reached, TryReach
 from bascule.peer_wire import Prepare
-from bascule.types import WorkerId
-from bascule.wire import Neighbour, Neighbours
+from bascule.types import Epoch, Role, WorkerId
 from bascule.worker import neighbours
 from bascule.worker.neighbours import Reach
+from bascule.worker.parts import Identity
+
+WHO = Identity(worker=WorkerId("w"), epoch=Epoch("w-1"), role=Role.MIXED, device="cpu")
 
 
 def test_who_cannot_be_reached_is_named_until_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_AGAIN_S", 0.05)
 
     async def run() -> None:
-        reach = Reach()
+        reach = Reach(WHO, lambda _: None)
         watching = asyncio.create_task(reach.watch())
         with socket.create_server(("127.0.0.1", 0)) as listening:
             here = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
@@ -40,6 +43,36 @@ def test_who_cannot_be_reached_is_named_until_it_can(monkeypatch: pytest.MonkeyP
         await asyncio.gather(watching, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_the_router_is_told_how_each_address_of_a_question_came_out_and_a_flood_is_not_tried() -> None:
+    told: list[Reached] = []
+
+    async def run() -> None:
+        reach = Reach(WHO, told.append)
+        watching = asyncio.create_task(reach.watch())
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            here = f"127.0.0.1:{listening.getsockname()[1]}"
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                away = f"127.0.0.1:{other.getsockname()[1]}"
+            reach.asked(TryReach("good", (here, f"tcp://{here}")))
+            reach.asked(TryReach("bad", (here, away)))
+            await until(lambda: len(told) == 2)
+            for one in range(100):
+                reach.asked(TryReach(str(one), (here,)))
+            tried = len(reach._answering)
+            await until(lambda: not reach._answering)
+            assert len(told) == 2 + tried < 20
+            reach.asked(TryReach("late", (away,)))
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await until(lambda: not reach._answering)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    found = {answer.question: answer for answer in told}
+    assert {(answer.worker, answer.epoch) for answer in told} == {("w", "w-1")}
+    assert found["good"].unreachable == "" and found["bad"].unreachable.endswith("(connection refused)")
+    assert "late" not in found, "who ends does not answer any more"
 
 
 async def until(condition: Callable[[], bool]) -> None:

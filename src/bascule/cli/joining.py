@@ -64,6 +64,7 @@ async def joining(
         ),
         _clock(answer.clock - here),
         *await _reaching(answer.members),
+        *_reached(answer),
     ]
     if name is not None:
         taken = any(member.worker == name for member in answer.members)
@@ -84,8 +85,7 @@ async def joining(
 
 
 async def _reaching(members: Sequence[Neighbour]) -> list[Finding]:
-    """Whether this host connects to the workers that are there. Whether they connect to it is not known before one has
-    joined from here."""
+    """Whether this host connects to the workers that are there."""
     workers = [member for member in members if member.addresses][:_MOST_TRIED]
     why = await asyncio.gather(*(first_unreachable(worker.addresses) for worker in workers))
     mend = "check its --host, and the firewalls between; until then no KV goes there"
@@ -96,6 +96,31 @@ async def _reaching(members: Sequence[Neighbour]) -> list[Finding]:
     ]
     if workers and not findings:
         findings.append(Finding(Level.OK, f"this host connects to the cluster's workers ({len(workers)} tried)"))
+    return findings
+
+
+def _reached(answer: Probed) -> list[Finding]:
+    """Whether the workers that are there connect to this host."""
+    if (from_workers := answer.from_workers) is None:
+        return []
+    there = [member.worker for member in answer.members if member.addresses][:_MOST_TRIED]
+    firewall = "check --host, and the firewalls between; until then no KV comes from there"
+    findings = [
+        Finding(Level.DOUBT, f"worker {worker} cannot connect to this host at {why}", firewall)
+        for worker, why in from_workers.items()
+        if why
+    ]
+    findings += [
+        Finding(
+            Level.DOUBT,
+            f"worker {worker} did not tell in time whether it connects to this host",
+            "see in its log whether it hangs, or is of an earlier release; ask again",
+        )
+        for worker in there
+        if worker not in from_workers
+    ]
+    if from_workers and not findings:
+        findings.append(Finding(Level.OK, f"the cluster's workers connect to this host ({len(from_workers)} tried)"))
     return findings
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 
 from bascule import __version__
 from bascule.config import RoutingConfig
-from bascule.reach import first_unreachable
+from bascule.link_wire import Reached, TryReach
+from bascule.reach import CONNECT_S, first_unreachable
 from bascule.router.link import RouterLink
 from bascule.router.view import ClusterView
-from bascule.types import Epoch
+from bascule.types import Epoch, WorkerId
 from bascule.wire import VERSION, Neighbour, Probe, Probed, Register, RegistrationRefusal
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,9 @@ TakeIn = Callable[[Epoch, Register, bool], None]
 _MOST_PROBED = 4
 """Addresses in one question."""
 _MOST_AT_ONCE = 256
+_MOST_ASKED = 64
+"""Workers that try an address of who only asks, all at once."""
+_HEAR_S = CONNECT_S + 1.0
 
 
 class Entrance:
@@ -38,6 +43,8 @@ class Entrance:
         self._view = view
         self._refuses = config.check_reach and config.handoff != "store"
         self._trying: dict[Epoch, asyncio.Task[None]] = {}
+        self._asking: dict[str, dict[WorkerId, asyncio.Future[str]]] = {}
+        """The answers to each question that are waited for."""
 
     def admit(self, sender: Epoch, offer: Register, take_in: TakeIn) -> None:
         """Call `take_in` once the worker has been tried, or refuse it; what it repeats meanwhile is ignored."""
@@ -46,6 +53,12 @@ class Entrance:
     def answer(self, sender: Epoch, probe: Probe) -> None:
         """Tell who only asks what a worker would meet."""
         self._begin(sender, self._answer(sender, probe))
+
+    def heard(self, answer: Reached) -> None:
+        """A worker has tried addresses; what comes late is ignored."""
+        waited_for = self._asking.get(answer.question, {}).get(answer.worker)
+        if waited_for is not None and not waited_for.done():
+            waited_for.set_result(answer.unreachable)
 
     def _begin(self, sender: Epoch, work: Coroutine[None, None, None]) -> None:
         if sender in self._trying or len(self._trying) >= _MOST_AT_ONCE:
@@ -69,7 +82,8 @@ class Entrance:
         take_in(sender, offer, unreached is None)
 
     async def _answer(self, sender: Epoch, probe: Probe) -> None:
-        unreached = await first_unreachable(probe.addresses[:_MOST_PROBED])
+        addresses = probe.addresses[:_MOST_PROBED]
+        unreached, from_workers = await asyncio.gather(first_unreachable(addresses), self._from_workers(addresses))
         members = self._view.members.values()
         answer = Probed(
             VERSION,
@@ -80,8 +94,24 @@ class Entrance:
             self._view.weights.card,
             tuple(Neighbour(one.id, ()) if one.attached else neighbour(one.registration) for one in members),
             next((one.registration.card.vocab for one in members if one.attached), None),
+            from_workers,
         )
         self._link.send(sender, answer)
+
+    async def _from_workers(self, addresses: tuple[str, ...]) -> dict[WorkerId, str]:
+        """How those fared of our own workers that have tried the addresses; some may not answer in time."""
+        workers = [member for member in self._view.members.values() if not member.attached][:_MOST_ASKED]
+        if not workers:
+            return {}
+        loop, question = asyncio.get_running_loop(), uuid.uuid4().hex
+        answers = self._asking[question] = {member.id: loop.create_future() for member in workers}
+        try:
+            for member in workers:
+                self._link.send(member.epoch, TryReach(question, addresses))
+            await asyncio.wait(answers.values(), timeout=_HEAR_S)
+        finally:
+            del self._asking[question]
+        return {worker: answer.result() for worker, answer in answers.items() if answer.done()}
 
     def close(self) -> None:
         for task in self._trying.values():

@@ -11,7 +11,7 @@ from bascule import __version__
 from bascule.clock import Clock
 from bascule.config import RoutingConfig
 from bascule.errors import RegistrationRefused
-from bascule.link_wire import LinkMeasured
+from bascule.link_wire import LinkMeasured, Reached
 from bascule.router.claims import Claims
 from bascule.router.client import NativeClient, WorkerClient
 from bascule.router.entrance import Entrance, neighbour
@@ -118,6 +118,8 @@ class Membership:
             self._apply_to_request(message)
         elif isinstance(message, LinkMeasured):
             self.links.heard(message)
+        elif isinstance(message, Reached) and self._entrance is not None:
+            self._entrance.heard(message)
         elif isinstance(message, Leaving):
             self._link.send(sender, Draining(self.operations.leaves(member)))
         elif isinstance(message, Goodbye):

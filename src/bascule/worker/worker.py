@@ -13,7 +13,7 @@ from bascule.engine.core import StepResult
 from bascule.engine.sequence import Key
 from bascule.errors import RegistrationRefused
 from bascule.kv.transfer.select import open_receivers, open_senders
-from bascule.link_wire import MeasureLink
+from bascule.link_wire import MeasureLink, Neighbours, TryReach
 from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
 from bascule.types import BlockHash, Brought, Epoch, StepLoad, TicketId, WorkerId, WorkerLoad
 from bascule.wire import (
@@ -22,7 +22,6 @@ from bascule.wire import (
     Failed,
     Goodbye,
     Loaded,
-    Neighbours,
     Registered,
     RegistrationRefusal,
     Reregister,
@@ -71,7 +70,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._peers = Peers(link.context, host, identity.worker, identity.epoch, link.key)
-        self._reach = Reach()
+        self._reach = Reach(identity, link.send)
         self._deadlines = Deadlines(self._cancel, clock)
         self._store: StoreSide | None = None
         self._reporter = KvReporter(identity.worker, identity.epoch, parts.books, link.send, self._computed)
@@ -231,6 +230,8 @@ class Worker:
             self._reporter.pause()
         elif isinstance(message, Neighbours):
             self._reach.told(message)
+        elif isinstance(message, TryReach):
+            self._reach.asked(message)
         elif isinstance(message, Resync):
             self._tell_all()
         elif isinstance(message, MeasureLink):
