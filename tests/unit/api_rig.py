@@ -239,7 +239,14 @@ class FakeBackend:
         current = WorkerId("mixed-0" if state == "running" else "")
         waiting = (WorkerId("mixed-1"),) if current else ()
         return ReloadStatus(
-            state=state, workers=2, done=done, current=current, waiting=waiting, failure=failure, fingerprint="f"
+            state=state,
+            workers=2,
+            done=done,
+            current=current,
+            ended=bool(current),
+            waiting=waiting,
+            failure=failure,
+            fingerprint="f",
         )
 
     def state(self) -> ClusterState:

@@ -85,6 +85,7 @@ def test_all_workers_are_reloaded_and_it_is_told_how_far_that_is(rig: ApiRig) ->
         "workers": 2,
         "done": 2,
         "current": "",
+        "ended": False,
         "waiting": [],
         "failure": "",
         "fingerprint": "f",

@@ -56,7 +56,8 @@ def test_each_command_says_what_has_become_of_the_worker(rig: ApiRig, capsys: py
 def test_a_reload_is_followed_to_its_end(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
     reload(timeout=30)
     assert capsys.readouterr().out.splitlines() == [
-        "0 of 2 workers are reloaded; now mixed-0; with other weights, and waiting: mixed-1",
+        "0 of 2 workers are reloaded; now mixed-0, which has ended; start it again where nothing does that for you; "
+        "with other weights, and waiting: mixed-1",
         "2 of 2 workers are reloaded",
     ]
     assert rig.backend.operations == [("reload", 30.0)]

@@ -93,15 +93,16 @@ async def test_workers_are_replaced_one_after_another() -> None:
     assert rig.operations.reload_status().state == "none"
     assert rig.operations.reload().current == "a"
     rig.tick()
-    assert rig.states() == {"a": "drained", "b": "ready"}
+    assert rig.states() == {"a": "drained", "b": "ready"} and not rig.operations.reload_status().ended
     rig.ends("a")
     rig.tick(100)
     assert rig.states() == {"b": "ready"}, "the next one only goes when this one is back"
+    assert rig.operations.reload_status().ended
     rig.come("a")
     rig.tick()
     rig.tick()
     status = rig.operations.reload_status()
-    assert (status.state, status.done, status.current) == ("running", 1, "b")
+    assert (status.state, status.done, status.current, status.ended) == ("running", 1, "b", False)
     rig.ends("b")
     rig.tick()
     rig.come("b")

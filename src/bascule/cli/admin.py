@@ -151,7 +151,8 @@ def reload(
 
 
 def _is_reload(found: dict[str, Any]) -> bool:
-    return all(isinstance(found[key], int | str) for key in ("state", "workers", "done", "current", "failure"))
+    keys = ("state", "workers", "done", "current", "ended", "failure")
+    return all(isinstance(found[key], int | str) for key in keys)
 
 
 def _progress(found: dict[str, Any]) -> str:
@@ -159,8 +160,9 @@ def _progress(found: dict[str, Any]) -> str:
         return f"{found['done']} of {found['workers']} workers are reloaded"
     if not found["current"]:
         return "no worker is there; the first one that comes is taken, whatever its weights"
+    start = ", which has ended; start it again where nothing does that for you" if found["ended"] else ""
     waiting = f"; with other weights, and waiting: {', '.join(found['waiting'])}" if found["waiting"] else ""
-    return f"{found['done']} of {found['workers']} workers are reloaded; now {found['current']}{waiting}"
+    return f"{found['done']} of {found['workers']} workers are reloaded; now {found['current']}{start}{waiting}"
 
 
 def _await_drained(console: Console, url: str, latest: dict[str, Any]) -> None:

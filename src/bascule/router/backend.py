@@ -120,6 +120,8 @@ class ReloadStatus(Struct, frozen=True, kw_only=True):
     """Of them, those that have ended and been replaced."""
     current: WorkerId
     """The one that is being replaced; empty if none is."""
+    ended: bool
+    """It has ended, and is yet to be started again."""
     waiting: tuple[WorkerId, ...]
     """Workers that have come with other weights, which are not served yet."""
     failure: str

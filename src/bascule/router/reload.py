@@ -83,6 +83,7 @@ class Reload:
             workers=len(dict(self._workers)),
             done=self._replaced()[0] if self._running else self._done,
             current=self._workers[self._asked - 1][0] if self._running and self._asked else WorkerId(""),
+            ended=self._running and self._asked > 0 and self._gone_at is not None,
             waiting=tuple(sorted(self._waiting)),
             failure=self._failure,
             fingerprint=self._view.weights.fingerprint,
