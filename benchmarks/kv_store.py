@@ -126,6 +126,7 @@ def systems(
         flags["remote"] = ["--kv-remote", stack.enter_context(redis_server(binary))]
     flags = {name: [*ONE, *store] for name, store in flags.items()} | ({"peer": TWO} if peers else {})
     flags |= {"device": ONE} if device is not None else {}
+    flags = {name: own for name, own in flags.items() if name in ("none", *arguments.tiers.split(","))}
     found = {}
     for name, own in flags.items():
         ready = folder / f"ready-{name}"
@@ -222,38 +223,45 @@ def conversations(arguments: argparse.Namespace, folder: Path) -> None:
     said = 300 - answer
     rows: dict[str, list[float]] = {}
     killed: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     with ExitStack() as stack:
         memory = TOKEN_BYTES * 2 * 300 * turns
         nodes = systems(arguments, memory, folder, stack, device=TOKEN_BYTES * (sessions + 1) * 300 * (turns + 1))
         texts = {name: [list[int]() for _ in range(sessions)] for name in nodes}
         news = prompts(5, sessions * (turns + 1), said)
 
-        def round_of(number: int, note: Callable[[str, float], None]) -> None:
+        def round_of(number: int, note: Callable[[str, float, float], None]) -> None:
             for session in range(sessions):
                 for name, node in nodes.items():
                     text = texts[name][session]
+                    known = len(text)
                     text += news[number * sessions + session]
                     with turn(node):
                         found = ask(node, text, answer)
                     text += found.tokens
-                    note(name, found.ttft_s)
+                    note(name, found.ttft_s, found.cached / known if known else 1.0)
 
-        for number in range(turns):
-            round_of(
-                number, lambda name, ttft, late=number > 0: rows.setdefault(name, []).append(ttft) if late else None
-            )
+        def note_turn(name: str, ttft_s: float, share: float) -> None:
+            rows.setdefault(name, []).append(ttft_s)
+            shares.setdefault(name, []).append(share)
+
+        round_of(0, lambda *_: None)
+        for number in range(1, turns):
+            round_of(number, note_turn)
         for node in nodes.values():
             with turn(node):
                 kill_workers(node)
-        round_of(turns, lambda name, ttft: killed.setdefault(name, []).append(ttft))
+        round_of(turns, lambda name, ttft_s, _: killed.setdefault(name, []).append(ttft_s))
         same = all(texts[name] == texts["none"] for name in nodes)
     print(f"\n**{sessions} sessions of {turns} turns of 300 tokens**, device memory for two (`device`: for all)")
     print("\nTTFT p50 of later turns:\n")
-    print("| tier | s | over none | after kill -9 of the worker, s | over none |\n|---|---|---|---|---|")
+    print("| tier | s | over none | known tokens not computed | after kill -9 of the worker, s | over none |")
+    print("|---|---|---|---|---|---|")
     base, after = statistics.median(rows["none"]), statistics.median(killed["none"])
     for name in nodes:
         mid, end = statistics.median(rows[name]), statistics.median(killed[name])
-        print(f"| {name} | {mid:.3f} | {mid / base:.2f} | {end:.3f} | {end / after:.2f} |")
+        share = statistics.mean(shares[name])
+        print(f"| {name} | {mid:.3f} | {mid / base:.2f} | {share:.3f} | {end:.3f} | {end / after:.2f} |")
     print(f"\nAll systems gave the same tokens: {'yes' if same else 'no'}.")
 
 
@@ -275,6 +283,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefix", type=int, default=4000, help="tokens")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"))
+    parser.add_argument("--tiers", default="host,disk,remote,peer,device", help="besides `none`")
     parser.add_argument("--parts", default="prefixes,concurrent,conversations")
     arguments = parser.parse_args()
     parts = {"prefixes": prefixes, "concurrent": concurrent, "conversations": conversations}

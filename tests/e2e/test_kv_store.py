@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import tempfile
@@ -104,6 +105,19 @@ def damage(folder: Path, at: int) -> None:
         file.write_bytes(data)
 
 
+def host_tier_is_given_back() -> bool:
+    """Nothing is left in it, unless another server of this machine uses it: then the last one to end clears it."""
+    folder = Path("/dev/shm") / f"bascule-{os.getuid()}"
+    if not any(folder.glob("v1/??/*")):
+        return True
+    with open(folder / "users", "rb") as users:
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return not any(folder.glob("v1/??/*"))
+
+
 @pytest.mark.timeout(600)
 def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Reference], quick_disk: Path) -> None:
     """A tier that is slow for a moment takes and gives nothing for a while: what it lacks then is saved in one try and
@@ -145,7 +159,7 @@ def test_exact_from_every_tier_after_eviction_kill_and_damage(asked: list[Refere
             found.append((loaded["remote"], metrics(cluster).get(invalid, 0)))
         assert found[-1][0] > most and found[-1][1] > 100, found
         cluster.wait_idle()
-    assert not any((Path("/dev/shm") / f"bascule-{os.getuid()}" / "v1").glob("??/*")), "memory is given back"
+    assert host_tier_is_given_back()
 
 
 @pytest.fixture(scope="module")
