@@ -60,8 +60,11 @@ class MessageSocket:
         self._apply: Apply | None = None
         self._looking = False
         """A look at the socket is due in the loop's next turn."""
-        self._overfull = True
-        """The latest message was one too many, or none was ever taken: whoever connects tells why."""
+        self._overfull = False
+        """The latest message was one too many."""
+        self._taken = 0
+        """Messages so far: before that many, none can be too many, but a connection may be refused, which who connects
+        tells."""
 
     def bind(self, address: str) -> str:
         """Listen; returns the address, with the port that was chosen. Raises zmq.ZMQError."""
@@ -84,13 +87,14 @@ class MessageSocket:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             log.debug("a message was not sent: %s", error)
-            if isinstance(error, zmq.Again) and not self._overfull:
+            if isinstance(error, zmq.Again) and self._taken >= MOST_WAITING and not self._overfull:
                 self._overfull = True
                 log.warning("%d messages wait for a process that does not read; further ones are lost", MOST_WAITING)
             if on_failure is not None:
                 self._loop.call_soon(on_failure)
         else:
             self._overfull = False
+            self._taken += 1
             self._look_later()
 
     async def deliver(self, apply: Apply) -> None:

@@ -65,6 +65,16 @@ def test_doctor_and_serve_refuse_a_machine_with_the_same_line(tmp_path: Path) ->
     assert serve.stderr.splitlines()[-1] == f"bascule: {worker_line}"
 
 
+def test_who_has_read_enough_of_what_is_said_sees_no_traceback() -> None:
+    command = [*OURS, "doctor", "smollm2", "--engine", "mock", "--json", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(START_S) == 1
+    assert said == ""
+
+
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
     path = tmp_path / "cluster.key"
@@ -186,6 +196,7 @@ def test_doctor_tells_which_worker_cannot_connect_to_this_host_though_the_router
         assert stack.enter_context(started(cable.far, said, *doctor)).wait(START_S) == 0, said.read_text()
     text = said.read_text()
     assert f"the router connects back to {UNREACHED}" in text
+    assert f"--join {join} --host ADDRESS_OF_ITS_MACHINE --cluster-key-file FILE" in told(log)
     assert "this host connects to the cluster's workers (1 tried)" in text
     assert f"worker mixed cannot connect to this host at {UNREACHED}:" in doubted(text)
     assert "(no answer within 2 s); check --host, and the firewalls between" in doubted(text)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,17 @@ def test_keys_come_from_flags_and_files_or_else_the_environment(
     assert keys.api_keys(HttpConfig(api_key=FIRST, api_key_file=file)) == (FIRST, SECOND)
     assert keys.admin_keys(HttpConfig()) == ()
     assert FIRST not in repr(HttpConfig(api_key=FIRST, admin_key=FIRST))
+    assert keys.key_in_shell(HttpConfig()) == "$BASCULE_API_KEY"
+    assert keys.key_in_shell(HttpConfig(api_key=FIRST)) == "KEY", "it would stand in a log"
+    (spaced := tmp_path / "my keys").write_text(f"{SECOND}\n{FIRST}\n")
+    said = subprocess.run(
+        ["bash", "-c", f'echo -n "{keys.key_in_shell(HttpConfig(api_key_file=spaced))}"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    )
+    assert said.stdout == SECOND
 
 
 @pytest.mark.parametrize("given", ["", "short", "with space-in-it", "good-enough,", "ümläute-drin"])

@@ -81,8 +81,8 @@ def test_a_refusal_names_all_that_differs_and_what_else_would_do() -> None:
         join(here, CARD)
     assert str(refused.value) == (
         "worker second (mock) differs from this cluster's workers (mock): dtype float32 instead of uint8, block size "
-        "32 instead of 16; start all workers with the same --engine and --dtype, --block-size, or let other weights "
-        "take over with bascule admin reload"
+        "32 instead of 16; start all workers with the same --engine and --dtype, --block-size, or let workers like "
+        "this one take over with bascule admin reload"
     )
     with pytest.raises(RegistrationRefused) as refused:
         join(replace(CARD, context=7), CARD)
@@ -128,7 +128,7 @@ def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told
         fine = replace(fine, from_workers={near.worker: ""})
         good = found_at(fine, monkeypatch, "mine")
         bad = found_at(replace(fine, members=(near, far)), monkeypatch, "near")
-        silent = found_at(replace(fine, from_workers={}), monkeypatch)
+        silent = found_at(replace(fine, from_workers={}), monkeypatch, "near")
         shut = found_at(replace(fine, from_workers={near.worker: f"{nobody} (no answer)"}), monkeypatch)
         older = found_at(replace(fine, from_workers=None), monkeypatch)
     assert good[Level.DOUBT] == good[Level.WRONG] == []
@@ -137,7 +137,10 @@ def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told
     there = "the cluster's workers connect to this host (1 tried)"
     assert [there in found[Level.OK] for found in (good, silent, shut, older)] == [True, False, False, False]
     assert older[Level.DOUBT] == []
-    [[unheard], [refused]] = silent[Level.DOUBT], shut[Level.DOUBT]
+    [[unheard, replaced], [refused]] = silent[Level.DOUBT], shut[Level.DOUBT]
+    assert replaced.startswith(
+        "worker near of the cluster does not answer; a worker of that name takes its place; give"
+    )
     assert unheard.startswith("worker near did not tell in time whether it connects to this host; see in its log")
     assert refused.startswith(f"worker near cannot connect to this host at {nobody} (no answer); check --host, and")
     [doubt, untold], [wrong] = bad[Level.DOUBT], bad[Level.WRONG]

@@ -131,3 +131,5 @@ def test_workers_that_are_listed_have_a_device_each(doctor: Run, smollm2: Path) 
 def test_a_name_is_for_a_worker_that_joins(doctor: Run) -> None:
     code, _, error = doctor("--id=decode-0")
     assert code == 2 and "--id decode-0 is for a worker that joins a router; give --join" in error
+    code, _, error = doctor("--id=a b", "--join=tcp://127.0.0.1:1")
+    assert code == 2 and "--id 'a b': use 1 to 64 letters, digits, dots, dashes or underscores" in error

@@ -259,7 +259,7 @@ async def test_workers_with_other_weights_are_not_introduced_to_those_before() -
 @scenario
 async def test_a_router_without_workers_says_that_there_is_nothing_to_reload() -> None:
     rig = Rig()
-    with pytest.raises(Conflict, match="no worker"):
+    with pytest.raises(Conflict, match="No worker has joined yet"):
         rig.operations.reload()
     assert rig.operations.reload_status().state == "none"
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import pytest
 import zmq
 
 from bascule.sockets import MOST_WAITING, MessageSocket
@@ -104,7 +105,9 @@ def test_a_message_to_nobody_is_reported_later() -> None:
     run(work)
 
 
-def test_more_messages_than_may_wait_for_an_end_that_is_away_are_reported_and_not_kept() -> None:
+def test_more_messages_than_may_wait_for_an_end_that_is_away_are_reported_and_not_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def work() -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         peer = MessageSocket(context, zmq.DEALER, linger_ms=0)
@@ -120,6 +123,27 @@ def test_more_messages_than_may_wait_for_an_end_that_is_away_are_reported_and_no
             context.destroy(linger=0)
 
     run(work)
+    [record] = caplog.records
+    assert f"{MOST_WAITING} messages wait for a process that does not read" in record.message
+
+
+def test_a_connection_that_is_gone_after_a_few_messages_is_not_called_full(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        peer = MessageSocket(context, zmq.DEALER, linger_ms=0)
+        failures: list[str] = []
+        try:
+            peer.connect("tcp://127.0.0.1:9")
+            peer.post([b"message"], partial(failures.append, "first"))
+            peer._socket.disconnect("tcp://127.0.0.1:9")
+            peer.post([b"message"], partial(failures.append, "second"))
+            await until(lambda: failures == ["second"])
+        finally:
+            peer.close()
+            context.destroy(linger=0)
+
+    run(work)
+    assert caplog.records == []
 
 
 def test_a_message_that_cannot_be_applied_does_not_end_the_conversation() -> None:

@@ -61,9 +61,8 @@ def let_go(error: BaseException) -> None:
 
 def unknown_path(path: str) -> Response:
     """The answer where nothing is served at `path`."""
-    return error_response(
-        NotFound(f"There is nothing at {path}; see GET /v1/models for what is served.", code="unknown_url")
-    )
+    where = "GET /v1/models says what is served; paths of /admin/ are on the admin API's own port"
+    return error_response(NotFound(f"There is nothing at {path} here; {where}.", code="unknown_url"))
 
 
 def wrong_method(method: str, path: str, allowed: str) -> Response:

@@ -31,7 +31,7 @@ from bascule.cli.keys import admin_keys, api_keys, cluster_key_of, doubts, tls_o
 from bascule.cli.outside import of_servers
 from bascule.cli.report import JsonTarget, write_json
 from bascule.cli.serve import plan_workers
-from bascule.cli.worker import Flat
+from bascule.cli.worker import Flat, check_id
 from bascule.config import (
     AttachConfig,
     EngineConfig,
@@ -103,6 +103,8 @@ def doctor(
         raise ConfigError(f"--workers {workers} must be 1 or more")
     if id is not None and join is None:
         raise ConfigError(f"--id {id} is for a worker that joins a router; give --join, or leave it out")
+    if id is not None:
+        check_id(id)
     logging.disable(logging.CRITICAL)  # all there is to say is in the findings
     settings = (model_config, engine_config, handoff_config, store_config)
     loaded, said = _looked_up(model)

@@ -19,7 +19,7 @@ from bascule.api.context import Context
 from bascule.api.server import HttpServer
 from bascule.api.tokens import ModelTokenizer
 from bascule.cli import servers
-from bascule.cli.keys import API_KEY, admin_keys, api_keys, doubts, tls_of
+from bascule.cli.keys import admin_keys, api_keys, doubts, key_in_shell, tls_of
 from bascule.clock import WallClock
 from bascule.config import AttachConfig, HttpConfig, RoutingConfig, SloConfig
 from bascule.errors import ConfigError
@@ -121,7 +121,7 @@ class Frontend:
     def asking(self, url: str) -> str:
         """The words of a curl command line that asks the API: with its certificate and a key, where it has them."""
         certificate = f" --cacert {self._http.ssl_certfile}" if self._tls is not None else ""
-        key = f' -H "Authorization: Bearer ${API_KEY}"' if self._api_keys else ""
+        key = f' -H "Authorization: Bearer {key_in_shell(self._http)}"' if self._api_keys else ""
         return f"curl{certificate} {url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
 
     async def drain(self, say: Callable[[str], None]) -> None:

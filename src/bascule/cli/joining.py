@@ -67,9 +67,7 @@ async def joining(
         *_reached(answer),
     ]
     if name is not None:
-        taken = any(member.worker == name for member in answer.members)
-        what = f"the name {name} is {'taken by another in the cluster' if taken else 'free'}"
-        findings.append(found(not taken, what, "give another with --id, or stop that one first"))
+        findings.append(_named(name, answer))
     if card is None:
         return findings
     if card.tokenizer and answer.tokenizer:
@@ -124,6 +122,17 @@ def _reached(answer: Probed) -> list[Finding]:
     return findings
 
 
+def _named(name: str, answer: Probed) -> Finding:
+    """Whether a worker may be called so: one that is silent loses its name to the next."""
+    if all(member.worker != name for member in answer.members):
+        return Finding(Level.OK, f"the name {name} is free")
+    if answer.from_workers is None or name in answer.from_workers:
+        mend = "give another with --id, or stop that one first"
+        return Finding(Level.WRONG, f"the name {name} is taken by another in the cluster", mend)
+    what = f"worker {name} of the cluster does not answer; a worker of that name takes its place"
+    return Finding(Level.DOUBT, what, "give another with --id if that one is to stay")
+
+
 def compared(here: ModelCard, there: ModelCard) -> list[Finding]:
     """One for each difference from the cluster's workers for which a worker is refused; a good one without any."""
     same = "model, dtype, block size, context and codecs are those of the cluster's workers"
@@ -165,7 +174,7 @@ async def _ask(join: str, key: ClusterKey | None, probe: Probe) -> Probed | Find
             return answered.result()
         if refused.done():
             return Finding(Level.WRONG, str(refused.exception()))
-        mend = "is it a router of this release, with its address in --bind?"
+        mend = "is it a router of this release that does not hang, with its address in --bind?"
         return Finding(Level.WRONG, f"what listens at {join} does not answer as a router", mend)
     finally:
         for task in (reading, refused):

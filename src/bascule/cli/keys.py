@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import ssl
 import stat
 from collections.abc import Iterator
@@ -52,6 +53,13 @@ def api_keys(http: HttpConfig) -> tuple[str, ...]:
 def admin_keys(http: HttpConfig) -> tuple[str, ...]:
     """Likewise of the admin API."""
     return tuple(_keys("admin-key", http.admin_key, http.admin_key_file, ADMIN_KEY))
+
+
+def key_in_shell(http: HttpConfig) -> str:
+    """One of the API's keys, as a shell finds it where this server did; one given as a flag is not repeated."""
+    if http.api_key is not None:
+        return "KEY"
+    return f"${API_KEY}" if http.api_key_file is None else f"$(head -n 1 {shlex.quote(str(http.api_key_file))})"
 
 
 def _keys(name: str, given: str | None, file: Path | None, variable: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -75,11 +76,17 @@ _STRUCTS = {
 def main() -> None:
     """Run the command line; exit code 2 means wrong use or a setting that cannot work."""
     try:
-        app(with_config_file(sys.argv[1:]))
+        try:
+            app(with_config_file(sys.argv[1:]))
+        finally:
+            sys.stdout.flush()
     except (ConfigError, ModelError) as error:
         _fail(error, 2)
     except BasculeError as error:
         _fail(error, 1)
+    except BrokenPipeError:  # whoever reads what we say has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def with_config_file(arguments: list[str]) -> list[str]:

@@ -75,10 +75,13 @@ async def _run(
     try:
         url, admin_url = await front.serve_http()
         console.print(f"API at {url}, admin API at {admin_url}", highlight=False)
-        with_key = " --cluster-key-file FILE" if key is not None else ""
+        flags = "" if stays_here(bind) else " --host ADDRESS_OF_ITS_MACHINE"
+        flags += " --cluster-key-file FILE" if key is not None else ""
+        join = front.link.address.replace("//0.0.0.0:", "//ADDRESS_OF_THIS_MACHINE:")
         console.print(
-            f"start workers with: bascule worker {model} --join {front.link.address}{with_key} --id NAME --role ROLE",
+            f"start workers with: bascule worker {model} --join {join}{flags} --id NAME --role ROLE",
             highlight=False,
+            soft_wrap=True,
         )
         while not front.service.ready and not front.stop_asked.is_set():
             await first_of(running, front.stop_asked, timeout=0.1)

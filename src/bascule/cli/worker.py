@@ -35,6 +35,12 @@ log = logging.getLogger(__name__)
 Flat = Parameter(name="*")
 
 
+def check_id(id: str) -> None:
+    """Raises ConfigError for what a worker may not be called."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id):
+        raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
+
+
 def worker(
     model: str = "smollm2",
     /,
@@ -79,8 +85,7 @@ def worker(
         TOML file with the same keys as these flags.
     """
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {id} %(levelname)s %(message)s")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id):
-        raise ConfigError(f"--id {id!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
+    check_id(id)
     check_address("--join", join)
     key = cluster_key_of(security_config)
     for what, stays in ((f"--host {host}", is_loopback(host)), (f"--join {join}", stays_here(join))):

@@ -65,7 +65,10 @@ class Reload:
             )
         members = self._own()
         if not members and not self._view.weights.fingerprint:
-            raise Conflict("There is no worker to reload; an attached server is yours to start anew.", code="no_worker")
+            raise Conflict(
+                "No worker has joined yet that could be reloaded; an attached server is yours to start anew.",
+                code="no_worker",
+            )
         self._workers = [(member.id, member.epoch) for member in members]
         self._before = frozenset(self._names)
         self._asked, self._gone_at, self._failure = 0, None, ""

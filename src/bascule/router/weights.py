@@ -44,7 +44,7 @@ def _require_same_model(card: ModelCard, offer: Register) -> None:
     what = ", ".join(f"{one.what} {one.here} instead of {one.there}" for one in found)
     mend = f"start all workers with the same {', '.join(dict.fromkeys(one.same for one in found))}"
     if _same_prompts(card, offer.card):
-        mend += ", or let other weights take over with bascule admin reload"
+        mend += ", or let workers like this one take over with bascule admin reload"
     raise RegistrationRefused(
         f"worker {offer.worker} ({offer.card.name}) differs from this cluster's workers ({card.name}): {what}; {mend}"
     )
