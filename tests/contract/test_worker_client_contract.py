@@ -76,8 +76,8 @@ class Rig:
     async def rest(self) -> None:
         """Until nothing runs, by the second heartbeat from now on: the last one may be from before anything ran."""
         [member] = self.recorder.view.members.values()
-        seen = member.beats
-        await self.until(lambda: member.beats >= seen + 2 and self.running == 0)
+        seen = member.pulse.beats
+        await self.until(lambda: member.pulse.beats >= seen + 2 and self.running == 0)
 
     async def run(self, sampling: SamplingParams, generated: tuple[int, ...] = ()) -> list[TokenItem]:
         """One submission; its items once it has ended."""

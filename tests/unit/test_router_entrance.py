@@ -18,6 +18,7 @@ from bascule.errors import RegistrationRefused
 from bascule.link_wire import Reached, TryReach
 from bascule.router import entrance as door
 from bascule.router.entrance import Entrance
+from bascule.router.pulse import HEARTBEAT_S
 from bascule.router.skew import ClockSkew, skewed
 from bascule.router.view import ClusterView
 from bascule.types import Epoch, WorkerId, WorkerLoad
@@ -198,11 +199,32 @@ def test_a_clock_that_is_off_and_a_peer_out_of_reach_are_told_once(caplog: pytes
     load = WorkerLoad(unreachable={WorkerId("b"): "tcp://10.0.0.9:1 (no answer within 2 s)"})
     for _ in range(8):
         bench.hear(Heartbeat(WorkerId("a"), Epoch("a-1"), load, clock=990.0))
+        bench.clock.advance(HEARTBEAT_S)
     [status] = bench.view.statuses()
     assert status.clock_skew_s == 10.0
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert "worker a cannot connect to worker b at tcp://10.0.0.9:1" in warnings[0] and "10.0 s behind" in warnings[1]
+
+
+def test_heartbeats_from_while_the_router_stood_still_are_no_measure_of_a_clock(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench("a")
+    bench.membership._wall = lambda: 1000.0 + bench.clock.now()
+
+    def beat(late_s: float) -> None:
+        sent = bench.membership._wall() - late_s
+        bench.hear(Heartbeat(WorkerId("a"), Epoch("a-1"), WorkerLoad(), clock=sent))
+
+    for _ in range(4):
+        bench.clock.advance(HEARTBEAT_S)
+        beat(0.01)
+    bench.clock.advance(30.0)
+    for number in range(60):
+        beat(30.0 - number * HEARTBEAT_S)
+    [status] = bench.view.statuses()
+    assert status.clock_skew_s == 0.01 and "clock" not in caplog.text
 
 
 def test_another_release_is_told_of_and_taken_in(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from test_router_service import Bench, collect, item, scenario, settle
 from bascule.errors import WorkerFailure
 from bascule.policies.retry import MOST_FAILURES, MOST_TRIES, Budget, rest_s
 from bascule.router.flight import Flight
+from bascule.router.pulse import HEARTBEAT_S
 from bascule.router.retries import UNNAMED_BEATS
 from bascule.types import Epoch, FinishReason, RequestId, Role, WorkerId, WorkerLoad
 from bascule.wire import Failed
@@ -52,7 +53,9 @@ class Rig(Bench):
         )
         return worker
 
-    def beat(self, worker: str, *runs: tuple[str, int]) -> None:
+    def beat(self, worker: str, *runs: tuple[str, int], after_s: float = HEARTBEAT_S) -> None:
+        """A heartbeat comes, so long after what was before."""
+        self.clock.advance(after_s)
         named = tuple((RequestId(name), attempt) for name, attempt in runs)
         member = self.service.view.members[WorkerId(worker)]
         self.service.view.heartbeat(member, WorkerLoad(), self.clock.now(), named)
@@ -213,6 +216,24 @@ async def test_an_end_that_was_lost_on_the_way_is_noticed_by_what_the_worker_sti
     assert attempt == 1 and rig.clients[other].submitted[-1].generated == (7,)
     rig.tokens(other, item(1, 8, attempt=1, finish=LAST))
     assert await collect(flight) == [7, 8] and rig.service.state().retries == {"unheard": 1}
+
+
+@scenario
+async def test_heartbeats_from_while_the_router_stood_still_do_not_show_that_a_later_submission_was_lost() -> None:
+    rig = Rig()
+    starting = await rig.begin()
+    lost, _ = rig.where()
+    rig.lose(lost)
+    worker, attempt = rig.where()
+    assert worker != lost and attempt == 1
+    for _ in range(5 * UNNAMED_BEATS):
+        rig.beat(worker, after_s=0.01)
+    for _ in range(UNNAMED_BEATS - 2):
+        rig.beat(worker)
+    assert rig.where() == (worker, 1)
+    rig.beat(worker, ("r", 1))
+    assert rig.where() == (worker, 1) and rig.service.state().retries == {"lost": 1}
+    await drop(starting)
 
 
 @scenario

@@ -18,6 +18,7 @@ from bascule.router.entrance import Entrance, neighbour
 from bascule.router.link import RouterLink
 from bascule.router.link_probes import LinkProbes
 from bascule.router.operations import MemberOperations
+from bascule.router.pulse import HEARTBEAT_S
 from bascule.router.service import Service
 from bascule.router.silence import Silence
 from bascule.router.skew import skewed
@@ -48,7 +49,6 @@ from bascule.wire import (
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.5
 TICK_S = 0.1
 STOOD_STILL_S = 0.5
 """A tick later than this means that this process was paused, and heartbeats wait unread."""
@@ -273,7 +273,6 @@ class Membership:
 
     def _beat(self, member: Member, message: Heartbeat) -> None:
         was_suspect = member.suspect
-        self._compare_clocks(member, message.clock)
         for peer, why in message.load.unreachable.items():
             if peer not in member.load.unreachable:
                 log.warning(
@@ -285,7 +284,8 @@ class Membership:
                     peer,
                 )
         self._service.tallies.heard(member, message.load)
-        self._view.heartbeat(member, message.load, self._clock.now(), message.runs)
+        if self._view.heartbeat(member, message.load, self._clock.now(), message.runs):
+            self._compare_clocks(member, message.clock)
         if was_suspect:
             log.warning("worker %s is back", member.id)
         member.kv.claims(message.kv_sequence, message.kv_digest)

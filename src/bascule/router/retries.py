@@ -105,5 +105,5 @@ class Retries:
             if member.runs is None or attempt in member.runs:
                 flight.unnamed.clear()
                 return ""
-        beats = [member.beats - flight.unnamed.setdefault(member.id, member.beats) for member in members]
+        beats = [one.pulse.beats - flight.unnamed.setdefault(one.id, one.pulse.beats) for one in members]
         return "no worker has it any more: a message was lost" if min(beats, default=0) >= UNNAMED_BEATS else ""

@@ -19,7 +19,7 @@ class Tallies:
     def heard(self, member: Member, load: WorkerLoad) -> None:
         """A heartbeat that the view does not know yet. The first one's counts are of the time before this router took
         the worker in: they are where it begins."""
-        before = member.load if member.beats else load
+        before = member.load if member.pulse.beats else load
         self._totals.grew(before, load, remote=self._view.stores.speaks_for(member.row, Tier.REMOTE))
 
     def totals(self) -> dict[Key, float]:

@@ -22,6 +22,7 @@ from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
 from bascule.router.link_costs import LinkCosts
+from bascule.router.pulse import Pulse
 from bascule.router.skew import ClockSkew
 from bascule.router.stores import Stores
 from bascule.router.weights import Weights
@@ -57,6 +58,7 @@ class Member:
     kv: KvFeed
     since: float = 0.0
     """When it joined (the clock's seconds)."""
+    pulse: Pulse = field(default_factory=Pulse)
     skew: ClockSkew = field(default_factory=ClockSkew)
     load: WorkerLoad = field(default_factory=WorkerLoad)
     suspect: bool = False
@@ -73,8 +75,6 @@ class Member:
     """When it was last left alone for that."""
     runs: frozenset[tuple[RequestId, int]] | None = None
     """Requests and attempts that it had when it last sent a heartbeat; None where it does not say."""
-    beats: int = 0
-    """Heartbeats that have come."""
     draining: bool = False
     """It gets nothing new; what it has may end there."""
     drained: bool = False
@@ -190,20 +190,22 @@ class ClusterView:
 
     def heartbeat(
         self, member: Member, load: WorkerLoad, now: float, runs: tuple[tuple[RequestId, int], ...] | None = None
-    ) -> None:
+    ) -> bool:
+        """What a worker says of itself; returns whether the heartbeat counts (see `Pulse`)."""
         self.links.told(member.id, member.load.links, load.links)
         if load.unreachable or member.load.unreachable:
             rows = (self.members[peer].row for peer in load.unreachable if peer in self.members)
             self.columns.reaches(member.row, frozenset(rows))
         member.load = load
         member.last_seen = now
-        member.runs, member.beats = None if runs is None else frozenset(runs), member.beats + 1
+        member.runs = None if runs is None else frozenset(runs)
         self._suspect(member, False)
         if load.step is not None:
             self.columns.report(member.row, load.step)
         if load.cost is not None:
             self.columns.cost.put(member.row, load.cost)
         self.stores.measured(member.row, {tier: store.cost for tier, store in load.stores.items() if store.cost})
+        return member.pulse.beat(now)
 
     def stepped(self, member: Member, load: StepLoad, now: float) -> None:
         """What a worker has before it after a step."""

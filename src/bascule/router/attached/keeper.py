@@ -17,7 +17,8 @@ from bascule.errors import RegistrationRefused
 from bascule.router.attached.client import AttachedClient, Served
 from bascule.router.attached.exchange import Trouble, short
 from bascule.router.attached.probe import OurModel, Refused, beat, probe
-from bascule.router.membership import HEARTBEAT_S, Membership
+from bascule.router.membership import Membership
+from bascule.router.pulse import HEARTBEAT_S
 from bascule.router.view import Member
 from bascule.types import CostModel, Epoch, KVLayout, ModelCard, Role, WorkerId, WorkerLoad
 from bascule.wire import VERSION, Heartbeat, PeerAddress, Register, WorkerMessage
