@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 
@@ -15,26 +18,30 @@ from bascule.wire import OtherVersion, RegistrationRefusal, RouterMessage, Worke
 
 Handler = Callable[[Epoch, WorkerMessage], None]
 
+_IPC = "ipc://"
+
 
 class RouterLink:
     """Receives worker messages and hands them to a handler, in order; sends without waiting."""
 
     def __init__(self, bind: str, key: ClusterKey | None = None) -> None:
-        """Listen at `bind` (`tcp://host:port`, port * for a free one) for those with `key`.
+        """Listen at `bind` (`tcp://host:port`, port * for a free one; `ipc://path`) for those with `key`.
 
-        Raises ConfigError when that is not possible.
+        Raises ConfigError when that is not possible, or another listens there.
         """
         self._context = zmq.Context()
         self._door = Doorkeeper(self._context, key)
         self._socket = MessageSocket(self._context, zmq.ROUTER, linger_ms=200, key=key)
         self._door.watch(self._socket, "the socket for workers")
         try:
+            if bind.startswith(_IPC) and _taken(Path(bind.removeprefix(_IPC))):
+                raise zmq.ZMQError(errno.EADDRINUSE)
             self.address = self._socket.bind(bind)
         except zmq.ZMQError as error:
             self._door.close()
             self._context.destroy(linger=0)
             raise ConfigError(
-                f"cannot listen for workers at {bind}: {error.strerror}; choose another address"
+                f"cannot listen for workers at {bind}: {zmq.strerror(error.errno or 0).lower()}; choose another address"
             ) from error
 
     def send(self, epoch: Epoch, message: RouterMessage, on_failure: Callable[[], None] | None = None) -> None:
@@ -61,3 +68,18 @@ class RouterLink:
         self._socket.close()
         self._door.close()
         self._context.destroy(linger=200)
+
+
+def _taken(path: Path) -> bool:
+    """Whether something is at `path`, other than a socket that nobody listens at; zmq would replace whatever it is."""
+    if not path.is_socket():
+        return path.exists()
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.setblocking(False)
+        try:
+            caller.connect(str(path))
+        except BlockingIOError:
+            return True  # as many others wait there as may
+        except OSError:
+            return False
+    return True
