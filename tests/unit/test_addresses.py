@@ -11,7 +11,7 @@ from cli_rig import runner
 from bascule.addresses import check_address
 from bascule.errors import ConfigError
 
-EVERYWHERE = ["tcp://127.0.0.1:1", "tcp://localhost:65535", "tcp://[::1]:8100", "tcp://node_1.lan:8100", "ipc:///tmp/x"]
+EVERYWHERE = ["tcp://127.0.0.1:1", "tcp://localhost:65535", "tcp://node_1.lan:8100", "ipc:///tmp/x"]
 TO_LISTEN = ["tcp://*:8100", "tcp://127.0.0.1:*", "tcp://127.0.0.1:0", "tcp://*:*"]
 NOWHERE = [
     "tcp://127.0.0.1:99999",
@@ -24,6 +24,8 @@ NOWHERE = [
     "tcp://127.0.0.1",
     "tcp://:8100",
     "tcp://::1",
+    "tcp://[]:8100",
+    "tcp://[::1:8100",
     "127.0.0.1:18100",
     "http://127.0.0.1:8100",
     "tcp://127.0.0.1: 8100",
@@ -57,6 +59,42 @@ def test_what_is_no_address_is_refused_with_one(given: str) -> None:
         with pytest.raises(ConfigError) as caught:
             check_address("--bind", given, listens=listens)
         assert f"--bind {given!r} is no address; write for example tcp://127.0.0.1:8100" in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[2001:db8::1]", "[fe80::1%eth0]"])
+def test_an_ipv6_address_is_refused_as_what_it_is(host: str) -> None:
+    for given in (f"tcp://{host}:8100", f"tcp://{host}:*", f"tcp://{host}:0"):
+        with pytest.raises(ConfigError, match="over IPv4 only; give an IPv4 address or a name that has one") as caught:
+            check_address("--bind", given, listens=True)
+        assert str(caught.value).startswith(f"--bind {given}: ")
+
+
+@pytest.mark.usefixtures("logs_again")
+@pytest.mark.parametrize(
+    ("command", "flags", "named"),
+    [
+        ("router", ["--bind=tcp://[::1]:0"], "--bind tcp://[::1]:0"),
+        ("worker", ["--join=tcp://[::1]:8100"], "--join tcp://[::1]:8100"),
+        ("worker", ["--join=tcp://127.0.0.1:8100", "--host=::1"], "--host ::1"),
+        ("worker", ["--join=tcp://127.0.0.1:8100", "--host=[::1]"], "--host [::1]"),
+        ("doctor", ["--join=tcp://[::1]:8100"], "--join tcp://[::1]:8100"),
+        ("doctor", ["--join=tcp://127.0.0.1:8100", "--host=::1"], "--host ::1"),
+    ],
+)
+def test_each_command_refuses_ipv6_in_the_same_words(
+    command: str, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starts(*_: object) -> None:
+        raise AssertionError("it starts")
+
+    monkeypatch.setattr("bascule.cli.worker.run", starts)
+    monkeypatch.setattr("bascule.cli.router._run", starts)
+    monkeypatch.setattr("bascule.cli.doctor.joining", starts)
+    name = ["--id=w"] if command == "worker" else []
+    code, out, error = runner(monkeypatch, capsys, command)("nowhere", *flags, *name)
+    assert code == (1 if command == "doctor" else 2)
+    line = f"{named}: router and workers talk over IPv4 only; give an IPv4 address or a name that has one"
+    assert line in " ".join((out + error).split())
 
 
 @pytest.mark.usefixtures("logs_again")

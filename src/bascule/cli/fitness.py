@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 from msgspec import Struct
 
+from bascule.addresses import check_ipv4
 from bascule.config import (
     AttachConfig,
     EngineConfig,
@@ -204,6 +205,7 @@ def check_advertised(host: str) -> None:
             f"--host {host} is no address that peers can connect to; give the one of this machine that they "
             "reach, such as 10.0.0.2"
         )
+    check_ipv4(f"--host {host}", host)
 
 
 def _check_handoff(routing: RoutingConfig, handoff: HandoffConfig, store: StoreConfig) -> None:
