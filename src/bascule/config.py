@@ -136,6 +136,8 @@ class StoreConfig:
 
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 1e6
 """Beyond these, a bound is a slip of the pen."""
+LEAST_SUSPECT_S = 1.0
+"""Two heartbeats: one that is late is no sign of anything."""
 MOST_TIMEOUT_S = 3600.0
 """What a request may ask for, unless its server's own time limit is longer: whatever waits for it has an end."""
 
@@ -210,7 +212,7 @@ class RoutingConfig:
     decision_log: Path | None = None
     """File to which each request's decision and outcome is appended, a line of JSON each."""
     suspect_after: float = 3.0
-    """Seconds without a heartbeat after which a worker gets no new requests."""
+    """Seconds without a heartbeat after which a worker gets no new requests, 1 or more."""
     dead_after: float = 10.0
     """Seconds without a heartbeat after which a worker's requests go elsewhere, for good."""
     check_reach: bool = True
@@ -221,7 +223,8 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         _require(self.queue_limit >= 0, "queue_limit", self.queue_limit, "0 or more")
         _require(self.request_timeout > 0, "request_timeout", self.request_timeout, "positive")
-        _require(self.suspect_after > 0, "suspect_after", self.suspect_after, "positive")
+        beats = f"{LEAST_SUSPECT_S:g} second or more, as workers send a heartbeat every half second"
+        _require(self.suspect_after >= LEAST_SUSPECT_S, "suspect_after", self.suspect_after, beats)
         _require(self.dead_after > self.suspect_after, "dead_after", self.dead_after, "longer than suspect-after")
 
 

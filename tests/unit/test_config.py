@@ -9,6 +9,7 @@ import pytest
 from bascule.cli.main import with_config_file
 from bascule.cli.worker import flags_of
 from bascule.config import (
+    LEAST_SUSPECT_S,
     AttachConfig,
     EngineConfig,
     HandoffConfig,
@@ -20,6 +21,7 @@ from bascule.config import (
     read_config_file,
 )
 from bascule.errors import ConfigError
+from bascule.router.membership import HEARTBEAT_S
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,14 @@ def test_a_value_out_of_range_is_refused_with_its_flag_named() -> None:
         HandoffConfig(transfer="shm", transfer_codec="int8")
     with pytest.raises(ConfigError, match="dead-after"):
         RoutingConfig(suspect_after=5, dead_after=5)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.2, 0.99, float("nan")])
+def test_workers_are_not_given_up_between_two_heartbeats(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"suspect-after is .*, but must be 1 second or more, as workers"):
+        RoutingConfig(suspect_after=seconds, dead_after=2.0)
+    assert LEAST_SUSPECT_S >= 2 * HEARTBEAT_S
+    assert RoutingConfig(suspect_after=LEAST_SUSPECT_S, dead_after=2.0).suspect_after == LEAST_SUSPECT_S
 
 
 def test_an_unknown_key_of_a_config_file_names_the_nearest_known_one(tmp_path: Path) -> None:
