@@ -146,11 +146,12 @@ def test_with_a_cluster_key_an_attached_server_on_another_machine_needs_tls() ->
     assert clear(attach="https://192.0.2.1:8000,http://localhost:8000,http://[::1]:8000") == []
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "0", "0x0", "*", "", "::", "[::]"])
 def test_an_address_that_nobody_can_connect_to_is_not_advertised(host: str) -> None:
-    with pytest.raises(ConfigError, match="no address that peers can connect to; give the one of this machine"):
+    with pytest.raises(ConfigError, match="no address that peers can connect to; give the one of this machine") as told:
         check_advertised(host)
-    for fine in ("127.0.0.1", "10.0.0.2", "gpu1"):
+    assert str(told.value).startswith("--host " + (host or "''"))
+    for fine in ("127.0.0.1", "10.0.0.2", "gpu1", "eth0"):
         check_advertised(fine)
 
 

@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
@@ -196,14 +197,16 @@ def of_clear(
 
 def check_advertised(host: str) -> None:
     """Raises ConfigError where `--host` of a worker is no address that a peer could connect to."""
+    bare = host.strip("[]")
     try:
-        everywhere = ipaddress.ip_address(host.strip("[]")).is_unspecified
-    except ValueError:
-        return
+        numeric = socket.getaddrinfo(bare, None, flags=socket.AI_NUMERICHOST)[0][4][0]
+        everywhere = ipaddress.ip_address(numeric).is_unspecified
+    except (OSError, ValueError):
+        everywhere = bare in ("", "*")
     if everywhere:
         raise ConfigError(
-            f"--host {host} is no address that peers can connect to; give the one of this machine that they "
-            "reach, such as 10.0.0.2"
+            f"--host {host or repr(host)} is no address that peers can connect to; give the one of this machine that "
+            "they reach, such as 10.0.0.2"
         )
     check_ipv4(f"--host {host}", host)
 
