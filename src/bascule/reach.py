@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterable
 
 CONNECT_S = 2.0
@@ -34,8 +35,10 @@ async def _why_not(address: str, within_s: float) -> str | None:
         await _connect(address, within_s)
     except TimeoutError:
         return f"no answer within {within_s:g} s"
-    except OSError as error:
-        return os.strerror(error.errno).lower() if error.errno is not None and error.errno > 0 else str(error)
+    except socket.gaierror as error:
+        return str(error.strerror).lower()
+    except OSError as error:  # without a number: each of a name's addresses fails in its own way
+        return os.strerror(error.errno).lower() if error.errno else "none of its addresses answers"
     except (ValueError, OverflowError, UnicodeError):
         return "that is no address"
     return None
