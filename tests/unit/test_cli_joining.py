@@ -130,6 +130,7 @@ def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told
         bad = found_at(replace(fine, members=(near, far)), monkeypatch, "near")
         silent = found_at(replace(fine, from_workers={}), monkeypatch, "near")
         shut = found_at(replace(fine, from_workers={near.worker: f"{nobody} (no answer)"}), monkeypatch)
+        attached = found_at(fine, monkeypatch, "at-0")
         older = found_at(replace(fine, from_workers=None), monkeypatch)
     assert good[Level.DOUBT] == good[Level.WRONG] == []
     assert "this host connects to the cluster's workers (1 tried)" in good[Level.OK]
@@ -137,6 +138,7 @@ def test_workers_that_this_host_does_not_reach_and_a_name_that_is_taken_are_told
     there = "the cluster's workers connect to this host (1 tried)"
     assert [there in found[Level.OK] for found in (good, silent, shut, older)] == [True, False, False, False]
     assert older[Level.DOUBT] == []
+    assert "the name at-0 is taken by another in the cluster" in attached[Level.WRONG][0]
     [[unheard, replaced], [refused]] = silent[Level.DOUBT], shut[Level.DOUBT]
     assert replaced.startswith(
         "worker near of the cluster does not answer; a worker of that name takes its place; give"

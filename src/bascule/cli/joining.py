@@ -14,7 +14,7 @@ from bascule.keys import ClusterKey
 from bascule.reach import CONNECT_S, first_unreachable
 from bascule.router.differences import differences
 from bascule.router.skew import MOST_S, skewed
-from bascule.types import Epoch, ModelCard
+from bascule.types import Epoch, ModelCard, WorkerId
 from bascule.wire import VERSION, Neighbour, Probe, Probed, RouterMessage
 from bascule.worker.link import RouterSocket
 
@@ -99,9 +99,7 @@ async def _reaching(members: Sequence[Neighbour]) -> list[Finding]:
 
 def _reached(answer: Probed) -> list[Finding]:
     """Whether the workers that are there connect to this host."""
-    if (from_workers := answer.from_workers) is None:
-        return []
-    there = [member.worker for member in answer.members if member.addresses][:_MOST_TRIED]
+    from_workers = answer.from_workers or {}
     firewall = "check --host, and the firewalls between; until then no KV comes from there"
     findings = [
         Finding(Level.DOUBT, f"worker {worker} cannot connect to this host at {why}", firewall)
@@ -114,19 +112,26 @@ def _reached(answer: Probed) -> list[Finding]:
             f"worker {worker} did not tell in time whether it connects to this host",
             "see in its log whether it hangs, or is of an earlier release; ask again",
         )
-        for worker in there
-        if worker not in from_workers
+        for worker in _silent(answer)
     ]
     if from_workers and not findings:
         findings.append(Finding(Level.OK, f"the cluster's workers connect to this host ({len(from_workers)} tried)"))
     return findings
 
 
+def _silent(answer: Probed) -> list[WorkerId]:
+    """Workers that were asked to connect to this host, and did not tell in time."""
+    if answer.from_workers is None:
+        return []
+    asked = [member.worker for member in answer.members if member.addresses][:_MOST_TRIED]
+    return [worker for worker in asked if worker not in answer.from_workers]
+
+
 def _named(name: str, answer: Probed) -> Finding:
     """Whether a worker may be called so: one that is silent loses its name to the next."""
     if all(member.worker != name for member in answer.members):
         return Finding(Level.OK, f"the name {name} is free")
-    if answer.from_workers is None or name in answer.from_workers:
+    if name not in _silent(answer):
         mend = "give another with --id, or stop that one first"
         return Finding(Level.WRONG, f"the name {name} is taken by another in the cluster", mend)
     what = f"worker {name} of the cluster does not answer; a worker of that name takes its place"
