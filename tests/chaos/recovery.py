@@ -39,6 +39,8 @@ PROMPT, OUTPUT, OTHERS_OUTPUT = 400, 40, 100
 """Tokens of the request that the fault is done to (and output of the streams beside it)."""
 OTHERS = 4
 _BACK_S = 60.0
+_HEARD_S = 0.1
+"""Until an order has been heard: it must not come behind the request that it is about."""
 SPLIT = ("--policy", "disaggregated", "--prefill", "2", "--decode", "2", "--devices", "cpu:0,cpu:1,cpu:0,cpu:1")
 WHOLE = ("--policy", "replicated", "--mixed", "2", "--devices", "cpu:0,cpu:1")
 
@@ -111,6 +113,7 @@ class Bench:
         ]
         await asyncio.sleep(0.4)
         self._order(case, name)
+        await asyncio.sleep(_HEARD_S)
         asking = asyncio.create_task(self._clients.ask(self._asked(name, OUTPUT)))
         outcome = Outcome(None, [])  # type: ignore[arg-type]
         watching = asyncio.create_task(self._strike(case, name, outcome))
