@@ -149,10 +149,12 @@ class Disk:
                 os.truncate(file, file.stat().st_size // 2)
 
     def _flip(self) -> None:
-        """One bit of each file, at another place each time."""
+        """One bit of each file, at another place each time; of one that was cut to nothing there is none."""
         for file in self._blocks():
             with suppress(FileNotFoundError), file.open("r+b") as damaged:
-                at = self._draw.randrange(file.stat().st_size)
+                if not (size := file.stat().st_size):
+                    continue
+                at = self._draw.randrange(size)
                 damaged.seek(at)
                 [byte] = damaged.read(1)
                 damaged.seek(at)
