@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -13,9 +14,11 @@ from time import monotonic
 import pytest
 from store_rig import PATIENT, ROOM, file_of, files_in, name_of, value_of
 
-from bascule.kv.store.base import Use
+from bascule.errors import ConfigError
+from bascule.kv.store.base import Fault, Use
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.folder import Entry, Folder
+from bascule.kv.store.places import DiskPlace, disk_store
 from support.redis_server import wait_until
 
 A, B = (name_of(number) for number in (1, 2))
@@ -112,3 +115,26 @@ def test_the_protected_stay_where_a_measurement_has_not_seen_what_was_written_si
     for number in range(100, 200):
         assert store.put({name_of(number): value_of(number)}) == 1
     assert store.holds(hot) == [True] * 10
+
+
+def test_a_file_that_is_larger_than_any_block_is_not_read_and_can_be_replaced(tmp_path: Path, stack: ExitStack) -> None:
+    """It may lie in no memory at all: a hole of the disk."""
+    store = stack.enter_context(closing(DirectoryStore(tmp_path, 50 << 30, timeout_s=PATIENT)))
+    store.put({A: b"a"})
+    os.truncate(file_of(tmp_path, 1), (256 << 20) + 1)
+    assert store.get([A]) == store.peek([A]) == [None]
+    assert store.stats().errors == {Fault.BROKEN: 2}
+    assert store.put({A: b"again"}) == 1
+    assert store.get([A]) == [b"again"]
+
+
+@pytest.mark.parametrize("what", ["pipe", "link"])
+def test_a_name_of_the_directory_that_is_no_file_is_told_at_once(tmp_path: Path, what: str) -> None:
+    (tmp_path / "v1").mkdir()
+    name = tmp_path / "v1" / "id"
+    if what == "pipe":
+        os.mkfifo(name)
+    else:
+        name.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"--kv-disk.*v1/id"):
+        disk_store(DiskPlace(tmp_path, 1 << 20))

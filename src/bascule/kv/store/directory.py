@@ -24,6 +24,8 @@ _CLOCK_S = 600.0
 _SILENCE_S = 60.0
 """Between two lines in the log about a tier that fails."""
 _READ_LANES, _WRITE_LANES = 4, 2
+_LARGEST = 256 << 20
+"""Bytes of a block: some dozen of tokens of any model are less, and what is more was put there by somebody else."""
 _STEPS_PER_LANE = 8
 """Fewer are not worth another thread."""
 
@@ -51,7 +53,7 @@ class DirectoryStore:
         """Where our monotonic clock begins, by the file system's."""
         self._zero_due = -math.inf
         self._silent_until = -math.inf
-        self._folder = Folder(directory, capacity)
+        self._folder = Folder(directory, min(capacity, _LARGEST))
         self._folder.prepare()
         self.place = self._folder.identity()
         self._tally = Tally()
@@ -71,7 +73,7 @@ class DirectoryStore:
         deadline = time.monotonic() + self._patience_s
         reserved: dict[BlockHash, Blob] = {}
         for name, data in items.items():
-            if self._keeper.reserve(name.hex(), len(data), deadline):
+            if len(data) <= _LARGEST and self._keeper.reserve(name.hex(), len(data), deadline):
                 reserved[name] = data
             else:
                 self._tally.failed(Fault.FULL)

@@ -99,7 +99,7 @@ class Folder:
             if not os.path.exists(path):
                 self._name(path, name)
             deadline = time.monotonic() + _ID_PATIENCE_S
-            while len(found := Path(path).read_bytes()) < _ID_BYTES:
+            while len(found := _beginning(path, _ID_BYTES)) < _ID_BYTES:
                 if time.monotonic() > deadline:  # whoever began it is gone, or it was damaged
                     with self._trial(name) as trial:
                         os.replace(trial, path)
@@ -297,6 +297,17 @@ def _lock(file: int, patience_s: float) -> bool:
 
 def _entry(name: str, facts: os.stat_result) -> Entry:
     return Entry(name, facts.st_mtime_ns, facts.st_size, again=bool(facts.st_mode & _USED_AGAIN))
+
+
+def _beginning(path: str, size: int) -> bytes:
+    """At most so many bytes of a file; of what is none, a pipe or a link say, nothing is waited for."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, f"{path} is no file", path)
+    file = os.open(path, _READ_FLAGS)
+    try:
+        return _read_all(file, size)
+    finally:
+        os.close(file)
 
 
 def _size(path: str) -> int | None:
