@@ -105,15 +105,21 @@ def test_a_body_behind_an_offer_is_never_a_request(rig: ApiRig, client: socket.s
     assert statuses(all_of(client)) == [400, 404]
 
 
+def asked(rig: ApiRig, client: socket.socket) -> Pause:
+    """A request that is under way, and not answered before what is returned is over."""
+    pause = Pause()
+    rig.backend.script = lambda request: [pause, *says("late", finish=FinishReason.LENGTH)]
+    client.sendall(post())
+    assert rig.backend.started.wait(WAIT)
+    return pause
+
+
 @pytest.mark.parametrize("early", [b"\r\n", b"GET /health HTTP/1.1\r\n"])
 def test_what_comes_early_costs_no_answer(
     early: bytes, rig: ApiRig, client: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client may send an empty line behind its body, or begin its next request, while the answer is made."""
-    pause = Pause()
-    rig.backend.script = lambda request: [pause, *says("late", finish=FinishReason.LENGTH)]
-    client.sendall(post())
-    assert rig.backend.started.wait(WAIT)
+    pause = asked(rig, client)
     monkeypatch.setattr(connection, "HEAD_S", 0.0)
     client.sendall(early)
     rig.wait_for(lambda: served(rig)._head == len(early))
@@ -128,10 +134,7 @@ def test_what_comes_early_costs_no_answer(
 def test_a_head_that_began_early_is_bounded_from_the_end_of_the_answer_on(
     rig: ApiRig, client: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pause = Pause()
-    rig.backend.script = lambda request: [pause, *says("late", finish=FinishReason.LENGTH)]
-    client.sendall(post())
-    assert rig.backend.started.wait(WAIT)
+    pause = asked(rig, client)
     monkeypatch.setattr(connection, "HEAD_S", 0.3)
     client.sendall(b"GET /health HT")
     rig.wait_for(lambda: served(rig)._in_head)
