@@ -27,8 +27,15 @@ def rig() -> Iterator[ApiRig]:
 
 @pytest.fixture
 def client(rig: ApiRig) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
+    """A connection that the server has taken."""
+    with connected(rig) as client:
         yield client
+
+
+def connected(rig: ApiRig) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT)
+    rig.wait_for(lambda: bool(rig.server._server.server_state.connections))
+    return client
 
 
 def post(body: bytes = BODY, extra: bytes = b"") -> bytes:
@@ -49,7 +56,7 @@ def statuses(answer: bytes) -> list[int]:
 
 
 def served(rig: ApiRig) -> connection.Connection:
-    """The server's side of the only connection, once all that was sent has come."""
+    """The server's side of the only connection."""
     (found,) = rig.server._server.server_state.connections
     assert isinstance(found, connection.Connection)
     return found
@@ -158,8 +165,7 @@ def test_a_client_that_takes_a_little_now_and_then_is_not_cut_off(rig: ApiRig, m
 
     monkeypatch.setattr(connection.GatheringTransport, "get_write_buffer_size", taken, raising=False)
     monkeypatch.setattr(connection.Connection, "_check_reading", checked)
-    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
-        rig.wait_for(lambda: bool(rig.server._server.server_state.connections))
+    with connected(rig) as client:
         rig.loop.call_soon_threadsafe(served(rig).pause_writing)
         assert client.recv(1) == b""  # in the end, when nothing is taken any more
     assert looks == sorted(looks, reverse=True) and len(looks) > 20
