@@ -122,6 +122,37 @@ def test_losing_one_of_three_servers_loses_only_its_share(stack: ExitStack) -> N
     assert store.stats().errors[Fault.GONE] == share
 
 
+def test_while_one_of_three_servers_is_gone_the_others_keep_its_share(stack: ExitStack) -> None:
+    processes = [stack.enter_context(redis_process()) for _ in range(3)]
+    store = open_remote(stack, *(process.url for process in processes))
+    values = {name_of(number): value_of(number) for number in range(300)}
+    store.put(values)
+    others = [processes[0].client().dbsize(), processes[2].client().dbsize()]
+    processes[1].stop()
+    lost = [name for name, answer in zip(values, store.get(list(values)), strict=True) if answer is None]
+    assert store.put({name: values[name] for name in lost}) == len(lost)
+    assert store.get(list(values)) == list(values.values())
+    assert all(store.holds(list(values))) and all(store.touch([Use(name, monotonic(), True) for name in values]))
+    now = [processes[0].client().dbsize(), processes[2].client().dbsize()]
+    assert sum(now) == 300 and all(later > before for later, before in zip(now, others, strict=True))
+
+    processes[1].start()
+    wait_until(lambda: store.put({lost[0]: values[lost[0]]}) and processes[1].client().dbsize(), "it to be used again")
+    found = store.get(list(values))
+    assert [answer is None for answer in found].count(True) == len(lost) - 1, "what it keeps is looked for there alone"
+
+
+def test_without_any_server_the_share_of_each_is_skipped(stack: ExitStack) -> None:
+    processes = [stack.enter_context(redis_process()) for _ in range(2)]
+    store = open_remote(stack, *(process.url for process in processes))
+    values = {name_of(number): value_of(number) for number in range(40)}
+    for process in processes:
+        process.stop()
+    assert store.put(values) == 0
+    assert store.get(list(values)) == [None] * 40
+    assert store.stats().errors == {Fault.GONE: 40, Fault.SKIPPED: 40}
+
+
 def test_a_full_server_refuses_and_goes_on_answering(stack: ExitStack) -> None:
     process = stack.enter_context(redis_process("--maxmemory", "4mb", "--maxmemory-policy", "noeviction"))
     store = open_remote(stack, process.url)

@@ -167,11 +167,22 @@ def test_after_a_failure_nothing_is_tried_until_a_probe_succeeds(stage: Stage) -
     assert stage.done == [4]
 
 
+def test_asking_whether_a_gate_is_open_has_the_place_probed(stage: Stage) -> None:
+    assert stage.gate.is_open()
+    stage.gate.finish(stage.begin(stage.fail))
+    assert not stage.gate.is_open()
+    deadline = monotonic() + WAIT
+    while not stage.gate.is_open():
+        assert monotonic() < deadline
+        sleep(0.02)
+    assert stage.probed.is_set()
+
+
 def test_a_closed_gate_takes_nothing(stage: Stage) -> None:
     stage.gate.close()
     stage.gate.close()
     assert stage.gate.start([stage.note(1)]) is None
-    assert stage.gate.closed
+    assert stage.gate.closed and not stage.gate.is_open()
 
 
 def test_probes_are_due_after_pauses_that_double_up_to_a_bound() -> None:

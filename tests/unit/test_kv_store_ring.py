@@ -30,6 +30,13 @@ def test_losing_a_server_loses_only_its_share(lost: str) -> None:
     assert len(moved) == sum(three.owner(name) == lost for name in NAMES)
 
 
+@pytest.mark.parametrize("gone", [THREE[:1], THREE[1:]])
+def test_while_servers_are_gone_their_share_is_that_of_a_ring_without_them(gone: list[str]) -> None:
+    three, rest = Ring(THREE), Ring([server for server in THREE if server not in gone])
+    assert all(three.owner(name, gone) == rest.owner(name) for name in NAMES)
+    assert three.group(NAMES[:500], gone) == rest.group(NAMES[:500])
+
+
 def test_shares_are_about_equal() -> None:
     ring = Ring(THREE)
     shares = Counter(ring.owner(name) for name in NAMES)

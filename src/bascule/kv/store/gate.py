@@ -78,14 +78,22 @@ class Gate:
         with self._lock:
             return self._outstanding > 0
 
+    def is_open(self) -> bool:
+        """Whether a job may begin; while the place is spared, asking has it probed when that is due."""
+        with self._lock:
+            return self._is_open()
+
+    def _is_open(self) -> bool:
+        if self.closed:
+            return False
+        if self._breaker.take_probe() and not _spawn(self._run_probe, f"{self._place} probe"):
+            self._breaker.probed(False)
+        return not self._breaker.open
+
     def start(self, steps: Sequence[Step]) -> Job | None:
         """Begin a job, to be told to `finish`; None if the gate is shut or closed."""
         with self._lock:
-            if self.closed:
-                return None
-            if self._breaker.open:
-                if self._breaker.take_probe() and not _spawn(self._run_probe, f"{self._place} probe"):
-                    self._breaker.probed(False)
+            if not self._is_open():
                 return None
             job = Job(steps, self._clock.now())
             if self.lanes:

@@ -36,8 +36,8 @@ class RemoteStore:
     """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or used.
 
     A call is as many rounds of about 2 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
-    for each round. A server that is gone or hangs costs one such wait; until a probe finds it back, its share are
-    misses. Needs Redis 6.2, or any Valkey.
+    for each round. A server that is gone or hangs costs one such wait, and its share are misses. Until a probe finds it
+    back, the others keep what is written of its share. Needs Redis 6.2, or any Valkey.
     """
 
     tier = Tier.REMOTE
@@ -188,13 +188,18 @@ class RemoteStore:
         """Send each name's command, about `size` bytes with its reply, to its server; count senseless answers."""
         keys = min(_MOST_KEYS, max(1, _ROUND_BYTES // size))
         under_way: list[tuple[Server, Job | None, list[int]]] = []
-        for label, places in self._ring.group(names).items():
+        for label, places in self._ring.group(names, self._gone()).items():
             server = self._servers[label]
             rounds = [places[start : start + keys] for start in range(0, len(places), keys)]
             job = server.gate.start([partial(self._round, server, part, command, take) for part in rounds])
             under_way.append((server, job, [len(part) for part in rounds]))
         for server, job, sizes in under_way:
             self._finish(server, job, sizes)
+
+    def _gone(self) -> list[str]:
+        """The servers that are spared, if there are others."""
+        gone = [label for label, server in self._servers.items() if not server.gate.is_open()]
+        return gone if len(gone) < len(self._servers) else []
 
     def _everywhere(self, work: Callable[[Server], None], servers: Sequence[Server] | None = None) -> list[Server]:
         """Do something on all servers at once; returns those where it was done."""

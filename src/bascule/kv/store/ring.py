@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import xxhash
 
@@ -14,7 +14,10 @@ _VIRTUAL_NODES = 512
 
 
 class Ring:
-    """Points on a circle of 64-bit numbers, `virtual_nodes` for each server; a block belongs to the next point."""
+    """Points on a circle of 64-bit numbers, `virtual_nodes` for each server; a block belongs to the next point.
+
+    Where servers are gone, it belongs to the next point of one that is not: what the others keep stays where it is.
+    """
 
     def __init__(self, servers: Sequence[str], virtual_nodes: int = _VIRTUAL_NODES) -> None:
         """`servers` by the names that they keep for life; raises ValueError if there is none, or two of one name."""
@@ -28,14 +31,16 @@ class Ring:
         self._points = [point for point, _ in points]
         self._servers = [server for _, server in points]
 
-    def owner(self, name: BlockHash) -> str:
-        """The server that keeps the block."""
-        place = bisect(self._points, xxhash.xxh3_64_intdigest(name))
-        return self._servers[place % len(self._servers)]
+    def owner(self, name: BlockHash, gone: Collection[str] = ()) -> str:
+        """The server that keeps the block while those of `gone` do not; at least one has to be left."""
+        place = bisect(self._points, xxhash.xxh3_64_intdigest(name)) % len(self._servers)
+        while (server := self._servers[place]) in gone:
+            place = (place + 1) % len(self._servers)
+        return server
 
-    def group(self, names: Sequence[BlockHash]) -> dict[str, list[int]]:
+    def group(self, names: Sequence[BlockHash], gone: Collection[str] = ()) -> dict[str, list[int]]:
         """For each server that keeps any of `names`, their places in `names`, in order."""
         places: dict[str, list[int]] = {}
         for index, name in enumerate(names):
-            places.setdefault(self.owner(name), []).append(index)
+            places.setdefault(self.owner(name, gone), []).append(index)
         return places
