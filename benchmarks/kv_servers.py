@@ -45,8 +45,9 @@ def main() -> None:
         known = prompts(1, arguments.prompts, arguments.tokens)
         print(
             f"{arguments.prompts} prompts of {arguments.tokens} known tokens and {QUESTION} new ones, "
-            f"{arguments.servers} servers\n\n| round | known tokens not computed | TTFT over the first round's |\n|---|---|---|"
+            f"{arguments.servers} servers\n"
         )
+        print("| round | known tokens not computed | TTFT over the first round's |\n|---|---|---|")
         cold = 0.0
         for number, (name, before) in enumerate(
             [

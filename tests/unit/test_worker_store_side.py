@@ -187,7 +187,10 @@ def test_the_router_is_told_what_it_wrongly_takes_to_be_there(stack: ExitStack) 
         node = Node([host], stack)
         await node.bring(prompt_of(1), believed=8 * BLOCK)
         await asyncio.sleep(0)
-        assert node.told == [(Tier.HOST, [], names[4:8])]
+        assert node.told == [(Tier.HOST, [], names[4:6])], "what lies behind a hole is still there"
+        await node.complete(prompt_of(1))
+        assert [name for _, came, _ in node.told for name in came if name in names] == names[4:6]
+        assert all(host.holds(names)), "the hole is filled"
 
     asyncio.run(run())
 

@@ -173,8 +173,10 @@ class Loader:
         model = self._engine.cost
         compute_s = math.inf if model == CostModel() else prompt_seconds(model, prompt, cached * size)
         tiers = self._tiers.within(compute_s)
-        run = self._tiers.find(load.hashes[cached:], tiers)
-        if missing := load.hashes[cached + len(run) : load.believed]:
+        found = self._tiers.find(load.hashes[cached:], tiers)
+        run = _leading(found)
+        believed = zip(load.hashes[cached : load.believed], found, strict=False)
+        if missing := [name for name, tier in believed if tier is None]:
             self._loop.call_soon_threadsafe(self._missing, missing, tiers)
         costs = self._tiers.costs()
         count = blocks_to_load(
@@ -286,6 +288,16 @@ class Loader:
         for tier in self._tiers.stores:
             if here := [load.hashes[at] for at, source in found.items() if source is tier and at >= load.believed]:
                 self._tell(tier, here, ())
+
+
+def _leading(found: Sequence[Tier | None]) -> list[Tier]:
+    """Those in front of the first None."""
+    run: list[Tier] = []
+    for tier in found:
+        if tier is None:
+            break
+        run.append(tier)
+    return run
 
 
 def _tokens(run: Sequence[Tier], block_tokens: int) -> dict[Tier, int]:

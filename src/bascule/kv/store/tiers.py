@@ -140,16 +140,15 @@ class Tiers:
         """The tiers that have anything to give in that time, the fastest first."""
         return [tier for tier, cost in self.costs().items() if cost.latency_s <= seconds]
 
-    def find(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> list[Tier]:
-        """The fastest of `tiers` for each leading block that any of them has; ends with the first that none has."""
-        found: dict[int, Tier] = {}
-        missing = list(range(len(names)))
+    def find(self, names: Sequence[BlockHash], tiers: Sequence[Tier]) -> list[Tier | None]:
+        """The fastest of `tiers` that has each block; None where none of them does."""
+        found: list[Tier | None] = [None] * len(names)
         for tier in tiers:
-            if missing:
+            if missing := [index for index, source in enumerate(found) if source is None]:
                 there = self.stores[tier].holds([name_in_tiers(names[index]) for index in missing])
-                found |= {index: tier for index, held in zip(missing, there, strict=True) if held}
-                missing = [index for index in missing if index not in found]
-        return [found[index] for index in range(missing[0] if missing else len(names))]
+                for index, held in zip(missing, there, strict=True):
+                    found[index] = tier if held else None
+        return found
 
     def load(
         self,
