@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
 from time import monotonic, sleep
@@ -93,6 +94,23 @@ def test_a_hung_server_costs_one_timeout_and_is_found_again(stack: ExitStack) ->
     assert store.stats().errors[Fault.SLOW] == 2
     assert store.stats().errors[Fault.SKIPPED] >= 40
     wait_until(lambda: store.get([C]) == [b"c"], "the server to be found")
+
+
+def test_calls_that_a_hung_server_is_given_up_for_are_not_called_broken(stack: ExitStack) -> None:
+    """One is late, and the connections of the others are closed under them, in the midst of an answer perhaps."""
+    process = stack.enter_context(redis_process())
+    pool = stack.enter_context(ThreadPoolExecutor(4))
+    values = {name_of(number): value_of(number, 200_000) for number in range(40)}
+    assert open_remote(stack, process.url).put(values) == 40
+    for _ in range(5):
+        store = open_remote(stack, process.url, timeout_s=TIMEOUT)
+        calls = [pool.submit(store.get, list(values)) for _ in range(4)]
+        process.pause()
+        try:
+            wait(calls)
+        finally:
+            process.resume()
+        assert store.stats().errors.keys() <= {Fault.SLOW, Fault.BUSY, Fault.SKIPPED}
 
 
 def test_probes_of_a_hung_server_are_not_waited_for(stack: ExitStack) -> None:

@@ -34,8 +34,18 @@ _TOO_MANY = 1 << 56
 """Bytes or keys: no server has so many, and what sums of them are sent in has room for them."""
 
 
+class HungUp(Exception):
+    """Another call has closed the connection under this one: what that one has failed of is in `fault`."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"given up with another call, which was {fault}")
+        self.fault = fault
+
+
 def fault_of(error: Exception) -> Fault:
     """What a command, or the connection under it, has failed of."""
+    if isinstance(error, HungUp):
+        return error.fault
     if isinstance(error, OutOfMemoryError):
         return Fault.FULL
     if isinstance(error, AuthenticationError | NoPermissionError | ReadOnlyError):
@@ -82,6 +92,9 @@ class Server:
 
     def __init__(self, target: Target, *, connections: int, connect_s: float, timeout_s: float) -> None:
         self.label = target.label
+        self._hang_ups = 0
+        self._hung_up_for = Fault.CLOSED
+        """Why all connections were closed the last time."""
         self._client = redis.Redis(
             connection_pool=redis.ConnectionPool.from_url(
                 target.url,
@@ -102,23 +115,25 @@ class Server:
             timeout_s=timeout_s,
             classify=fault_of,
             probe=self.ping,
-            interrupt=self._hang_up,
+            interrupt=self._give_up,
         )
 
     def pipeline(self, commands: Sequence[Command]) -> list[object]:
         """The replies, one a command, in order; a refusal of a command is an exception in its place.
 
-        Raises what redis-py raises if the connection fails or the server talks nonsense.
+        Raises what redis-py raises if the connection fails or the server talks nonsense, and HungUp.
         """
+        hang_ups = self._hang_ups
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
         try:
             replies = pipeline.execute(raise_on_error=False)
-        except redis.ConnectionError:
-            raise
-        except Exception:
-            self._hang_up()  # what else is in the connection's buffer is nobody's answer
+        except Exception as error:
+            if hang_ups < self._hang_ups:
+                raise HungUp(self._hung_up_for) from error
+            if not isinstance(error, redis.ConnectionError):
+                self._hang_up(fault_of(error))  # what else is in the connection's buffer is nobody's answer
             raise
         for reply in replies:
             if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
@@ -158,12 +173,17 @@ class Server:
     def close(self) -> None:
         """Idempotent."""
         self.gate.close()
-        self._hang_up()
+        self._hang_up(Fault.CLOSED)
 
     def ping(self) -> None:
         """Raises like `pipeline`, and ResponseError for a refusal or another answer."""
         if self.pipeline([("PING",)]) not in ([True], [b"PONG"]):
             raise ResponseError("not an answer to PING")
 
-    def _hang_up(self) -> None:
+    def _give_up(self) -> None:
+        self._hang_up(Fault.SLOW)
+
+    def _hang_up(self, fault: Fault) -> None:
+        self._hung_up_for = fault
+        self._hang_ups += 1
         self._client.connection_pool.disconnect(inuse_connections=True)
