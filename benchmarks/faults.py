@@ -78,15 +78,19 @@ class Remote:
         return [
             Fault("Redis killed", self.kill, end=self.start),
             Fault("Redis hung (SIGSTOP)", lambda: self._signal(signal.SIGSTOP), end=self._wake),
-            Fault("Redis full (maxmemory)", lambda: self._bound("1"), end=lambda: self._bound("0")),
+            Fault(
+                "Redis full (maxmemory)",
+                lambda: self.configure("maxmemory", "1"),
+                end=lambda: self.configure("maxmemory", "0"),
+            ),
             Fault("garbage on Redis's port", self._lie, end=self._restart),
         ]
 
     def _wake(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def _bound(self, size: str) -> None:
-        self._client().config_set("maxmemory", size)
+    def configure(self, name: str, value: str) -> None:
+        self._client().config_set(name, value)
 
     def _lie(self) -> None:
         self.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
+from itertools import takewhile
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -259,6 +260,30 @@ def test_blocks_expire_and_use_renews_them(server: RedisProcess, stack: ExitStac
     store.put({B: b"b"})
     store.touch([Use(A, now, again=False), Use(B, now - 0.01, again=False)])
     assert client.pttl(key) > client.pttl(f"bascule:1:{B.hex()}"), "what builds on a block does not outlive it"
+
+
+def test_what_is_used_again_lives_longer_and_what_lies_deeper_less_long(server: RedisProcess, stack: ExitStack) -> None:
+    store = open_remote(stack, server.url)
+    store.put({A: b"a", B: b"b", C: b"c"})
+    now = monotonic()
+    store.touch([Use(A, now, True, 100), Use(B, now, False, 100), Use(C, now, False, 200)])
+    lives = [server.client().pttl(f"bascule:1:{name.hex()}") / 1000 for name in (A, B, C)]
+    assert lives == pytest.approx([86_400 + 120 - 25, 86_400 - 25, 86_400 - 50], abs=PATIENT)
+
+
+def test_a_full_server_evicts_ends_before_beginnings(stack: ExitStack) -> None:
+    """Of prompts that were all used at about the same time."""
+    limits = ("--maxmemory", "8mb", "--maxmemory-policy", "volatile-ttl", "--maxmemory-samples", "10")
+    process = stack.enter_context(redis_process(*limits))
+    store = open_remote(stack, process.url)
+    prompts = [[name_of(100 * number + place) for place in range(60)] for number in range(40)]
+    for prompt in prompts:
+        store.put({name: value_of(1, 10_000) for name in prompt})
+        store.touch([Use(name, monotonic(), False, place) for place, name in enumerate(prompt)])
+    held = [store.holds(prompt) for prompt in prompts]
+    usable = sum(len(list(takewhile(bool, places))) for places in held)
+    assert 200 < sum(map(sum, held)) < 1200
+    assert usable > 0.7 * sum(map(sum, held)), "by use alone next to nothing lies unbroken from a beginning"
 
 
 def test_foreign_keys_are_left_alone_and_foreign_types_are_misses(server: RedisProcess, stack: ExitStack) -> None:

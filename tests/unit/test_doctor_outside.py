@@ -34,6 +34,23 @@ def test_a_store_that_answers_is_fine_and_one_that_does_not_is_in_doubt() -> Non
     assert f"{NOWHERE}/0 cannot be connected to; start it" in gone.line
 
 
+@pytest.mark.parametrize(
+    ("policy", "bound", "fits"),
+    [
+        ("volatile-ttl", "64mb", True),
+        ("allkeys-lfu", "64mb", False),
+        ("noeviction", "64mb", False),
+        ("noeviction", "0", True),
+    ],
+)
+def test_a_store_that_evicts_in_another_order_is_in_doubt(policy: str, bound: str, fits: bool) -> None:
+    with redis_process("--maxmemory", bound, "--maxmemory-policy", policy) as server:
+        answers, *doubts = of_store(server.url)
+    assert answers.level is Level.OK
+    assert [doubt.level for doubt in doubts] == ([] if fits else [Level.DOUBT])
+    assert all(f"has maxmemory-policy {policy}; make it volatile-ttl" in doubt.line for doubt in doubts)
+
+
 def test_a_store_that_wants_another_password_is_in_doubt_and_no_password_is_said() -> None:
     with redis_process("--requirepass", "right") as server:
         address = server.url.removeprefix("redis://").rpartition("@")[2]

@@ -56,7 +56,9 @@ class Told:
 def test_a_block_is_told_once_a_minute_and_once_more_when_it_is_used_again() -> None:
     told = Told()
     told.ask(PROMPT)
-    assert [(use.name, use.again) for use in told.calls.pop()] == [(name, False) for name in NAMES]
+    first = told.calls.pop()
+    assert [(use.name, use.again) for use in first] == [(name, False) for name in NAMES]
+    assert [use.depth for use in first] == list(range(len(NAMES)))
     told.ask(PROMPT)
     assert told.calls == []
     told.ask(PROMPT, found=3)

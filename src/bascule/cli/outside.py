@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
+from redis.exceptions import ResponseError
 
-from bascule.cli.fitness import Finding, Level, found
+from bascule.cli.fitness import Finding, Level
 from bascule.config import AttachConfig, StoreConfig
 from bascule.kv.store.base import Fault
+from bascule.kv.store.remote import POLICY
 from bascule.kv.store.server import Server, fault_of
 from bascule.kv.store.targets import Target, parse_remote
 from bascule.router.attached.exchange import Trouble, short
@@ -21,29 +24,34 @@ _WHY = {
     Fault.SLOW: f"gave no answer within {ANSWER_S:g} s",
     Fault.GONE: "cannot be connected to",
 }
+_MEND_POLICY = f"make it {POLICY}: others take the beginnings of prompts, and the rest is of no use without"
 _MEND_STORE = "start it, or mend the URL and its password; until then its blocks are computed again"
 
 
 def of_servers(store: StoreConfig, attach: AttachConfig, model: str) -> Iterator[Finding]:
     """A finding for each; `model` is the name that requests call ours by. Raises ConfigError for a malformed URL."""
     for target in parse_remote(store.kv_remote) if store.kv_remote is not None else ():
-        why = _unusable(target)
-        what = f"the KV store's server {target.label} {why or 'answers'}"
-        yield found(not why, what, _MEND_STORE, Level.DOUBT)
+        yield from _of_store(target)
     for url in attach.urls:
         yield asyncio.run(_attached(url, model))
 
 
-def _unusable(target: Target) -> str:
-    """Why a server of the store takes and gives nothing now; empty if it would."""
+def _of_store(target: Target) -> Iterator[Finding]:
+    """Whether a server of the store takes and gives anything now, and what it evicts when it is full."""
+    what = f"the KV store's server {target.label}"
     server = Server(target, connections=1, connect_s=ANSWER_S, timeout_s=ANSWER_S)
     try:
         server.ping()
+        yield Finding(Level.OK, f"{what} answers")
+        with suppress(ResponseError):  # servers for hire do not tell everyone
+            facts = server.facts()
+            if facts.capacity_bytes and facts.policy not in ("", POLICY):
+                yield Finding(Level.DOUBT, f"{what} has maxmemory-policy {short(facts.policy)}", _MEND_POLICY)
     except Exception as error:  # whatever a server that is none can make redis-py raise
-        return _WHY.get(fault_of(error), "is no Redis or Valkey server that works")
+        why = _WHY.get(fault_of(error), "is no Redis or Valkey server that works")
+        yield Finding(Level.DOUBT, f"{what} {why}", _MEND_STORE)
     finally:
         server.close()
-    return ""
 
 
 async def _attached(url: str, model: str) -> Finding:

@@ -83,7 +83,7 @@ class Uses:
         at = now
         for place, name in enumerate(names):
             at -= _STEP_S
-            use, before = Use(name, at, place < again), self._latest.get(name)
+            use, before = Use(name, at, place < again, place), self._latest.get(name)
             if before is not None and now - before.at < EVERY_S and before.again >= use.again:
                 at = min(at, before.at)  # what follows it is not to be younger
                 continue

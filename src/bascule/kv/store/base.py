@@ -44,6 +44,8 @@ class Use(Struct, frozen=True):
     """Monotonic seconds of this machine. Of one prompt's blocks, the one in front is told to be used later."""
     again: bool
     """It was found here or loaded, and not computed anew."""
+    depth: int = 0
+    """Blocks of its prompt that are in front of it."""
 
 
 class StoreStats(Struct, frozen=True, kw_only=True):

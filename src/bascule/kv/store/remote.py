@@ -23,6 +23,13 @@ _KEY = re.compile(re.escape(PREFIX) + rb"([0-9a-f]{32})")
 CONNECT_S = 0.2
 TIMEOUT_S = 0.5
 TTL_S = 86_400
+_DEEPER_PARTS = 345_600
+_AGAIN_PARTS = 720
+"""A block lives one of so many parts of the time to live less for each block in front of it, and longer if it was used
+again: 0.25 s and 2 minutes of a day. So a server that evicts what expires first lets ends go before beginnings, and
+what was used once before what was used again."""
+POLICY = "volatile-ttl"
+"""The `maxmemory-policy` for that."""
 CONNECTIONS = 4
 _ROUND_BYTES = 2 << 20
 """In one round, so that it ends within the timeout at 100 Mbit/s."""
@@ -33,7 +40,7 @@ Take = Callable[[int, object], bool]
 
 
 class RemoteStore:
-    """Blocks on `servers`, each kept `ttl_s` seconds after it was last written or used.
+    """Blocks on `servers`, each kept about `ttl_s` seconds after it was last written or used.
 
     A call is as many rounds of about 2 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
     for each round. A server that is gone or hangs costs one such wait, and its share are misses. Until a probe finds it
@@ -106,8 +113,9 @@ class RemoteStore:
         now = monotonic()
 
         def renew(index: int) -> Command:
-            left_ms = int(1000 * (self._ttl_s - (now - uses[index].at)))
-            return ("PEXPIRE", key_of(uses[index].name), max(1, left_ms))
+            use = uses[index]
+            life_s = self._ttl_s * (1 + use.again / _AGAIN_PARTS - use.depth / _DEEPER_PARTS)
+            return ("PEXPIRE", key_of(use.name), max(1, int(1000 * (life_s - (now - use.at)))))
 
         return self._whether([use.name for use in uses], renew)
 

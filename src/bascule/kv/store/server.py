@@ -64,6 +64,8 @@ class ServerFacts(Struct, frozen=True):
     bytes: int
     capacity_bytes: int
     evictions: int
+    policy: str = ""
+    """What it evicts when it is full (`maxmemory-policy`); empty if it does not tell."""
 
 
 class Walk:
@@ -151,7 +153,8 @@ class Server:
         numbers: list[Any] = [keys, memory.get("used_memory"), memory.get("maxmemory", 0), stats.get("evicted_keys")]
         if not all(isinstance(number, int) and 0 <= number < _TOO_MANY for number in numbers):
             raise ResponseError("no number of keys or bytes in an answer to DBSIZE and INFO")
-        return ServerFacts(*numbers)
+        used, capacity, evictions = numbers[1:]
+        return ServerFacts(keys, used, capacity, evictions, str(memory.get("maxmemory_policy", "")))
 
     def scan(self, prefix: bytes, walk: Walk) -> list[bytes]:
         """Some of the keys that begin with `prefix`, until `walk` has ended; some come twice."""

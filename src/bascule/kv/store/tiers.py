@@ -10,6 +10,7 @@ from itertools import chain, groupby, islice
 from threading import Lock
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
@@ -272,7 +273,7 @@ class Tiers:
         return saved
 
     def _touch(self, tier: Tier, uses: Sequence[Use]) -> list[bool]:
-        return self.stores[tier].touch([Use(name_in_tiers(use.name), use.at, use.again) for use in uses])
+        return self.stores[tier].touch([replace(use, name=name_in_tiers(use.name)) for use in uses])
 
     def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
         if not entries:
