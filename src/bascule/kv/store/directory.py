@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
-from bascule.kv.store.folder import Entry, Folder, fault_of
+from bascule.kv.store.folder import Entry, Folder, TooLarge, fault_of
 from bascule.kv.store.gate import Gate, Step
 from bascule.kv.store.keeper import Contents, Keeper
 from bascule.types import BlockHash, Tier
@@ -24,7 +24,7 @@ _CLOCK_S = 600.0
 _SILENCE_S = 60.0
 """Between two lines in the log about a tier that fails."""
 _READ_LANES, _WRITE_LANES = 4, 2
-_LARGEST = 256 << 20
+LARGEST = 256 << 20
 """Bytes of a block: some dozen of tokens of any model are less, and what is more was put there by somebody else."""
 _STEPS_PER_LANE = 8
 """Fewer are not worth another thread."""
@@ -53,7 +53,7 @@ class DirectoryStore:
         """Where our monotonic clock begins, by the file system's."""
         self._zero_due = -math.inf
         self._silent_until = -math.inf
-        self._folder = Folder(directory, min(capacity, _LARGEST))
+        self._folder = Folder(directory, min(capacity, LARGEST))
         self._folder.prepare()
         self.place = self._folder.identity()
         self._tally = Tally()
@@ -73,7 +73,7 @@ class DirectoryStore:
         deadline = time.monotonic() + self._patience_s
         reserved: dict[BlockHash, Blob] = {}
         for name, data in items.items():
-            if len(data) <= _LARGEST and self._keeper.reserve(name.hex(), len(data), deadline):
+            if len(data) <= LARGEST and self._keeper.reserve(name.hex(), len(data), deadline):
                 reserved[name] = data
             else:
                 self._tally.failed(Fault.FULL)
@@ -168,6 +168,9 @@ class DirectoryStore:
             answers[index] = self._folder.read(name)
             if answers[index] is None:
                 self._folder.check()
+        except TooLarge as error:
+            self._note(fault_of(error))
+            self._remove(name.hex())  # nobody else would: it is never read, so never found not to be a block
         except OSError as error:
             self._note(fault_of(error))
 

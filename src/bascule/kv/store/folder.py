@@ -52,6 +52,10 @@ def fault_of(error: Exception) -> Fault:
     return _FAULT_OF.get(getattr(error, "errno", None) or 0, Fault.BROKEN)
 
 
+class TooLarge(OSError):
+    """A file that has the name of a block and more bytes than any has."""
+
+
 class Entry(Struct, frozen=True):
     """A block's file: when it was written or last used, by the file system's clock, its bytes, and whether it was used
     again since it was written."""
@@ -70,7 +74,8 @@ class Head(Struct, frozen=True):
 
 
 class Folder:
-    """The files of one directory. Every method but `prepare` and `locked` raises OSError as the system does.
+    """The files of one directory. Every method but `prepare` and `locked` raises OSError as the system does, and those
+    that read `TooLarge`.
 
     Nothing but `prepare` makes the upper folders: where a mount has vanished, its mount point must not be filled.
     """
@@ -162,8 +167,10 @@ class Folder:
             return
         try:
             facts = os.fstat(file)
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > self._largest:
+            if not stat.S_ISREG(facts.st_mode):
                 raise OSError(errno.EINVAL, "not a block")
+            if facts.st_size > self._largest:
+                raise TooLarge(errno.EINVAL, "larger than any block")
             yield file
         finally:
             os.close(file)
