@@ -21,6 +21,7 @@ from bascule.keys import ClusterKey
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books
 from bascule.kv.hashing import BlockHasher
+from bascule.kv.store.description import describe
 from bascule.kv.store.forms import Forms
 from bascule.kv.store.places import open_stores
 from bascule.kv.store.tiers import Tiers
@@ -122,6 +123,10 @@ def build(settings: WorkerSettings) -> Parts:
     arena = Arena.create(layout, num_blocks)
     books = Books(num_blocks, layout.block_size)
     hasher = BlockHasher(runner.card.fingerprint, layout.block_size)
+    tiers = None
+    if stores:
+        card, forms = runner.card, Forms(codec, layout)
+        tiers = Tiers(stores, arena, books, card.fingerprint, forms, description=describe(card))
     limits = EngineLimits(
         max_sequences=config.max_sequences,
         chunk_tokens=config.chunk_tokens,
@@ -134,7 +139,7 @@ def build(settings: WorkerSettings) -> Parts:
     engine.publishes = bool(stores) or (config.prefix_cache and settings.handoff_config.peer_fetch)
     return Parts(
         runner=runner,
-        tiers=Tiers(stores, arena, books, runner.card.fingerprint, Forms(codec, layout)) if stores else None,
+        tiers=tiers,
         arena=arena,
         books=books,
         hasher=hasher,

@@ -115,7 +115,14 @@ def unpack(name: BlockHash, fingerprint: str, tokens: Sequence[int], data: Blob,
         raise InvalidRecord("tenant")
     if view[parts.codec_end : parts.tokens_end] != _little_endian(tokens):
         raise InvalidRecord("tokens")
-    return Payload(_codec(view, parts), view[parts.tokens_end : parts.payload_end])
+    return _payload(view, parts)
+
+
+def payload_of(name: BlockHash, data: Blob) -> Payload:
+    """What a record carries, whosever it is; raises InvalidRecord like `inspect`."""
+    view = memoryview(data).cast("B")
+    parts = _check(name, view)
+    return _payload(view, parts)
 
 
 def inspect(name: BlockHash, data: Blob) -> Label:
@@ -184,6 +191,10 @@ def _check(name: BlockHash, view: memoryview) -> _Parts:
     if parts.name != name:
         raise InvalidRecord("name")
     return parts
+
+
+def _payload(view: memoryview, parts: _Parts) -> Payload:
+    return Payload(_codec(view, parts), view[parts.tokens_end : parts.payload_end])
 
 
 def _codec(head: memoryview, parts: _Parts) -> str:

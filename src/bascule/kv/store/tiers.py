@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from bascule.kv.arena import Arena
 from bascule.kv.books import Books, CachedBlock
 from bascule.kv.store.base import Store, StoreStats, Use
+from bascule.kv.store.description import description_name, is_description
 from bascule.kv.store.forms import Forms
-from bascule.kv.store.record import InvalidRecord, Payload, inspect, name_in_tiers, pack, unpack
+from bascule.kv.store.record import InvalidRecord, Payload, inspect, model_digest, name_in_tiers, pack, unpack
 from bascule.policies.load import UNMEASURED
 from bascule.types import BlockHash, LinkCost, Salt, Tier
 
@@ -26,6 +27,8 @@ _FORGOTTEN_S = 60.0
 """After this, half of what was measured still counts, the other half being what is assumed of such a tier."""
 _LEARNT = 0.5
 """How much the latest load counts in what a tier is said to cost."""
+_DESCRIBED_S = 60.0
+"""Between two looks at a tier's description of the model."""
 _ASSUMED_BYTES = 1 << 16
 """As if so much had been read at the rate that is assumed of a tier."""
 
@@ -89,8 +92,10 @@ class Tiers:
         fingerprint: str,
         forms: Forms,
         now: Callable[[], float] = time.perf_counter,
+        description: bytes | None = None,
     ) -> None:
-        """`stores` from the fastest to the slowest, of different tiers; they are closed with this."""
+        """`stores` from the fastest to the slowest, of different tiers; they are closed with this. `description` is
+        kept beside the model's blocks (`description.describe`)."""
         self.stores = {store.tier: store for store in stores}
         self.figures = {tier: TierFigures(invalid=Counter()) for tier in self.stores}
         self._slowness: dict[Tier, _Slowness] = {}
@@ -100,6 +105,9 @@ class Tiers:
         self._fingerprint = fingerprint
         self._forms = forms
         self._now = now
+        self._description = description
+        self._described: dict[Tier, float] = {}
+        """When each tier's was last looked after."""
         self._lock = Lock()
         self._scrubbing: dict[Tier, Iterator[BlockHash]] = {}
         """What is left of a tier's blocks to be looked at, in this round."""
@@ -262,6 +270,8 @@ class Tiers:
             with self._lock:
                 self.figures[tier].saved_blocks += count
                 self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
+        if taken:
+            self._describe(tier)
         return Saved(taken, refused)
 
     def use(self, tier: Tier, uses: Sequence[Use]) -> Saved:
@@ -270,10 +280,23 @@ class Tiers:
         saved = self.save(tier, list(absent))
         if saved.taken:
             self._touch(tier, [absent[name] for name in saved.taken])
+        elif len(absent) < len(uses):
+            self._describe(tier)
         return saved
 
     def _touch(self, tier: Tier, uses: Sequence[Use]) -> list[bool]:
         return self.stores[tier].touch([replace(use, name=name_in_tiers(use.name)) for use in uses])
+
+    def _describe(self, tier: Tier) -> None:
+        """Have a tier that has blocks of this model say whose they are, for as long as they are used: now and then, as
+        it may be evicted or cleared. What another said of the model is replaced once."""
+        now, before = self._now(), self._described.get(tier)
+        if self._description is None or (before is not None and now < before + _DESCRIBED_S):
+            return
+        self._described[tier] = now
+        store, name = self.stores[tier], description_name(model_digest(self._fingerprint))
+        if before is None or not store.touch([Use(name, time.monotonic(), again=True)])[0]:
+            store.put({name: self._description})
 
     def _records(self, entries: Sequence[CachedBlock], tier: Tier) -> dict[BlockHash, bytes]:
         if not entries:
@@ -312,7 +335,7 @@ class Tiers:
     def names(self, tier: Tier) -> Iterator[list[BlockHash]]:
         """The blocks that lie in a tier, as `Store.names` tells them; what other releases put there has other names."""
         for page in self.stores[tier].names():
-            yield [name_in_tiers(name) for name in page]
+            yield [name_in_tiers(name) for name in page if not is_description(name)]
 
     def stats(self) -> dict[Tier, StoreStats]:
         """What each tier holds; asks servers."""
