@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from store_rig import PATIENT, ROOM, SHARED_MEMORY, file_of, name_of, run_child
+from shelf_rig import ONE, TOKENS, TWO, Ground, ground_of
+from store_rig import PATIENT, ROOM, file_of, name_of, run_child
 
 from bascule.errors import ConfigError
 from bascule.kv.hashing import salt_of
 from bascule.kv.store import shelves
-from bascule.kv.store.base import Fault, Store
+from bascule.kv.store.base import Fault
 from bascule.kv.store.directory import DirectoryStore
-from bascule.kv.store.inventory import Holding, audit, forget, models_like, take_stock, tenants_like
-from bascule.kv.store.record import HEAD_BYTES, Payload, model_digest, pack, tenant_digest
-from bascule.kv.store.remote import RemoteStore, key_of
-from bascule.kv.store.shelves import Room, Shelf, disk_shelf, host_shelf, remote_shelves
-from bascule.kv.store.targets import parse_remote
-from bascule.types import Tier
+from bascule.kv.store.inventory import (
+    NOBODY,
+    Holding,
+    audit,
+    forget,
+    models_called,
+    take_stock,
+    tenants_called,
+)
+from bascule.kv.store.record import HEAD_BYTES, Payload, pack, tenant_digest
+from bascule.kv.store.remote import key_of
+from bascule.kv.store.shelves import Room, disk_shelf, remote_shelves
 from support.redis_server import RedisProcess, redis_process
 
-TOKENS = tuple(range(16))
-ONE, TWO = model_digest("one"), model_digest("two")
-ANN, BEN = tenant_digest(salt_of("ann")), tenant_digest(salt_of("ben"))
+ANN, BEN = tenant_digest(salt_of("ann")).hex(), tenant_digest(salt_of("ben")).hex()
 
 
 @pytest.fixture(scope="module")
@@ -37,67 +40,12 @@ def server() -> Iterator[RedisProcess]:
         yield process
 
 
-@dataclass
-class Ground:
-    """A place that a store has filled, and a shelf to look at it."""
-
-    kind: str
-    store: Store
-    shelf: Shelf
-    directory: Path | None = None
-    server: RedisProcess | None = None
-
-    def put(self, number: int, model: str = "one", codec: str = "none", size: int = 5000, secret: str = "") -> bytes:
-        """Store a block as a worker does; returns its record."""
-        data = random.Random(number).randbytes(size)
-        record = pack(name_of(number), model, TOKENS, Payload(codec, data), salt_of(secret))
-        assert self.store.put({name_of(number): record}) == 1
-        return record
-
-    def put_foreign(self) -> None:
-        if self.directory is not None:
-            for path in self._foreign(self.directory):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(b"mine")
-        if self.server is not None:
-            self.server.client().mset(dict.fromkeys(self._foreign_keys(), b"mine"))
-
-    def foreign_is_whole(self) -> bool:
-        if self.directory is not None:
-            return all(path.read_bytes() == b"mine" for path in self._foreign(self.directory))
-        assert self.server is not None
-        return set(self.server.client().mget(self._foreign_keys())) == {b"mine"}
-
-    def _foreign(self, directory: Path) -> list[Path]:
-        near = file_of(directory, 1).parent
-        return [directory / "readme", directory / "v2" / "x", near / "notes", near / ("ff" * 16), near / ("0" * 31)]
-
-    def _foreign_keys(self) -> list[bytes]:
-        key = key_of(name_of(1))
-        return [b"mine", b"bascule:1:notes", key + b"0", key[:-1], key[:-1] + b"X", b"x" + key, key + b"\n"]
-
-
 @pytest.fixture(params=["host", "disk", "remote"])
 def ground(
     request: pytest.FixtureRequest, server: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Ground]:
-    kind = request.param
-    with ExitStack() as stack:
-        if kind == "remote":
-            server.client().flushall()
-            remote = stack.enter_context(closing(RemoteStore(parse_remote(server.url), timeout_s=PATIENT)))
-            [shelf] = remote_shelves(server.url)
-            stack.callback(shelf.close)
-            yield Ground(kind, remote, shelf, server=server)
-            return
-        directory = tmp_path
-        if kind == "host":
-            directory = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="bascule-test-", dir=SHARED_MEMORY))
-            )
-            monkeypatch.setattr(shelves, "host_directory", lambda: directory)
-        store = stack.enter_context(closing(DirectoryStore(directory, ROOM, Tier(kind), timeout_s=PATIENT)))
-        yield Ground(kind, store, host_shelf() if kind == "host" else disk_shelf(directory), directory=directory)
+    with ground_of(request.param, server, tmp_path, monkeypatch) as made:
+        yield made
 
 
 def test_blocks_are_counted_by_model_and_codec(ground: Ground) -> None:
@@ -105,9 +53,9 @@ def test_blocks_are_counted_by_model_and_codec(ground: Ground) -> None:
     ground.put_foreign()
     stock = take_stock(ground.shelf)
     expected = [
-        Holding(ONE.hex(), "", "none", 2, sizes[0] + sizes[1]),
-        Holding(ONE.hex(), "", "int8", 1, sizes[2]),
-        Holding(TWO.hex(), "", "none", 1, sizes[3]),
+        Holding(ONE, "", "none", 2, sizes[0] + sizes[1]),
+        Holding(ONE, "", "int8", 1, sizes[2]),
+        Holding(TWO, "", "none", 1, sizes[3]),
     ]
     assert sorted(stock.holdings, key=str) == sorted(expected, key=str)
     assert (stock.blocks, stock.bytes, stock.faults) == (4, sum(sizes), {})
@@ -194,37 +142,39 @@ def test_clearing_a_model_leaves_the_others(ground: Ground) -> None:
     ground.put(2, codec="int4")
     ground.put(3, model="two")
     ground.store.put({name_of(4): b"no record"})
-    assert forget(ground.shelf, ONE) == 2
+    assert forget(ground.shelf, {ONE}) == 2
     assert ground.store.holds([name_of(number) for number in (1, 2, 3, 4)]) == [False, False, True, True]
 
 
-def test_a_model_is_found_by_its_fingerprint_or_the_beginning_of_its_digest(ground: Ground) -> None:
+def test_a_model_is_found_by_its_fingerprint_or_eight_digits_of_its_digest(ground: Ground) -> None:
     ground.put(1)
     ground.put(2, model="two")
-    shelf = ground.shelf
-    assert (
-        models_like([shelf], "one") == models_like([shelf], ONE.hex()) == models_like([shelf], ONE.hex()[:6]) == {ONE}
-    )
-    assert models_like([shelf], TWO.hex()[:6].upper()) == {TWO}
-    assert models_like([shelf], "") == {ONE, TWO}
-    assert models_like([shelf], "three") == set()
+    stocks = [take_stock(ground.shelf)]
+    for text in ("one", ONE, ONE[:8], ONE[:8].upper()):
+        assert models_called(stocks, text) == {ONE}
+    assert models_called(stocks, TWO[:20]) == {TWO}
+    for text in ("", "three", ONE[:7], "0" * 32):
+        assert models_called(stocks, text) == set()
 
 
 def test_a_tenants_blocks_are_counted_found_and_forgotten_by_themselves(ground: Ground) -> None:
     sizes = [len(ground.put(number, secret=secret)) for number, secret in enumerate(["", "ann", "ann", "ben"])]
     ground.put(4, model="two", secret="ann")
-    holdings, shelves = take_stock(ground.shelf).holdings, [ground.shelf]
-    assert Holding(ONE.hex(), ANN.hex(), "none", 2, sizes[1] + sizes[2]) in holdings
-    counts = {(ONE.hex(), ""): 1, (ONE.hex(), ANN.hex()): 2, (ONE.hex(), BEN.hex()): 1, (TWO.hex(), ANN.hex()): 1}
+    stocks = [take_stock(ground.shelf)]
+    holdings = stocks[0].holdings
+    assert Holding(ONE, ANN, "none", 2, sizes[1] + sizes[2]) in holdings
+    counts = {(ONE, ""): 1, (ONE, ANN): 2, (ONE, BEN): 1, (TWO, ANN): 1}
     assert {(each.model, each.tenant): each.blocks for each in holdings} == counts
-    assert tenants_like(shelves, "ann") == tenants_like(shelves, ANN.hex()[:8].upper()) == {ANN}
-    nobody = ("", "cat", "0" * 32, ANN.hex()[:7])
-    assert [tenants_like(shelves, text) for text in nobody] == 4 * [set()], "what all share is nobody's"
-    assert forget(ground.shelf, ONE, ANN) == 2
+    assert tenants_called(stocks, "ann") == tenants_called(stocks, ANN[:8].upper()) == {ANN}
+    nobody = ("", "cat", "0" * 32, ANN[:7])
+    assert [tenants_called(stocks, text) for text in nobody] == 4 * [set()], "what all share is nobody's"
+    assert forget(ground.shelf, {ONE}, {ANN}) == 2
     names = [name_of(number) for number in range(5)]
     assert ground.store.holds(names) == [True, False, False, True, True]
-    assert forget(ground.shelf, tenant=ANN) == 1
+    assert forget(ground.shelf, tenants={ANN}) == 1
     assert ground.store.holds(names) == [True, False, False, True, False]
+    assert forget(ground.shelf, tenants={NOBODY}) == 1
+    assert ground.store.holds(names) == [False, False, False, True, False]
 
 
 def test_looking_changes_nothing(ground: Ground) -> None:
@@ -246,7 +196,6 @@ def test_looking_changes_nothing(ground: Ground) -> None:
     before = state()
     take_stock(ground.shelf)
     audit(ground.shelf, drop=True)
-    models_like([ground.shelf], "one")
     ground.shelf.room()
     assert state() == before
 
@@ -314,6 +263,17 @@ def test_more_blocks_than_a_worker_would_keep_are_not_evicted(tmp_path: Path, di
     assert len(list(tmp_path.glob("v1/??/*"))) == 50
 
 
+def test_a_file_that_is_larger_than_any_block_is_told_and_dropped(tmp_path: Path, disk: DirectoryStore) -> None:
+    """It may lie in no memory at all: a hole of the disk."""
+    disk.put({name_of(1): b"x"})
+    disk.close()
+    os.truncate(file_of(tmp_path, 1), 1 << 40)
+    shelf = disk_shelf(tmp_path)
+    assert take_stock(shelf).faults == audit(shelf, drop=False).faults == {"broken": 1}
+    assert audit(shelf, drop=True).dropped == 1
+    assert not file_of(tmp_path, 1).exists()
+
+
 def test_a_directory_that_vanishes_is_not_taken_for_an_empty_one(tmp_path: Path, disk: DirectoryStore) -> None:
     shelf = disk_shelf(tmp_path)
     disk.put({name_of(number << 120): b"x" for number in range(3)})
@@ -377,8 +337,9 @@ def test_a_user_who_may_do_less_is_told_so(server: RedisProcess) -> None:
         with pytest.raises(ConfigError, match=r"--remote.*denied"):
             take_stock(shelf)
     client.execute_command("ACL", "DELUSER", "reader")
-    with pytest.raises(ConfigError, match=r"--remote.*denied.*password") as caught:
-        remote_shelves(url)
+    [shelf] = remote_shelves(url)
+    with closing(shelf), pytest.raises(ConfigError, match=r"--remote.*denied.*password") as caught:
+        shelf.check()
     assert "hunter2" not in str(caught.value)
 
 

@@ -55,11 +55,15 @@ def ask(cluster: Cluster, number: int, salt: dict[str, str]) -> tuple[dict[str, 
     return answer["usage"]["prompt_tokens_details"], answer["choices"][0]["token_ids"]
 
 
+def holdings(place: Path) -> list[dict[str, Any]]:
+    stats = run_cli("kv", "stats", "--disk", str(place), "--json", "-")
+    found: list[dict[str, Any]] = msgspec.json.decode(stats.stdout)["places"][0]["holdings"]
+    return found
+
+
 def on_disk(place: Path) -> dict[str, int]:
     """Blocks by tenant."""
-    stats = run_cli("kv", "stats", "--disk", str(place), "--json", "-")
-    holdings = msgspec.json.decode(stats.stdout)["places"][0]["holdings"]
-    return {each["tenant"]: each["blocks"] for each in holdings}
+    return {each["tenant"]: each["blocks"] for each in holdings(place)}
 
 
 @pytest.mark.timeout(240)
@@ -95,6 +99,7 @@ def test_after_a_kill_the_disk_gives_each_tenant_its_own_and_an_operator_can_dro
         full = TRIES * LENGTH // BLOCK
         cluster.wait(lambda _: list(on_disk(disk).values()) == 3 * [full], "all of it on disk", 60)
         assert "" in on_disk(disk)
+        assert {each["name"] for each in holdings(disk)} == {cluster.model}
         dropped = run_cli("kv", "clear", "--disk", str(disk), "--tenant", "ann", "--yes", "--json", "-")
         assert msgspec.json.decode(dropped.stdout)["places"][0]["dropped"] == full
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,9 +14,14 @@ from cli_rig import runner
 
 from bascule.kv.hashing import salt_of
 from bascule.kv.store import shelves
+from bascule.kv.store.base import Store
+from bascule.kv.store.description import describe, description_name
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.record import Payload, model_digest, pack, tenant_digest
-from bascule.types import BlockHash
+from bascule.kv.store.remote import RemoteStore
+from bascule.kv.store.targets import parse_remote
+from bascule.types import BlockHash, KVLayout, ModelCard
+from support.redis_server import PATIENT, redis_process
 
 ONE, TWO = model_digest("one").hex(), model_digest("two").hex()
 ANN = tenant_digest(salt_of("ann")).hex()
@@ -29,8 +35,8 @@ class Ended:
         self.code, self.output, self.error = code, output, error
 
     @property
-    def places(self) -> list[dict[str, object]]:
-        return msgspec.json.decode(self.output, type=dict[str, list[dict[str, object]]])["places"]
+    def places(self) -> list[dict[str, Any]]:
+        return msgspec.json.decode(self.output, type=dict[str, list[dict[str, Any]]])["places"]
 
 
 Run = Callable[..., Ended]
@@ -45,10 +51,25 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def fill(directory: Path, models: str = "one one two", junk: int = 0) -> list[Path]:
     """Blocks of models, and blocks that are no records; returns their files."""
     with closing(DirectoryStore(directory, 1 << 20, timeout_s=20)) as store:
-        for number, model in enumerate(models.split() + [""] * junk):
-            name = BlockHash(bytes([number]) * 16)
-            store.put({name: pack(name, model, (1, 2), Payload("int8", bytes(1000))) if model else bytes(100)})
+        put(store, models, junk)
     return sorted(directory.glob("v1/??/*"))
+
+
+def put(store: Store, models: str, junk: int = 0, tenant: str = "", first: int = 0) -> None:
+    for number, model in enumerate(models.split() + [""] * junk, first):
+        name = BlockHash(bytes([number]) * 16)
+        record = pack(name, model, (1, 2), Payload("int8", bytes(1000)), salt_of(tenant))
+        assert store.put({name: record if model else bytes(100)}) == 1
+
+
+def describe_as(store: Store, name: str, *models: str) -> None:
+    """As workers do that serve these models under one name."""
+    for model in models:
+        card = ModelCard(
+            name=name, fingerprint=model, context=1, vocab=1, layout=KVLayout("bfloat16", 2, 1, 4, 16, 4, 8)
+        )
+        record = describe(card)
+        assert record is not None and store.put({description_name(model_digest(model)): record}) == 1
 
 
 def test_stats_tell_tier_model_and_codec(run: Run, tmp_path: Path) -> None:
@@ -56,18 +77,20 @@ def test_stats_tell_tier_model_and_codec(run: Run, tmp_path: Path) -> None:
     ended = run("stats", "--disk", tmp_path)
     assert ended.code == 0
     for row in (
-        rf"disk +{tmp_path} +{ONE[:12]} +- +int8 +2 ",
-        rf"{TWO[:12]} +- +int8 +1 ",
+        rf"- +- +{ONE[:8]} +- +int8 +2 ",
+        rf"- +- +{TWO[:8]} +- +int8 +1 ",
         r"not a record: format +1",
     ):
         assert re.search(row, ended.output), ended.output
     assert re.search(rf"disk, {tmp_path}: 4 blocks, 3\.\d KiB; the place has .* free", ended.output)
-    [place] = run("stats", "--disk", tmp_path, "--json", "-").places
+    ended = run("stats", "--disk", tmp_path, "--json", "-")
+    assert msgspec.json.decode(ended.output)["failed"] == []
+    [place] = ended.places
     size = files[0].stat().st_size
     assert place["holdings"] == sorted(
         [
-            {"model": ONE, "tenant": "", "codec": "int8", "blocks": 2, "bytes": 2 * size},
-            {"model": TWO, "tenant": "", "codec": "int8", "blocks": 1, "bytes": size},
+            {"model": ONE, "tenant": "", "codec": "int8", "blocks": 2, "bytes": 2 * size, "name": "", "dtype": ""},
+            {"model": TWO, "tenant": "", "codec": "int8", "blocks": 1, "bytes": size, "name": "", "dtype": ""},
         ],
         key=lambda each: str(each["model"]),
     )
@@ -121,6 +144,40 @@ def test_clear_does_nothing_until_it_is_told_yes(run: Run, tmp_path: Path) -> No
     assert run("clear", "--disk", tmp_path, "--yes", "--json", "-").places[0]["dropped"] == 0
 
 
+def test_models_are_shown_and_cleared_by_the_name_that_they_were_served_as(run: Run, tmp_path: Path) -> None:
+    with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
+        put(store, "one one two three")
+        describe_as(store, "org/small", "one", "two")
+        describe_as(store, "large", "three")
+    ended = run("stats", "--disk", tmp_path)
+    for digest, count in ((ONE, 2), (TWO, 1)):
+        assert re.search(rf"org/small +bfloat16 +{digest[:8]} +- +int8 +{count} ", ended.output), ended.output
+    assert f"disk, {tmp_path}: 4 blocks, " in ended.output
+    [place] = run("stats", "--disk", tmp_path, "--json", "-").places
+    assert [each["name"] for each in place["holdings"] if each["model"] == ONE] == ["org/small"]
+    assert place["models"][ONE]["fingerprint"] == "one" and place["models"][ONE]["layout"]["block_size"] == 16
+    ended = run("clear", "--disk", tmp_path, "--model", "org/small", "--yes", "--json", "-")
+    assert ended.code == 0 and ended.places[0]["dropped"] == 3
+    assert "2 models are called so" in ended.error
+    assert ONE in ended.error and TWO in ended.error and model_digest("three").hex() not in ended.error
+    left = run("stats", "--disk", tmp_path, "--json", "-").places[0]
+    assert [each["name"] for each in left["holdings"]] == ["large"]
+
+
+def test_a_name_that_one_server_knows_is_that_of_the_blocks_on_the_others(run: Run) -> None:
+    with redis_process() as one, redis_process() as two:
+        for server, described in ((one, True), (two, False)):
+            with closing(RemoteStore(parse_remote(server.url), timeout_s=PATIENT)) as store:
+                put(store, "one")
+                if described:
+                    describe_as(store, "small", "one")
+        urls = f"{one.url},{two.url}"
+        places = run("stats", "--remote", urls, "--json", "-").places
+        assert [place["holdings"][0]["name"] for place in places] == ["small", "small"]
+        cleared = run("clear", "--remote", urls, "--model", "small", "--yes", "--json", "-")
+        assert [place["dropped"] for place in cleared.places] == [1, 1]
+
+
 @pytest.mark.parametrize("model", ["one", ONE, ONE[:8]])
 def test_clear_takes_one_model(run: Run, tmp_path: Path, model: str) -> None:
     files = fill(tmp_path)
@@ -132,39 +189,118 @@ def test_clear_takes_one_model(run: Run, tmp_path: Path, model: str) -> None:
 def test_stats_show_a_tenant_and_clear_takes_it(run: Run, tmp_path: Path, tenant: str) -> None:
     files = fill(tmp_path)
     with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
-        for number, model in ((101, "one"), (102, "two")):
-            name = BlockHash(bytes([number]) * 16)
-            store.put({name: pack(name, model, (1, 2), Payload("int8", bytes(1000)), salt_of("ann"))})
+        put(store, "one two", tenant="ann", first=101)
     ended = run("stats", "--disk", tmp_path)
-    assert re.search(rf"{ONE[:12]} +{ANN[:12]} +int8 +1 ", ended.output), ended.output
+    assert re.search(rf"{ONE[:8]} +{ANN[:8]} +int8 +1 ", ended.output), ended.output
     assert "ann" not in ended.output.replace(str(tmp_path), "")
     place = ["clear", "--disk", tmp_path, "--yes", "--json", "-"]
     nobody = run(*place, "--tenant", "ben-secret")
-    assert nobody.places[0]["dropped"] == 0 and "no blocks" in nobody.error and "secret" not in nobody.error
-    assert run(*place, "--tenant", ANN[:7]).places[0]["dropped"] == 0, "may be somebody's whole cache_salt"
+    assert nobody.code == 1 and nobody.places[0]["dropped"] == 0
+    assert "no blocks here are of that tenant" in nobody.error and "secret" not in nobody.error
+    assert f"there are {ANN[:8]}\n" in nobody.error and "8 or more of the digits" in nobody.error
+    assert run(*place, "--tenant", ANN[:7]).code == 1, "may be somebody's whole cache_salt"
     done = run(*place, "--tenant", tenant, "--model", "one")
     assert done.places[0]["dropped"] == 1 and f"tenant {ANN}" in done.error
     assert run(*place, "--tenant", tenant).places[0]["dropped"] == 1
     assert all(file.exists() for file in files)
     refused = run(*place, "--tenant", "")
-    assert refused.code == 2 and "--tenant is empty" in refused.error
+    assert refused.code == 2 and "--tenant is empty" in refused.error and "--untenanted" in refused.error
 
 
-def test_a_model_that_is_not_there_loses_nothing(run: Run, tmp_path: Path) -> None:
-    fill(tmp_path)
-    assert run("clear", "--disk", tmp_path, "--model", "three", "--yes", "--json", "-").places[0]["dropped"] == 0
+def test_the_blocks_of_no_tenant_can_be_cleared_by_themselves(run: Run, tmp_path: Path) -> None:
+    files = fill(tmp_path)
+    with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
+        put(store, "one", tenant="ann", first=101)
+        describe_as(store, "small", "one", "two")
+    place = ["clear", "--disk", tmp_path, "--json", "-"]
+    asked = run(*place, "--untenanted")
+    assert asked.code == 2 and "the blocks of no tenant" in asked.error and all(file.exists() for file in files)
+    both = run(*place, "--untenanted", "--tenant", "ann", "--yes")
+    assert both.code == 2 and all(file.exists() for file in files)
+    assert run(*place, "--untenanted", "--model", "two", "--yes").places[0]["dropped"] == 1
+    assert [file.exists() for file in files] == [True, True, False]
+    assert run(*place, "--untenanted", "--yes").places[0]["dropped"] == 2
+    again = run(*place, "--untenanted", "--yes")
+    assert again.code == 1 and again.places[0]["dropped"] == 0 and "nothing was dropped" in again.error
+    [left] = run("stats", "--disk", tmp_path, "--json", "-").places
+    assert [(each["tenant"], each["name"]) for each in left["holdings"]] == [(ANN, "small")]
 
 
-def test_a_name_that_several_models_have_is_refused(run: Run, tmp_path: Path) -> None:
-    models = [f"model{number}" for number in range(17)]  # of which two begin alike
+def test_what_is_not_there_is_told_with_what_is_and_ends_with_1(run: Run, tmp_path: Path) -> None:
+    files = fill(tmp_path)
+    with closing(DirectoryStore(tmp_path, 1 << 20, timeout_s=20)) as store:
+        describe_as(store, "small", "one")
+        put(store, "three", tenant="ann", first=101)
+    for asked in ("four", ONE[:7], ONE[:2], "0" * 32):
+        ended = run("clear", "--disk", tmp_path, "--model", asked, "--yes", "--json", "-")
+        assert ended.code == 1 and ended.places[0]["dropped"] == 0
+        assert "no blocks here are of that model" in ended.error and "8 or more of the digits" in ended.error
+        assert f"{ONE[:8]} small" in ended.error and TWO[:8] in ended.error
+    ended = run("clear", "--disk", tmp_path, "--model", "one", "--tenant", "ann", "--yes")
+    assert ended.code == 1 and "nothing was dropped" in ended.error, "there are blocks of each, but none of both"
+    assert all(file.exists() for file in files)
+    assert run("clear", "--disk", tmp_path, "--yes").code == 0
+    assert run("clear", "--disk", tmp_path, "--yes").code == 0, "all of nothing is nothing"
+
+
+def test_digits_that_several_models_begin_with_are_refused(run: Run, tmp_path: Path) -> None:
+    models = ("model-12475", "model-45293", "one")
     files = fill(tmp_path, " ".join(models))
     digests = [model_digest(model).hex() for model in models]
-    first = next(digest[0] for digest in digests if sum(each[0] == digest[0] for each in digests) > 1)
-    ended = run("clear", "--disk", tmp_path, "--model", first, "--yes")
+    assert digests[0][:8] == digests[1][:8]
+    ended = run("clear", "--disk", tmp_path, "--model", digests[0][:8], "--yes")
     assert ended.code == 2 and "--model" in ended.error
-    assert all((digest in ended.error) == digest.startswith(first) for digest in digests)
+    assert [digest in ended.error for digest in digests] == [True, True, False]
     assert run("clear", "--disk", tmp_path, "--model", "", "--yes").code == 2
     assert all(file.exists() for file in files)
+    assert run("clear", "--disk", tmp_path, "--model", digests[0], "--yes").code == 0
+    assert [file.exists() for file in files] == [False, True, True]
+
+
+def test_a_place_that_fails_is_told_beside_what_the_others_hold(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path, junk=1)
+    away = ["--remote", f"redis://:{SECRET}@127.0.0.1:1"]
+    for command, shown in (("stats", "4 blocks"), ("verify", "1 format")):
+        ended = run(command, "--disk", tmp_path, *away)
+        assert ended.code == 1 and shown in ended.output
+        assert re.search(r"--remote: 127\.0\.0\.1:1/0 is gone.*start it", ended.error) and SECRET not in ended.error
+        ended = run(command, "--disk", tmp_path, *away, "--json", "-")
+        assert ended.code == 1 and [place["blocks"] for place in ended.places] == [4]
+        [failed] = msgspec.json.decode(ended.output)["failed"]
+        assert failed["place"] == "127.0.0.1:1/0" and "is gone" in failed["error"]
+    assert run("verify", "--disk", tmp_path, *away, "--drop", "--json", "-").places[0]["dropped"] == 1
+    assert run("verify", "--disk", tmp_path, *away).code == 1, "the other may hold some"
+    with redis_process() as server:
+        ended = run("stats", "--remote", f"{server.url},127.0.0.1:1", "--json", "-")
+        assert ended.code == 1 and [place["place"] for place in ended.places] == [f"127.0.0.1:{server.port}/0"]
+    ended = run("stats", "--disk", tmp_path / "away", *away)
+    assert (ended.code, ended.output) == (2, "") and "--disk" in ended.error and "--remote" in ended.error
+
+
+def test_tables_fit_a_screen_of_80_columns(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "a-directory-with-quite-a-long-name" / "for-blocks"
+    place.mkdir(parents=True)
+    fill(place)
+    with closing(DirectoryStore(place, 1 << 20, timeout_s=20)) as store:
+        put(store, "one", tenant="ann", first=101)
+        describe_as(store, "SomeOrganisation/some-model-of-35-chars", "one")
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("stats", "--disk", place).output.splitlines()
+    assert max(map(len, lines[1:])) <= 80, "the first line is the place's, whose name is whole"
+    assert str(place) in lines[0]
+    header = lines[1]
+    for row in [line for line in lines if ONE[:8] in line or TWO[:8] in line]:
+        for column in ("blocks", "size"):
+            end = header.index(column) + len(column)
+            assert row[end - 1] != " " and row[end : end + 2].strip() == "", (header, row)
+        at = header.index("digest")
+        assert row[at : at + 8] in (ONE[:8], TWO[:8])
+        at = header.index("tenant")
+        assert row[at : at + 8].strip() in ("-", ANN[:8])
+    for command in ("verify", "clear"):
+        lines = run(command, "--disk", place, *(["--yes"] if command == "clear" else [])).output.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert re.match(r"disk +\S+ +(4 +4 +0 +0|4)\b", lines[1]), lines
 
 
 @pytest.mark.parametrize("command", ["stats", "verify", "clear"])

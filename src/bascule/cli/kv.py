@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from bascule.cli.report import write_json
 from bascule.errors import ConfigError
-from bascule.kv.store.inventory import Stock, audit, forget, models_like, take_stock, tenants_like
+from bascule.kv.store.inventory import (
+    LEAST_DIGITS,
+    NOBODY,
+    Stock,
+    audit,
+    forget,
+    models_called,
+    name_models,
+    take_stock,
+    tenants_called,
+)
 from bascule.kv.store.shelves import Room, Shelf, disk_shelf, host_shelf, remote_shelves
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-_SHOWN_DIGITS = 12
-"""Of a model's digest; JSON has all."""
+_MOST_LISTED = 20
+_OR_NONE = {"model": "", "tenant": ", or say --untenanted for those that belong to none"}
+_TAKES = {
+    "model": f"give the name that it was served as, its fingerprint, or {LEAST_DIGITS} or more of the digits shown",
+    "tenant": f"give {LEAST_DIGITS} or more of the digits shown, or its cache_salt",
+}
 
 app = App(name="kv", help="Count, check or clear what the tiers of the KV store hold; workers may run meanwhile.")
 
@@ -41,13 +56,22 @@ class Places:
 
 Where = Annotated[Places, Parameter(name="*")]
 Json = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+Figures = TypeVar("Figures")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A place that could not be looked at, and what to do."""
+
+    shelf: Shelf
+    error: str
 
 
 @app.command
 def stats(*, places: Where = Places(), json: Json = None) -> None:
     """Count blocks and bytes by model, tenant and codec; the blocks of requests with a `cache_salt` are a tenant's.
 
-    Only the beginning of each block is read.
+    Only the beginning of each block is read. Exit code 1 if one of several places could not be looked at.
 
     Example: bascule kv stats --host --disk /var/cache/kv --remote redis://host1,host2
 
@@ -56,18 +80,19 @@ def stats(*, places: Where = Places(), json: Json = None) -> None:
     json
         File to write the figures to, `-` for standard output.
     """
-    with _opened(places) as shelves:
-        found = [(shelf, take_stock(shelf), shelf.room()) for shelf in shelves]
+    found, failed = _looked_at(places, lambda shelf: (take_stock(shelf), shelf.room()))
+    name_models([stock for _, (stock, _) in found])
     if json != "-":
         _show_stocks(found)
-    write_json({"places": [{**_place(shelf), **_plain(stock), **_plain(room)} for shelf, stock, room in found]}, json)
+    _write([{**_place(shelf), **_plain(stock), **_plain(room)} for shelf, (stock, room) in found], failed, json)
+    sys.exit(bool(failed))
 
 
 @app.command
 def verify(
     *, places: Where = Places(), drop: Annotated[bool, Parameter(negative=())] = False, json: Json = None
 ) -> None:
-    """Read and check every block; exit code 1 if one that is not valid was found and left.
+    """Read and check every block; exit code 1 if one that is not valid was found and left, or a place not looked at.
 
     Checked are form, version, length, checksum, and that a block is the one that it is stored as.
 
@@ -80,17 +105,15 @@ def verify(
     json
         File to write the figures to, `-` for standard output.
     """
-    with _opened(places) as shelves:
-        found = [(shelf, audit(shelf, drop)) for shelf in shelves]
+    found, failed = _looked_at(places, lambda shelf: audit(shelf, drop))
     if json != "-":
         table = _table("tier", "place", "blocks", "valid", "not valid", "dropped")
         for shelf, result in found:
             faults = ", ".join(f"{count} {reason}" for reason, count in result.faults.items())
             table.add_row(*_names(shelf), str(result.blocks), str(result.valid), faults or "0", str(result.dropped))
         Console().print(table)
-    write_json({"places": [{**_place(shelf), **_plain(result)} for shelf, result in found]}, json)
-    if any(result.left for _, result in found):
-        sys.exit(1)
+    _write([{**_place(shelf), **_plain(result)} for shelf, result in found], failed, json)
+    sys.exit(bool(failed) or any(result.left for _, result in found))
 
 
 @app.command
@@ -99,20 +122,26 @@ def clear(
     places: Where = Places(),
     model: str | None = None,
     tenant: str | None = None,
+    untenanted: Annotated[bool, Parameter(negative=())] = False,
     yes: Annotated[bool, Parameter(negative=())] = False,
     json: Json = None,
 ) -> None:
     """Forget all blocks, or those of one model or tenant. What is not a block of Bascule's stays.
 
-    Example: bascule kv clear --disk /var/cache/kv --model 3f9a --yes
+    Exit code 1 if there are no blocks of that model or tenant.
+
+    Example: bascule kv clear --disk /var/cache/kv --model smollm2 --yes
 
     Parameters
     ----------
     model
-        Forget only the blocks of this model: its fingerprint, or the beginning of what `bascule kv stats` calls it.
+        Forget only the blocks of this model: the name that it was served as (with all fingerprints that were served
+        under it), its fingerprint, or eight or more of the digits that `bascule kv stats` shows.
     tenant
-        Forget only the blocks of this tenant: eight or more of the digits that `bascule kv stats` calls it by, or its
+        Forget only the blocks of this tenant: eight or more of the digits that `bascule kv stats` shows, or its
         `cache_salt`.
+    untenanted
+        Forget only the blocks that belong to no tenant, those of requests without a `cache_salt`.
     yes
         Do it; nothing is asked.
     json
@@ -121,26 +150,41 @@ def clear(
     asked = {kind: text for kind, text in (("model", model), ("tenant", tenant)) if text is not None}
     for kind, text in asked.items():
         if not text:
-            raise ConfigError(f"--{kind} is empty; leave it out to forget the blocks of all {kind}s")
+            raise ConfigError(f"--{kind} is empty; leave it out to forget the blocks of all {kind}s{_OR_NONE[kind]}")
+    if untenanted and tenant is not None:
+        raise ConfigError("--untenanted and --tenant exclude each other; clear one after the other")
     with _opened(places) as shelves:
+        for shelf in shelves:
+            shelf.check()
         if not yes:
             listed = ", ".join(f"{shelf.tier} ({shelf.label})" for shelf in shelves)
-            which = "the blocks of that " + " and ".join(asked) if asked else "all blocks"
+            of = [f"that {kind}" for kind in asked] + ["no tenant"] * untenanted
+            which = "the blocks of " + " and ".join(of) if of else "all blocks"
             raise ConfigError(f"this would forget {which} of {listed}; add --yes to do it")
-        meant = {kind: _meant(kind, text, shelves) for kind, text in asked.items()}
-        nothing = None in meant.values()
-        found = [(shelf, 0 if nothing else forget(shelf, **meant)) for shelf in shelves]
+        stocks = [take_stock(shelf) for shelf in shelves] if asked else []
+        name_models(stocks)
+        models = models_called(stocks, model) if model is not None else None
+        tenants = tenants_called(stocks, tenant) if tenant is not None else {NOBODY} if untenanted else None
+        holdings = [holding for stock in stocks for holding in stock.holdings]
+        if models is not None:
+            _tell("model", models, {holding.model: holding.name for holding in holdings})
+        if tenants is not None and not untenanted:
+            _tell("tenant", tenants, {holding.tenant: "" for holding in holdings if holding.tenant != NOBODY})
+        found = [(shelf, forget(shelf, models, tenants)) for shelf in shelves]
     if json != "-":
         table = _table("tier", "place", "dropped")
         for shelf, dropped in found:
             table.add_row(*_names(shelf), str(dropped))
         Console().print(table)
-    write_json({"places": [{**_place(shelf), "dropped": dropped} for shelf, dropped in found]}, json)
+    _write([{**_place(shelf), "dropped": dropped} for shelf, dropped in found], (), json)
+    if (asked or untenanted) and not any(dropped for _, dropped in found):
+        _say("nothing was dropped: no blocks are of all that was asked for; `bascule kv stats` shows what is there")
+        sys.exit(1)
 
 
 @contextmanager
 def _opened(places: Places) -> Iterator[list[Shelf]]:
-    """The places, all of them reached; raises ConfigError if one cannot be."""
+    """The places, none of them looked at yet; raises ConfigError if none is given, or one malformed."""
     if not places.host and places.disk is None and places.remote is None:
         raise ConfigError("no place is given; say which with --host, --disk DIR or --remote URLS")
     with ExitStack() as stack:
@@ -156,43 +200,82 @@ def _opened(places: Places) -> Iterator[list[Shelf]]:
         yield shelves
 
 
-def _meant(kind: str, text: str, shelves: list[Shelf]) -> bytes | None:
-    """The one model or tenant that is meant, which is told, None if there are no blocks of it; raises ConfigError if it
-    could be several. A tenant's own secret is not repeated."""
-    found = {"model": models_like, "tenant": tenants_like}[kind](shelves, text)
-    said = f"--model {text}" if kind == "model" else "--tenant"
-    if len(found) > 1:
-        listed = "".join(f"\n  {digest.hex()}" for digest in sorted(found))
-        raise ConfigError(f"{said} could be any of {len(found)} {kind}s; write more of its name:{listed}")
-    digest = next(iter(found), None)
-    told = f"{kind} {digest.hex()}" if digest else f"there are no blocks of that {kind}; `bascule kv stats` lists them"
-    Console(stderr=True).print(told, markup=False, soft_wrap=True)
-    return digest
+def _looked_at(
+    places: Places, look: Callable[[Shelf], Figures]
+) -> tuple[list[tuple[Shelf, Figures]], Sequence[Failure]]:
+    """What is seen of each place, and the places that fail; raises ConfigError if all of them do."""
+    found: list[tuple[Shelf, Figures]] = []
+    failed: list[Failure] = []
+    with _opened(places) as shelves:
+        for shelf in shelves:
+            try:
+                shelf.check()
+                found.append((shelf, look(shelf)))
+            except ConfigError as error:
+                failed.append(Failure(shelf, str(error)))
+    if not found:
+        raise ConfigError("\n".join(failure.error for failure in failed))
+    return found, failed
 
 
-def _show_stocks(found: list[tuple[Shelf, Stock, Room]]) -> None:
-    table = _table("tier", "place", "model", "tenant", "codec", "blocks", "size")
-    for shelf, stock, _ in found:
-        for holding in stock.holdings:
-            codec = holding.codec if holding.codec.isprintable() else ascii(holding.codec)
-            whose = (holding.model[:_SHOWN_DIGITS], holding.tenant[:_SHOWN_DIGITS] or "-")
-            table.add_row(*_names(shelf), *whose, escape(codec), str(holding.blocks), _size(holding.bytes))
-        for reason, count in stock.faults.items():
-            table.add_row(*_names(shelf), "", "", f"not a record: {reason}", str(count), "")
+def _tell(kind: str, meant: Collection[str], there: Mapping[str, str]) -> None:
+    """Say which models or tenants are meant, or if none is, which ones there are, by digest and name.
+
+    What was asked for is not repeated: it may be a tenant's secret.
+    """
+    if not meant:
+        shown = [f"{digest[:LEAST_DIGITS]} {name}".rstrip() for digest, name in there.items()]
+        listed = ", ".join(shown[:_MOST_LISTED]) or "none"
+        more = f" and {len(there) - _MOST_LISTED} more" if len(there) > _MOST_LISTED else ""
+        _say(f"--{kind}: no blocks here are of that {kind}; {_TAKES[kind]}; there are {listed}{more}")
+        return
+    if len(meant) > 1:
+        _say(f"{len(meant)} {kind}s are called so:")
+    for digest in sorted(meant):
+        _say(f"{kind} {digest} {there[digest]}".rstrip())
+
+
+def _write(figures: Sequence[dict[str, object]], failed: Sequence[Failure], json: str | None) -> None:
+    """Write the figures, and say which places are not among them."""
+    missing = [{**_place(failure.shelf), "error": failure.error} for failure in failed]
+    write_json({"places": figures, "failed": missing}, json)
+    for failure in failed:
+        _say(f"not in these figures: {failure.error}")
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_stocks(found: Sequence[tuple[Shelf, tuple[Stock, Room]]]) -> None:
     console = Console()
-    console.print(table)
-    for shelf, stock, room in found:
+    for shelf, (stock, room) in found:
         line = f"{shelf.tier}, {shelf.label}: {stock.blocks} blocks, {_size(stock.bytes)}"
         if room.free_bytes is not None and room.capacity_bytes is not None:
             line += f"; the place has {_size(room.capacity_bytes)}, {_size(room.free_bytes)} of it free"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if stock.holdings or stock.faults:
+            console.print(_holdings(stock))
+
+
+def _holdings(stock: Stock) -> Padding:
+    table = _table("model", "dtype", "digest", "tenant", "codec", "blocks", "size")
+    for holding in sorted(stock.holdings, key=lambda each: each.name):
+        codec = holding.codec if holding.codec.isprintable() else ascii(holding.codec)
+        whose = (holding.model[:LEAST_DIGITS], holding.tenant[:LEAST_DIGITS] or "-")
+        of = (escape(holding.name) or "-", escape(holding.dtype) or "-")
+        table.add_row(*of, *whose, escape(codec), str(holding.blocks), _size(holding.bytes))
+    for reason, count in stock.faults.items():
+        table.add_row(f"not a record: {reason}", "", "", "", "", str(count), "")
+    return Padding(table, (0, 0, 0, 2), expand=False)
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns:
         number = column in ("blocks", "valid", "dropped", "size")
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        short = number or column in ("tier", "digest", "tenant")
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=short)
     return table
 
 
@@ -200,7 +283,7 @@ def _names(shelf: Shelf) -> tuple[str, str]:
     return str(shelf.tier), escape(shelf.label)
 
 
-def _place(shelf: Shelf) -> dict[str, str]:
+def _place(shelf: Shelf) -> dict[str, object]:
     return {"tier": str(shelf.tier), "place": shelf.label}
 
 

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from bascule.errors import ConfigError
 from bascule.kv.hashing import salt_of
 from bascule.kv.store.base import Fault
+from bascule.kv.store.description import MOST_BYTES, Description, is_description, read
 from bascule.kv.store.folder import Head
 from bascule.kv.store.record import InvalidRecord, Label, inspect, label, model_digest, tenant_digest
 from bascule.kv.store.shelves import Shelf
 from bascule.types import BlockHash
 
 LEAST_DIGITS = 8
-"""Of a tenant's digest, for it to be found by its beginning."""
+"""Of a digest, for a model or tenant to be found by its beginning."""
+NOBODY = ""
+"""Whose blocks those are that all share."""
 
 
 class Holding(Struct):
@@ -32,6 +37,9 @@ class Holding(Struct):
     codec: str
     blocks: int = 0
     bytes: int = 0
+    name: str = ""
+    """What the model was served as, and the type of its KV; empty where no place says so."""
+    dtype: str = ""
 
 
 class Stock(Struct, kw_only=True):
@@ -42,6 +50,8 @@ class Stock(Struct, kw_only=True):
     holdings: list[Holding] = []
     faults: dict[str, int] = {}
     """Blocks that do not look like records, or cannot be read, by reason."""
+    models: dict[str, Description] = {}
+    """What the place says of models, by their digests in hex. They are neither blocks nor bytes here."""
 
 
 class Audit(Struct, kw_only=True):
@@ -61,7 +71,10 @@ def take_stock(shelf: Shelf) -> Stock:
     stock = Stock()
     holdings: dict[tuple[str, str, str], Holding] = {}
     faults: Counter[str] = Counter()
-    for _, head in _heads(shelf):
+    for name, head in _heads(shelf):
+        if told := _described(shelf, name, head):
+            stock.models[model_digest(told.fingerprint).hex()] = told
+            continue
         stock.blocks += 1
         if isinstance(head, Fault):
             faults[str(head)] += 1
@@ -72,13 +85,22 @@ def take_stock(shelf: Shelf) -> Stock:
         except InvalidRecord as error:
             faults[error.reason] += 1
             continue
-        key = (found.model.hex(), found.tenant.hex() if any(found.tenant) else "", found.codec)
+        key = (*_whose(found), found.codec)
         holding = holdings.setdefault(key, Holding(*key))
         holding.blocks += 1
         holding.bytes += head.size
     stock.holdings = [holdings[key] for key in sorted(holdings)]
     stock.faults = dict(sorted(faults.items()))
     return stock
+
+
+def name_models(stocks: Sequence[Stock]) -> None:
+    """Let all holdings say what their models are called, by what any of the places says of them."""
+    models = {digest: told for stock in stocks for digest, told in stock.models.items()}
+    for stock in stocks:
+        for holding in stock.holdings:
+            if told := models.get(holding.model):
+                holding.name, holding.dtype = told.name, told.layout.dtype
 
 
 def audit(shelf: Shelf, drop: bool) -> Audit:
@@ -94,11 +116,13 @@ def audit(shelf: Shelf, drop: bool) -> Audit:
             data = shelf.read(name)
             if data is None:
                 continue
-            result.blocks += 1
             fault = _fault(name, data)
             if fault is None:
-                result.valid += 1
+                whole = not is_description(name)
+                result.blocks += whole
+                result.valid += whole
                 continue
+            result.blocks += 1
             faults[fault] += 1
             if drop and fault != Fault.DENIED:
                 unusable.append(name)
@@ -119,36 +143,72 @@ def _fault(name: BlockHash, data: bytes | Fault) -> str | None:
     return None
 
 
-def models_like(shelves: Sequence[Shelf], text: str) -> set[bytes]:
-    """The models of which there are blocks, and whose fingerprint is `text` or its digest's hex begins with it."""
-    return _like((found.model for found in _labels(shelves)), model_digest(text), text)
+def models_called(stocks: Sequence[Stock], text: str) -> set[str]:
+    """The models of which there are blocks and that are meant by `text`: a fingerprint, the name that they were served
+    as (`name_models`), or eight or more of the digits that one's digest begins with.
 
-
-def tenants_like(shelves: Sequence[Shelf], text: str) -> set[bytes]:
-    """The tenants of whom there are blocks, and whose `cache_salt` is `text` or the digest's hex begins with it.
-
-    Less than eight digits are no beginning: they may be somebody's whole `cache_salt`.
+    Raises ConfigError for digits that several begin with.
     """
-    owned = {found.tenant for found in _labels(shelves) if any(found.tenant)}
-    exact = tenant_digest(salt_of(text))
-    return _like(owned, exact, text) if len(text) >= LEAST_DIGITS else owned & {exact}
+    names = {holding.model: holding.name for stock in stocks for holding in stock.holdings}
+    exact = model_digest(text).hex()
+    if exact in names:
+        return {exact}
+    return {digest for digest, name in names.items() if text and name == text} or _beginning(names, text, "model")
 
 
-def forget(shelf: Shelf, model: bytes | None = None, tenant: bytes | None = None) -> int:
-    """Drop all blocks of a place, valid or not, or those of one model, one tenant or both; returns how many."""
-    if model is None and tenant is None:
-        return sum(shelf.drop(page) for page in shelf.names())
-    return sum(
-        shelf.drop([found.name])
-        for found in _labels([shelf])
-        if model in (None, found.model) and tenant in (None, found.tenant)
-    )
+def tenants_called(stocks: Sequence[Stock], text: str) -> set[str]:
+    """The tenant of whom there are blocks and whose `cache_salt` is `text`, or whose digest begins with these digits.
+
+    Less than eight are no beginning: they may be somebody's whole `cache_salt`. Raises ConfigError for digits that
+    several begin with.
+    """
+    owned = {holding.tenant for stock in stocks for holding in stock.holdings} - {NOBODY}
+    exact = tenant_digest(salt_of(text)).hex()
+    return {exact} if exact in owned else _beginning(owned, text, "tenant")
 
 
-def _like(digests: Iterable[bytes], exact: bytes, text: str) -> set[bytes]:
-    """Those that are meant: the one whose name is `text`, else those whose hex begins with it."""
-    found, prefix = set(digests), text.lower()
-    return {exact} if exact in found else {digest for digest in found if digest.hex().startswith(prefix)}
+def _beginning(digests: Iterable[str], text: str, kind: str) -> set[str]:
+    found = {digest for digest in digests if len(text) >= LEAST_DIGITS and digest.startswith(text.lower())}
+    if len(found) > 1:
+        listed = "".join(f"\n  {digest}" for digest in sorted(found))
+        raise ConfigError(f"--{kind} could be any of {len(found)} {kind}s; write more of its digits:{listed}")
+    return found
+
+
+def forget(shelf: Shelf, models: AbstractSet[str] | None = None, tenants: AbstractSet[str] | None = None) -> int:
+    """Drop all blocks of a place, valid or not, or those of some models, some tenants or both, as `Holding` names them;
+    returns how many. What is said of a model goes with all that is left of it."""
+    if models == set() or tenants == set():
+        return 0
+    if models is None and tenants is None:
+        return sum(_drop(shelf, page) for page in shelf.names())
+    dropped = 0
+    for found in _labels(shelf):
+        model, tenant = _whose(found)
+        if is_description(found.name) and tenants is not None:
+            continue
+        if (models is None or model in models) and (tenants is None or tenant in tenants):
+            dropped += _drop(shelf, [found.name])
+    return dropped
+
+
+def _drop(shelf: Shelf, names: Sequence[BlockHash]) -> int:
+    """Forget; returns how many of them were blocks."""
+    shelf.drop([name for name in names if is_description(name)])
+    return shelf.drop([name for name in names if not is_description(name)])
+
+
+def _described(shelf: Shelf, name: BlockHash, head: Head | Fault) -> Description | None:
+    """What this says of a model, if that is what it is for."""
+    if not is_description(name) or isinstance(head, Fault) or head.size > MOST_BYTES:
+        return None
+    data = shelf.read(name)
+    return read(name, data) if isinstance(data, bytes) else None
+
+
+def _whose(found: Label) -> tuple[str, str]:
+    """The model and the tenant, as `Holding` names them."""
+    return found.model.hex(), found.tenant.hex() if any(found.tenant) else NOBODY
 
 
 def _heads(shelf: Shelf) -> Iterator[tuple[BlockHash, Head | Fault]]:
@@ -158,10 +218,9 @@ def _heads(shelf: Shelf) -> Iterator[tuple[BlockHash, Head | Fault]]:
                 yield name, head
 
 
-def _labels(shelves: Sequence[Shelf]) -> Iterator[Label]:
+def _labels(shelf: Shelf) -> Iterator[Label]:
     """What the blocks that look like records say of themselves, under the names that they are stored by."""
-    for shelf in shelves:
-        for name, head in _heads(shelf):
-            if isinstance(head, Head):
-                with suppress(InvalidRecord):
-                    yield replace(label(head.data, head.size), name=name)
+    for name, head in _heads(shelf):
+        if isinstance(head, Head):
+            with suppress(InvalidRecord):
+                yield replace(label(head.data, head.size), name=name)

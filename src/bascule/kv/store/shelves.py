@@ -18,6 +18,7 @@ from redis.exceptions import ResponseError
 from bascule.errors import ConfigError
 from bascule.kv.store import folder, server
 from bascule.kv.store.base import Fault
+from bascule.kv.store.directory import LARGEST
 from bascule.kv.store.folder import Folder, Head
 from bascule.kv.store.places import check_private, host_directory
 from bascule.kv.store.record import HEAD_BYTES
@@ -27,8 +28,6 @@ from bascule.kv.store.targets import Target, parse_remote
 from bascule.types import BlockHash, Tier
 
 HOST_FLAG, DISK_FLAG, REMOTE_FLAG = "--host", "--disk", "--remote"
-_LARGEST = 1 << 30
-"""Bytes. No block comes near; a file that has more is not read."""
 _CONNECT_S, _TIMEOUT_S = 2.0, 10.0
 _ADVICE = {
     Fault.DENIED: "give the password in the URL, and let its user read, scan and unlink",
@@ -59,6 +58,10 @@ class Shelf(Protocol):
         """What to call it; no password."""
         ...
 
+    def check(self) -> None:
+        """Whether the place is there and may be used; changes nothing."""
+        ...
+
     def names(self) -> Iterator[list[BlockHash]]:
         """All blocks, some at a time. What comes or goes meanwhile may be left out; a server may tell one twice."""
         ...
@@ -83,18 +86,13 @@ class Shelf(Protocol):
 
 
 def host_shelf() -> FolderShelf:
-    """This user's folder in shared memory; raises ConfigError if it is not there, or somebody else's."""
-    shelf = FolderShelf(
-        host_directory(), Tier.HOST, HOST_FLAG, "a worker with --kv-host makes it; without one there is nothing to see"
-    )
-    with shelf.told():
-        check_private(host_directory())
-        shelf.check()
-    return shelf
+    """This user's folder in shared memory."""
+    advice = "a worker with --kv-host makes it; without one there is nothing to see"
+    return FolderShelf(host_directory(), Tier.HOST, HOST_FLAG, advice)
 
 
 def disk_shelf(directory: Path) -> FolderShelf:
-    """A directory that workers have as --kv-disk; raises ConfigError if it is not there or never was one."""
+    """A directory that workers have as --kv-disk."""
     directory = directory.expanduser()
     bare = Path(str(directory).rpartition(":")[0])
     sized = bare != Path() and bare.is_dir() and not directory.exists()
@@ -103,23 +101,12 @@ def disk_shelf(directory: Path) -> FolderShelf:
         if sized
         else "give the directory that the workers have as --kv-disk, and see that it is mounted"
     )
-    shelf = FolderShelf(directory, Tier.DISK, DISK_FLAG, advice)
-    with shelf.told():
-        shelf.check()
-    return shelf
+    return FolderShelf(directory, Tier.DISK, DISK_FLAG, advice)
 
 
 def remote_shelves(text: str) -> list[ServerShelf]:
-    """The servers of --kv-remote; raises ConfigError if the text is malformed or one of them does not answer."""
-    shelves = [ServerShelf(target) for target in parse_remote(text, REMOTE_FLAG)]
-    try:
-        for shelf in shelves:
-            shelf.check()
-    except BaseException:
-        for shelf in shelves:
-            shelf.close()
-        raise
-    return shelves
+    """The servers of --kv-remote; raises ConfigError if the text is malformed."""
+    return [ServerShelf(target) for target in parse_remote(text, REMOTE_FLAG)]
 
 
 class FolderShelf:
@@ -131,9 +118,16 @@ class FolderShelf:
         self.label = str(directory)
         self._flag = flag
         self._advice = advice
-        self._folder = Folder(directory, _LARGEST)
+        self._directory = directory
+        self._folder = Folder(directory, LARGEST)
 
     def check(self) -> None:
+        with self._told():
+            if self.tier is Tier.HOST:
+                check_private(self._directory)
+            self._check()
+
+    def _check(self) -> None:
         """Raises OSError if there are no folders of a store."""
         try:
             self._folder.check()
@@ -141,24 +135,24 @@ class FolderShelf:
             raise FileNotFoundError(errno.ENOENT, "it is not there, or there is no store in it") from None
 
     def names(self) -> Iterator[list[BlockHash]]:
-        with self.told():
+        with self._told():
             for page in self._folder.pages():
                 yield [BlockHash(bytes.fromhex(entry.name)) for entry in page]
-            self.check()  # a directory that vanishes looks like an empty one
+            self._check()  # a directory that vanishes looks like an empty one
 
     def heads(self, names: Sequence[BlockHash]) -> list[Head | Fault | None]:
         return [self._head(name, HEAD_BYTES) for name in names]
 
     def read(self, name: BlockHash) -> bytes | Fault | None:
-        found = self._head(name, _LARGEST)
+        found = self._head(name, LARGEST)
         return found.data if isinstance(found, Head) else found
 
     def drop(self, names: Sequence[BlockHash]) -> int:
-        with self.told():
+        with self._told():
             return sum(self._folder.remove(name.hex()) is not None for name in names)
 
     def room(self) -> Room:
-        with self.told():
+        with self._told():
             usage = shutil.disk_usage(self.label)
         return Room(usage.total, usage.free)
 
@@ -166,7 +160,7 @@ class FolderShelf:
         pass
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def _told(self) -> Iterator[None]:
         """OSError as ConfigError."""
         try:
             yield
@@ -192,7 +186,6 @@ class ServerShelf:
         self._server = Server(target, connections=1, connect_s=_CONNECT_S, timeout_s=_TIMEOUT_S)
 
     def check(self) -> None:
-        """Raises ConfigError if the server does not answer."""
         with self._told():
             if _first(self._server.pipeline([("PING",)])) not in (True, b"PONG"):
                 raise ResponseError("not an answer to PING")
