@@ -73,15 +73,17 @@ def test_each_tenant_computes_a_prompt_for_itself_and_finds_it_again(engine: lis
     store = ["--kv-disk", f"{disk}:1GiB"] if way == "through the store" else []
     with serve("smollm2", *WAYS[way], *engine, *store) as cluster:
         found: list[list[dict[str, Any]]] = []
-        while not found or not all(each["cached_tokens"] > LENGTH - 2 * BLOCK for each in found[-1]):
+        best: list[dict[str, Any]] = [{"cached_tokens": 0}] * len(SALTS)
+        while not all(each["cached_tokens"] > LENGTH - 2 * BLOCK for each in best):
             assert len(found) < TRIES, found
             first = [ask(cluster, len(found), salt) for salt in SALTS]
             assert [details["cached_tokens"] for details, _ in first] == [0, 0, 0], "none of it is this tenant's"
             again = [ask(cluster, len(found), salt) for salt in SALTS]
             assert len({tuple(tokens) for _, tokens in first + again}) == 1
             found.append([details for details, _ in again])
+            best = [max(tries, key=lambda details: details["cached_tokens"]) for tries in zip(*found, strict=True)]
         if way == "peers":
-            assert all(details["loaded_tokens"]["peer"] > 0 for details in found[-1])
+            assert all(details["loaded_tokens"]["peer"] > 0 for details in best)
         if store:
             most = len(found) * LENGTH // BLOCK
             cluster.wait(lambda _: [0 < blocks <= most for blocks in on_disk(disk).values()] == 3 * [True], "disk")
