@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 CONNECT_S = 2.0
 """How long an address may take to answer; a packet that is lost once is sent again after a second."""
+_PARTS = 4
+"""Of that time, one after the other: a process that stands still loses one of them, and then sees what has come."""
 
 
 async def first_unreachable(addresses: Iterable[str], within_s: float = CONNECT_S) -> str | None:
@@ -47,6 +49,14 @@ async def _why_not(address: str, within_s: float) -> str | None:
 async def _connect(address: str, within_s: float) -> None:
     """Raises TimeoutError, OSError, or for what is no address ValueError (UnicodeError) or OverflowError."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
-    async with asyncio.timeout(within_s):
-        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    opening = asyncio.ensure_future(asyncio.open_connection(host.strip("[]"), int(port)))
+    try:
+        for _ in range(_PARTS):
+            if (await asyncio.wait((opening,), timeout=within_s / _PARTS))[0]:
+                break
+        else:
+            raise TimeoutError
+        _, writer = opening.result()
+    finally:
+        opening.cancel()
     writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -48,3 +49,27 @@ def test_an_address_where_nothing_listens_refuses_and_one_that_listens_answers()
         assert why_not(address) == f"tcp://{address} (connection refused)"
         listener.listen()
         assert why_not(address) is None
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_an_address_is_not_blamed_for_a_process_that_stands_still(listens: bool) -> None:
+    async def run() -> str | None:
+        trying = asyncio.create_task(first_unreachable([address], 0.4))
+        asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+        return await trying
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        if listens:
+            listener.listen()
+        assert asyncio.run(run()) == (None if listens else f"{address} (connection refused)")
+
+
+def test_an_address_that_says_nothing_is_told_of() -> None:
+    with socket.socket() as listener, socket.socket() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting.connect(listener.getsockname())
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert asyncio.run(first_unreachable([address], 0.4)) == f"{address} (no answer within 0.4 s)"
