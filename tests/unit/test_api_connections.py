@@ -107,7 +107,7 @@ def test_chunks_behind_an_offer_are_a_body(rig: ApiRig, client: socket.socket) -
 def test_a_body_behind_an_offer_is_never_a_request(rig: ApiRig, client: socket.socket) -> None:
     whole = post(INNER, OFFER)
     client.sendall(whole[: -len(INNER)])
-    rig.wait_for(lambda: served(rig)._head == 0)
+    rig.wait_for(lambda: served(rig)._in_body)
     client.sendall(INNER + LAST)
     assert statuses(all_of(client)) == [400, 404]
 

@@ -57,7 +57,7 @@ def test_the_router_is_told_how_each_address_of_a_question_came_out_and_a_flood_
                 away = f"127.0.0.1:{other.getsockname()[1]}"
             reach.asked(TryReach("good", (here, f"tcp://{here}")))
             reach.asked(TryReach("bad", (here, away)))
-            await until(lambda: len(told) == 2)
+            await until(lambda: len(told) == 2 and not reach._answering)
             for one in range(100):
                 reach.asked(TryReach(str(one), (here,)))
             tried = len(reach._answering)
