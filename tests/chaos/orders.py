@@ -15,6 +15,8 @@ from msgspec import Struct
 
 EXPIRES_S = 8.0
 """An order that nothing has come along for is given up after this."""
+HEARD = "heard"
+"""What a report says of an order that has only come."""
 
 
 class Order(Struct, frozen=True):
@@ -30,6 +32,8 @@ class Order(Struct, frozen=True):
     """The kind of message, where the fault is one of messages; or phase and request, where it is done to that alone."""
     for_good: bool = False
     """Lose a message each time that it is repeated."""
+    answer: bool = False
+    """Report that it has come, as well."""
 
 
 class Report(Struct, frozen=True):
@@ -104,3 +108,5 @@ class Orders:
             else:
                 with self._lock:
                     self._waiting.append(order)
+            if order.answer:
+                self.report(order, detail=HEARD)

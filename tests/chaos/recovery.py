@@ -31,7 +31,7 @@ from bascule.config import EngineConfig
 from bascule.types import SamplingParams
 from chaos.cases import BRIEFLY, CASES, DEAD, KILLED, NOTES, PHASES, UNTOLD, Case
 from chaos.clients import PATIENCE_S, VOCAB, Asked, Clients, Ended, Mark
-from chaos.orders import EXPIRES_S, Order, Report, give, reports_address
+from chaos.orders import EXPIRES_S, HEARD, Order, Report, give, reports_address
 from chaos.schedule import DEAD_S, LEASE_S, STEP_S, SUSPECT_S, TOKEN_S
 from support.cluster import Cluster, serve
 
@@ -39,8 +39,6 @@ PROMPT, OUTPUT, OTHERS_OUTPUT = 400, 40, 100
 """Tokens of the request that the fault is done to (and output of the streams beside it)."""
 OTHERS = 4
 _BACK_S = 60.0
-_HEARD_S = 0.1
-"""Until an order has been heard: it must not come behind the request that it is about."""
 SPLIT = ("--policy", "disaggregated", "--prefill", "2", "--decode", "2", "--devices", "cpu:0,cpu:1,cpu:0,cpu:1")
 WHOLE = ("--policy", "replicated", "--mixed", "2", "--devices", "cpu:0,cpu:1")
 
@@ -77,6 +75,8 @@ class Bench:
         self._post.setblocking(False)
         self._post.bind(reports_address(folder))
         self._reported: asyncio.Future[Report] = asyncio.Future()
+        self._unheard: set[str] = set()
+        """Workers that have not said yet that the order has come."""
         asyncio.get_running_loop().add_reader(self._post, self._read)
 
     def close(self) -> None:
@@ -86,7 +86,11 @@ class Bench:
 
     def _read(self) -> None:
         report = msgspec.msgpack.decode(self._post.recv(1 << 16), type=Report)
-        if report.number == self._numbers and not self._reported.done():
+        if report.number != self._numbers:
+            return
+        if report.detail == HEARD:
+            self._unheard.discard(report.worker)
+        elif not self._reported.done():
             self._reported.set_result(report)
 
     def _asked(self, name: str, output: int) -> Asked:
@@ -112,8 +116,7 @@ class Bench:
             asyncio.create_task(self._clients.ask(self._asked(f"{name}-{i}", OTHERS_OUTPUT))) for i in range(OTHERS)
         ]
         await asyncio.sleep(0.4)
-        self._order(case, name)
-        await asyncio.sleep(_HEARD_S)
+        await self._order(case, name)
         asking = asyncio.create_task(self._clients.ask(self._asked(name, OUTPUT)))
         outcome = Outcome(None, [])  # type: ignore[arg-type]
         watching = asyncio.create_task(self._strike(case, name, outcome))
@@ -138,11 +141,15 @@ class Bench:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(report.pid, signal.SIGCONT)
 
-    def _order(self, case: Case, name: str) -> None:
+    async def _order(self, case: Case, name: str) -> None:
+        """Returns once all workers have heard it: it must not come behind the request that it is about."""
         until, what = time.monotonic() + EXPIRES_S, f"{case.at} {name}"
-        order = Order(self._numbers, case.order, self._numbers, until, case.seconds, what)
-        for worker in self.cluster.state()["workers"]:
-            give(order, self._folder, worker["id"], self._post)
+        order = Order(self._numbers, case.order, self._numbers, until, case.seconds, what, answer=True)
+        workers: list[str] = [worker["id"] for worker in self.cluster.state()["workers"]]
+        self._unheard = {worker for worker in workers if give(order, self._folder, worker, self._post)}
+        async with asyncio.timeout(PATIENCE_S):
+            while self._unheard:
+                await asyncio.sleep(0.001)
 
     async def settled(self) -> None:
         """Every worker is there, and nothing runs, waits or is leased anywhere."""
