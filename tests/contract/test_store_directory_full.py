@@ -24,20 +24,21 @@ directory = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", directory], check=True)
 store = DirectoryStore(Path(directory), 1 << 30, timeout_s=20)
 names = [number.to_bytes(16, "big") for number in range(200)]
-deadline, last_taken = monotonic() + 20, 0
+deadline = monotonic() + 60
 for number, name in enumerate(names):
-    last_taken = number if store.put({name: bytes([number]) * 40_000}) else last_taken
-    sleep(0.005)
+    while not store.put({name: bytes([number]) * 40_000}):
+        assert monotonic() < deadline, (number, store.stats())
+        sleep(0.005)
 stats = store.stats()
 assert stats.errors.keys() == {Fault.FULL}, stats
-assert stats.evictions > 0 and last_taken > 150, (stats, last_taken)
+assert stats.evictions > 0, stats
 answers = store.get(names)
 assert all(answer in (None, bytes([number]) * 40_000) for number, answer in enumerate(answers))
-assert answers[last_taken] is not None
+assert answers[-1] is not None
 assert list(Path(directory, "v1", "tmp").iterdir()) == []
 subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
-kept = [name for name, answer in zip(names, answers) if answer is not None]
-assert None not in store.get(kept)
+kept = [name for name in names if Path(directory, "v1", name.hex()[:2], name.hex()).exists()]
+assert kept and None not in store.get(kept)
 uses = [Use(name, 0.0, again=True) for name in (kept[0], b"\\xfe" * 16)]
 assert store.touch(uses) == [True, False]
 assert store.put({b"\\xff" * 16: b"x"}) == 0
