@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from itertools import count
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from bascule.cli import servers
 from bascule.cli.admin import drain, reload, resume, role, workers
 from bascule.cli.admin_api import NotAnswered
 from bascule.errors import ConfigError
+from bascule.observe.state import ClusterState
 from bascule.types import Role
 
 
@@ -30,6 +31,18 @@ def rig(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiRig]:
 
 def now(rig: ApiRig, state: str) -> None:
     rig.backend.worker = msgspec.structs.replace(rig.backend.worker, state=state, requests=0)
+
+
+def becomes(rig: ApiRig, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the worker in that state from the third look at it on."""
+    asked, looks = rig.backend.state, count(1)
+
+    def look() -> ClusterState:
+        if next(looks) == 3:
+            now(rig, state)
+        return asked()
+
+    monkeypatch.setattr(rig.backend, "state", look)
 
 
 def test_workers_are_listed(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,16 +86,17 @@ def test_a_reload_need_not_be_followed_and_its_failure_is_told(rig: ApiRig, caps
         reload(timeout=-1)
 
 
-def test_waiting_ends_when_nothing_is_left(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
-    ends = threading.Timer(0.5, now, (rig, "drained"))
-    ends.start()
+def test_waiting_ends_when_nothing_is_left(
+    rig: ApiRig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    becomes(rig, "drained", monkeypatch)
     drain("mixed-0", wait=True)
     assert capsys.readouterr().out.splitlines()[-1] == "mixed-0 (mixed) is drained"
     assert rig.backend.worker.state == "drained"
 
 
-def test_waiting_for_a_worker_that_somebody_resumes_fails(rig: ApiRig) -> None:
-    threading.Timer(0.5, now, (rig, "ready")).start()
+def test_waiting_for_a_worker_that_somebody_resumes_fails(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    becomes(rig, "ready", monkeypatch)
     with pytest.raises(NotAnswered, match="mixed-0 is ready: it was resumed before"):
         drain("mixed-0", wait=True)
 
