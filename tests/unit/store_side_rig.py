@@ -166,6 +166,14 @@ def patient(store: Gated, stack: ExitStack) -> None:
     stack.enter_context(patch.object(Load, "wait", waiting))
 
 
+def endless(stack: ExitStack) -> None:
+    """From now on a prompt waits for its load as long as that takes: a thread that stands still for a moment would
+    cost it some of what it waits for."""
+    wait = Load.wait
+    stack.enter_context(patch.object(Load, "expect", lambda *_: None))
+    stack.enter_context(patch.object(Load, "wait", lambda load, _: wait(load, WAIT)))
+
+
 async def gated(store: Gated, stack: ExitStack, **kind: object) -> Node:
     """A node that knows what computing costs, beside a store with the prompt that lets nothing through."""
     await Node([store], stack).complete(PROMPT)

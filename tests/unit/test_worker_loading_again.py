@@ -19,6 +19,7 @@ from store_side_rig import (
     WAIT,
     Gated,
     Node,
+    endless,
     finish,
     gated,
     patient,
@@ -88,6 +89,7 @@ def test_a_prompt_that_came_while_the_device_was_full_is_loaded_once_it_has_memo
     async def scenario() -> None:
         blocks = -(-len(prompt) // BLOCK) + spare
         node, lease, key = await waiting(store, stack, blocks, prompt)
+        endless(stack)
         computed = watched(node.rig)
         lease.release()
         await serve(node)
@@ -110,6 +112,7 @@ def test_prompts_that_wait_for_the_memory_of_one_are_each_loaded(store: Gated, s
         node = Node([store], stack, blocks=DEVICE)
         node.rig.engine.cost = KNOWN
         patient(store, stack)
+        endless(stack)
         computed = watched(node.rig)
         asked = {node.submit(prompt)[0]: prompt for prompt in prompts}
         while node.side._starting:
@@ -138,6 +141,7 @@ def test_what_was_on_the_device_and_is_evicted_before_its_turn_comes_back_from_t
         with node.rig.books.acquire([], [], DEVICE) or pytest.fail("no blocks"):
             assert node.rig.step().is_empty
         patient(store, stack)
+        endless(stack)
         computed = watched(node.rig)
         await serve(node)
         assert node.check(key, PROMPT) is not None and computed == LAST
@@ -222,6 +226,7 @@ def test_a_late_load_wakes_the_engine_when_it_gives_back_what_its_prompt_waits_f
         assert runnable[0], "it can be admitted now"
         await until(lambda: not node.side.loading)
         assert len(store.asked) == 1, "no memory is taken from it for the rest of the load"
+        endless(stack)
         store.let_all()
         await serve(node)
         brought = node.check(key, PROMPT)
