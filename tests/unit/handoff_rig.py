@@ -223,6 +223,6 @@ def pair(
 
 
 def verdicts(both: Pair) -> list[str]:
-    """`accepted`, or the kind of refusal, in order."""
-    answers = [message for message in both.to_prefill if isinstance(message, Accepted | HandoffRefused)]
-    return [answer.kind if isinstance(answer, HandoffRefused) else "accepted" for answer in answers]
+    """`accepted`, or the kind of refusal, in order; a verdict that is said again to who asks again counts once."""
+    answers = (message for message in both.to_prefill if isinstance(message, Accepted | HandoffRefused))
+    return [answer.kind if isinstance(answer, HandoffRefused) else "accepted" for answer in dict.fromkeys(answers)]
