@@ -151,7 +151,10 @@ def test_what_is_answered_before_its_body_was_there_is_the_last_of_its_connectio
                     time.sleep(0.02)
 
 
-def test_a_client_that_sends_all_of_too_large_a_body_still_hears_why(rig: ApiRig) -> None:
+def test_a_client_that_sends_all_of_too_large_a_body_still_hears_why(
+    rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", WAIT)
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=WAIT) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 40000000\r\n\r\n")
         client.sendall(b"x" * 40_000_000)
