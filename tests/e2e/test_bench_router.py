@@ -20,8 +20,8 @@ def test_bench_router_writes_its_figures_and_a_plot(tmp_path: Path) -> None:
     assert "block events/s" in run.stdout
     report = json.loads(file.read_text())
     assert (report["workers"], report["blocks"], report["prompt_blocks"]) == (20, 12000, 20)
-    for times in (report["decision_s"], report["decision_cpu_s"]):
-        assert 0 < times["p50"] <= times["p99"] < 1
+    for times, most in ((report["decision_s"], 60), (report["decision_cpu_s"], 1)):
+        assert 0 < times["p50"] <= times["p99"] < most, "a machine may stand still for seconds"
     assert report["events_per_s"] > 10_000
     assert report["bytes_per_block"] > 0
     sizes = {(cell["workers"], cell["blocks"]) for cell in report["growth"]}
