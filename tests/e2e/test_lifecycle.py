@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support.cluster import Cluster, run_cli, run_clis, serve
+from support.cluster import Cluster, patient, run_cli, run_clis, serve
 from support.oracle import Reference
 
 MOCK = ["--engine", "mock"]
@@ -90,9 +90,8 @@ def test_a_router_and_workers_started_apart_serve_a_split_request(tmp_path: Path
         bind = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     ready = tmp_path / "ready"
     base = [sys.executable, "-m", "bascule"]
-    processes = [
-        subprocess.Popen([*base, "router", "smollm2", "--bind", bind, "--port", "0", "--ready-file", str(ready)])
-    ]
+    router = ["router", "smollm2", "--bind", bind, "--port", "0", "--ready-file", str(ready), *patient(())]
+    processes = [subprocess.Popen([*base, *router])]
     try:
         for role in ("prefill", "decode"):
             command = [*base, "worker", "smollm2", "--join", bind, "--id", role, "--role", role, *MOCK]
