@@ -19,6 +19,7 @@ from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers
 from bascule.types import BlockHash, Brought, CostModel, Tier
 from bascule.wire import Submit
+from bascule.worker import store_side
 from bascule.worker.loader import Load
 from bascule.worker.store_side import StoreSide
 
@@ -94,9 +95,11 @@ class Node:
             await asyncio.sleep(0.0002)
 
     async def complete(self, prompt: Sequence[int], believed: int = 0, salt: bytes = b"") -> Brought | None:
-        """Serve one request to its end and check its tokens; what became findable is saved."""
-        key, ready = self.submit(prompt, believed, salt)
-        await ready
+        """Serve one request to its end and check its tokens; what became findable is saved. Where nobody knows what
+        computing costs, it waits for its load as long as that takes."""
+        with patch.object(store_side, "_UNKNOWN_S", WAIT):
+            key, ready = self.submit(prompt, believed, salt)
+            await ready
         while self.rig.engine.has_work() or self.side.loading:  # what is loaded late may hold the memory it waits for
             await asyncio.sleep(0)  # what the loader has told
             if self.rig.engine.has_work():
@@ -107,8 +110,9 @@ class Node:
     async def bring(self, prompt: Sequence[int], believed: int = 0) -> int:
         """Have a prompt loaded, and then no more of it; returns how many blocks came into the cache."""
         before = self.rig.books.count_cached(HASHER.chain(prompt))
-        key, ready = self.submit(prompt, believed)
-        await ready
+        with patch.object(store_side, "_UNKNOWN_S", WAIT):
+            key, ready = self.submit(prompt, believed)
+            await ready
         self.rig.engine.cancel(*key)
         while self.side.loading:
             await asyncio.sleep(0)
