@@ -14,6 +14,7 @@ import pytest
 from bascule.config import StoreConfig
 from bascule.errors import ConfigError
 from bascule.kv.store import folder, remote
+from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.places import (
     DiskPlace,
     check_host,
@@ -249,9 +250,9 @@ def test_a_name_that_another_has_begun_to_write_is_waited_for(tmp_path: Path, mo
 
 def test_a_check_evicts_nothing(tmp_path: Path) -> None:
     """What the check is made for may be refused for another reason, and a bound may be a slip of the pen."""
-    store = disk_store(DiskPlace(tmp_path, 1 << 20))
+    store = DirectoryStore(tmp_path, 1 << 20, timeout_s=20.0)
     names = [BlockHash(bytes([number]) * 16) for number in range(8)]
-    store.put({name: bytes(1000) for name in names})
+    assert store.put({name: bytes(1000) for name in names}) == 8
     store.close()
     check_stores(StoreConfig(kv_disk=f"{tmp_path}:2000"))
     assert len(list(tmp_path.glob("v1/*/" + "[0-9a-f]" * 32))) == 8
