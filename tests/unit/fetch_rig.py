@@ -142,7 +142,7 @@ class Two:
 
     async def check(self) -> None:
         """Nothing is held, nor in quarantine for longer than the other side takes to say that it is done."""
-        for _ in range(200):
+        for _ in range(2000):
             if all((rig.books.counts.held, rig.books.counts.quarantined) == (0, 0) for rig in self.rigs):
                 break
             await asyncio.sleep(0.01)

@@ -42,11 +42,14 @@ def test_what_is_over_its_time_and_a_grace_is_ended_once() -> None:
 
 def test_a_worker_whose_router_says_nothing_more_ends_a_request_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadlines, "_GRACE_S", 0.1)
-    sampling = SamplingParams(max_tokens=80, temperature=0.0)
 
     async def scenario(cluster: Cluster) -> None:
         monkeypatch.setattr(cluster.service, "tokens", lambda _: None)  # or it would cancel what it does not know
-        for name, timeout_s in (("short", 0.3), ("long", 100.0)):
+        limits, known, ended = cluster.worker._deadlines, list[Key](), list[Key]()
+        bound, cancel = limits.bound, limits._cancel
+        monkeypatch.setattr(limits, "bound", lambda key, seconds: (known.append(key), bound(key, seconds)))
+        monkeypatch.setattr(limits, "_cancel", lambda key: (ended.append(key), cancel(key)))
+        for name, timeout_s, tokens in (("short", 0.3, 80), ("long", 100.0, 20)):
             cluster.router.send(
                 EPOCH,
                 Submit(
@@ -54,17 +57,16 @@ def test_a_worker_whose_router_says_nothing_more_ends_a_request_in_time(monkeypa
                     attempt=1,
                     prompt=(1, 2, 3),
                     generated=(),
-                    sampling=sampling,
+                    sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
                     timeout_s=timeout_s,
                 ),
             )
-        await cluster.wait(lambda: cluster.engine.load().running == 2)
-        await cluster.wait(lambda: cluster.engine.load().running == 1)
+        await cluster.wait(lambda: len(known) == 2 and bool(ended) and not limits._ends)
         await cluster.wait(lambda: not cluster.engine.load().running)
-        assert cluster.worker._deadlines._ends == {}
+        assert ended == [Key(RequestId("short"), 1)]
         assert cluster.books.counts.held == 0
 
-    over_sockets(scenario, step_s=0.02)
+    over_sockets(scenario, step_s=0.05)  # "short" would need 4 s
 
 
 def test_the_router_says_how_long_a_request_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
