@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 from engine_rig import BLOCK, greedy, reference, work
-from store_side_rig import KNOWN, Node, prompt_of, run
+from store_side_rig import KNOWN, Node, endless, prompt_of, run
 from torch_support import BLOCK_SIZE, VOCAB, float_runner, make_model, reference_greedy
 
 from bascule.engine.core import Work
@@ -34,12 +34,16 @@ async def served(
     asked: list[Work],
     expected: Callable[[Work], list[int]] = lambda one: reference(one.prompt, one.sampling),
 ) -> int:
-    """Run all to their ends, check every token; how often somebody had to go on anew with KV lost."""
-    resumed = 0
+    """Run all to their ends, check every token; how often somebody had to go on anew with KV lost. The savers
+    catch up now and then."""
+    resumed = steps = 0
     for each in asked:
         node.rig.engine.submit(each)
     while node.rig.engine.has_work():
         await asyncio.sleep(0.0005)  # for the loader and the savers
+        steps += 1
+        while not steps % 20 and node.side.saving:
+            await asyncio.sleep(0.0005)
         result = node.step()
         resumed += len(result.admitted)
     await node.rest()
@@ -59,6 +63,7 @@ def test_a_preempted_sequence_gets_its_kv_back_by_the_quicker_way(cost: CostMode
             store = MemoryStore(1 << 24, Tier.HOST)
             node = Node([store], stack, blocks=BLOCKS, chunk=2 * BLOCK, step=16 + 2 * BLOCK)
             node.rig.engine.cost = cost
+            endless(stack)
             assert await served(node, two_that_do_not_fit()) > 0
             assert (node.tiers.figures[Tier.HOST].loaded_blocks > 0) == loads
 
@@ -88,6 +93,7 @@ def test_a_real_model_gives_the_same_tokens_after_giving_blocks_up_with_a_tier_a
             for tiers in ([MemoryStore(1 << 26, Tier.HOST)], []):
                 node = Node(tiers, stack, runner=float_runner(tmp_path), blocks=16, chunk=BLOCK_SIZE)
                 node.rig.engine.cost = DEAR
+                endless(stack)
                 asked = [work(name, prompt, greedy(output)) for name, prompt in zip(("a", "b"), prompts, strict=True)]
                 assert await served(node, asked, lambda one: expected[one.prompt]) > 0
                 assert all(figures.loaded_blocks > 0 for figures in node.tiers.figures.values())
