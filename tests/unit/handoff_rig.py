@@ -16,7 +16,7 @@ from bascule.engine.core import Engine, EngineLimits
 from bascule.engine.mock import MockRunner
 from bascule.engine.sequence import Key
 from bascule.kv.arena import Arena
-from bascule.kv.books import Books
+from bascule.kv.books import Books, Counts
 from bascule.kv.hashing import BlockHasher
 from bascule.kv.transfer.base import Receiver, Sender
 from bascule.kv.transfer.coding import Coding
@@ -79,10 +79,15 @@ class Pair:
         return reserved[-1].blocks[0]
 
     def _behind(self) -> bool:
-        """Whether a chunk of a prompt that is being computed has still to be announced."""
+        """Whether a chunk of a prompt that is being computed has still to be announced, or what is announced to be
+        checked."""
         handoff = self.prefill._by_key.get(KEY)
         if handoff is None or handoff.first_token is not None or not handoff.computed:
             return False
+        incoming = self.decode._tickets.get(handoff.ticket)
+        lease = None if incoming is None else incoming.lease
+        if incoming is not None and lease is not None and len(incoming.found) < incoming.written - lease.cached:
+            return True
         announced = [one for one in self.sent(Written) if isinstance(one, Written) and one.ticket == handoff.ticket]
         return not announced or announced[-1].blocks < handoff.computed
 
@@ -123,9 +128,16 @@ class Pair:
             if len(tokens) == SAMPLING.max_tokens:
                 break
             await asyncio.sleep(0.005)
+        for _ in range(_PATIENCE):  # both ends of what was written tell that it is over, from threads of their own
+            if not any(counts.held or counts.quarantined for counts in self._counts()):
+                break
+            await asyncio.sleep(0.005)
         await self.prefill.close()
         await asyncio.sleep(0.05)
         return tokens
+
+    def _counts(self) -> list[Counts]:
+        return [engine._books.counts for engine in (self.source, self.target)]
 
 
 def deliver(pair: Pair, message: PeerMessage) -> PeerMessage | None:
