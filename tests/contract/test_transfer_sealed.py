@@ -333,6 +333,7 @@ def test_records_that_come_after_the_revocation_are_not_opened(sealed: Link) -> 
         data = b"".join(handoff(end, source)[:2])
         raw.sendall(data[:-1])
         push_all_as(OTHER, sealed)
+        wait_until(lambda: sealed.receiver._grants[ticket_key(TICKET)].writers, "the announcement")  # type: ignore[attr-defined]
         assert sealed.receiver.revoke(TICKET)
         sealed.arena.bytes[:] = 9
         raw.sendall(data[-1:])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 from engine_rig import BLOCK, CARD, Rig, greedy, named, reference, work
 
@@ -18,6 +19,7 @@ from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.peer_wire import Fetch, Fetched, PeerMessage, Revoked
 from bascule.types import CostModel, Epoch, ModelCard, RequestId, TicketId, WorkerId
 from bascule.wire import FetchFrom, PeerAddress, Submit
+from bascule.worker import fetch
 from bascule.worker.fetch import Fetches
 from bascule.worker.grants import Grants
 from bascule.worker.learning import Links
@@ -134,7 +136,8 @@ class Two:
         key, hashes = Key(RequestId(f"fetch {self.number}"), 1), HASHER.chain(prompt[:-1], salt)
         before = self.rigs[0].books.count_cached(hashes)
         async with asyncio.timeout(20):
-            await self.fetches.bring(submission(key, prompt, salt), FetchFrom(PEER_ADDRESS, tokens), lambda _: None)
+            with patch.object(fetch, "_UNKNOWN_S", 20.0):
+                await self.fetches.bring(submission(key, prompt, salt), FetchFrom(PEER_ADDRESS, tokens), lambda _: None)
             while key in self.fetches._tasks:
                 await asyncio.sleep(0.001)
         self.fetches.give_up(key)

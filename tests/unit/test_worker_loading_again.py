@@ -170,6 +170,7 @@ def test_what_no_tier_gives_is_not_asked_for_again(store: Gated, stack: ExitStac
             store._blocks[name] = b"?"
         node = Node([store], stack, sequences=1)
         node.rig.engine.cost = KNOWN
+        endless(stack)
         store.asked.clear()
         key, ready = node.submit(PROMPT)
         await ready
