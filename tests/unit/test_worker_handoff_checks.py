@@ -97,7 +97,7 @@ def test_announcements_of_unknown_and_ended_tickets_are_ignored() -> None:
     with pair("loopback") as both:
         both.decode.apply(SOURCE.epoch, Written(TicketId("nobody's"), 3))
         both.loop.run_until_complete(both.run())
-        [commit] = both.sent(Commit)
+        commit = both.sent(Commit)[-1]
         assert isinstance(commit, Commit)
         both.decode.apply(SOURCE.epoch, Written(commit.ticket, 3))
         assert verdicts(both) == ["accepted"]

@@ -34,15 +34,15 @@ async def served(
     asked: list[Work],
     expected: Callable[[Work], list[int]] = lambda one: reference(one.prompt, one.sampling),
 ) -> int:
-    """Run all to their ends, check every token; how often somebody had to go on anew with KV lost. The savers
-    catch up now and then."""
+    """Run all to their ends, check every token; how often somebody had to go on anew with KV lost. Savers catch
+    up now and then, and loads end before the next step."""
     resumed = steps = 0
     for each in asked:
         node.rig.engine.submit(each)
     while node.rig.engine.has_work():
         await asyncio.sleep(0.0005)  # for the loader and the savers
         steps += 1
-        while not steps % 20 and node.side.saving:
+        while node.side.loading or (not steps % 20 and node.side.saving):
             await asyncio.sleep(0.0005)
         result = node.step()
         resumed += len(result.admitted)
