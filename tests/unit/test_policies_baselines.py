@@ -29,6 +29,14 @@ def test_disaggregated_takes_one_worker_of_each_pool() -> None:
     assert policy(cluster.snapshot(), cluster.query()).placement == Placement(WorkerId("p"), WorkerId("d"))
 
 
+def test_a_split_says_what_was_ahead_of_the_request_and_not_what_it_has_to_compute_itself() -> None:
+    policy, cluster = pair()
+    cluster.add("p", Role.PREFILL, prompts=(300,))
+    cluster.add("d", Role.DECODE, streams=(10, 10))
+    reason = policy(cluster.snapshot(), cluster.query(500)).reason
+    assert reason == "split: 300 prompt tokens were queued on p before this request, d decodes 2"
+
+
 def test_least_loaded_prefers_the_emptier_and_ties_take_turns() -> None:
     policy = policy_named("replicated", "least-loaded")
     uneven = Cluster()

@@ -98,8 +98,8 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
     names = snapshot.ids
     return Decision(
         placement=Placement(names[prefill], names[decode]),
-        reason=f"split: {names[prefill]} has {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens to compute, "
-        f"{names[decode]} decodes {snapshot.decoding[decode]}",
+        reason=f"split: {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens were queued on {names[prefill]} before "
+        f"this request, {names[decode]} decodes {snapshot.decoding[decode]}",
     )
 
 
