@@ -259,6 +259,20 @@ class Brought(Struct, frozen=True):
         )
 
 
+class StoreHandoff(Struct, frozen=True):
+    """What handing a request over by way of the KV store moved, by tier: `saved` by the prefill worker, which writes
+    nothing that lies there already, `loaded` by the decode worker."""
+
+    saved_bytes: dict[str, int] = {}
+    loaded_tokens: dict[str, int] = {}
+    """Of the prompt."""
+    loaded_bytes: dict[str, int] = {}
+    load_s: float = 0.0
+    """That the request waited for what was loaded."""
+    computed_tokens: int = 0
+    """Of the prompt, that the decode worker found nowhere and computed a second time."""
+
+
 class WorkerLoad(Struct, frozen=True, kw_only=True):
     """A worker's own count of its work and of its books, as of one heartbeat."""
 
@@ -277,6 +291,8 @@ class WorkerLoad(Struct, frozen=True, kw_only=True):
     """Handoffs that this worker refused since the start, by reason."""
     hit_tokens: Count = 0
     """Prompt tokens found in the device prefix cache since the start, those from a store or a peer included."""
+    computed_tokens: Count = 0
+    """Prompt tokens that its steps have computed since the start, each time that they did."""
     stores: dict[Tier, StoreLoad] = {}
     """The tiers below the device that this worker has."""
     fetches: FetchLoad = FetchLoad()
@@ -358,6 +374,8 @@ class Delta(Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV was found and not computed (the same on every delta of a request)."""
     brought: Brought = Brought()
     """What of it came from the KV store or from a peer (the same, too)."""
+    handoff: StoreHandoff | None = None
+    """What has been handed over by way of the KV store by then, if that was the way."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):

@@ -165,6 +165,8 @@ class Saved(Struct, frozen=True, tag=True):
     epoch: Epoch
     request: RequestId
     attempt: Attempt
+    bytes: dict[str, Count] = {}
+    """Of its KV that this worker has written there, by tier, as they are stored."""
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):

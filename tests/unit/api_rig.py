@@ -77,7 +77,7 @@ LOAD = WorkerLoad(
     integrity_violations=2,
     handoff_bytes={"shm": 4096},
     handoff_refused={"checksum": 3},
-    hit_tokens=48,
+    computed_tokens=48,
     cost_error=0.04,
 )
 

@@ -142,6 +142,8 @@ class Rig:
         self.progress: list[Progress] = []
         self.failed: list[Failure] = []
         self.steps = 0
+        self.hit_tokens = self.computed_tokens = 0
+        """Of prompts."""
 
     def step(self) -> StepResult:
         """One step; what came of it is remembered, and the engine's state is checked."""
@@ -158,6 +160,8 @@ class Rig:
             self.times.setdefault(output.request, []).append(self.clock.now())
         self.progress += result.progress
         self.failed += result.failed
+        self.hit_tokens += sum(found.tokens for found in result.found)
+        self.computed_tokens += result.computed_tokens
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Step while there is work, or until a condition holds."""

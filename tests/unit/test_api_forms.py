@@ -13,7 +13,7 @@ from bascule.api.chat import ChatForm
 from bascule.api.completions import CompletionForm
 from bascule.api.forms import Form, Usage, Writer
 from bascule.api.text import Piece, TokenReport
-from bascule.types import Brought, FinishReason, TokenLogprobs
+from bascule.types import Brought, FinishReason, StoreHandoff, TokenLogprobs
 
 FORMS: list[Form] = [CompletionForm(ByteTokenizer()), ChatForm(ByteTokenizer())]
 
@@ -79,3 +79,14 @@ def test_usage_says_what_kv_was_brought_and_nothing_of_what_was_not() -> None:
         "spared_s": 1.5,
     }
     assert Usage(5, 2, 0, Brought(seconds=0.5)).fields()["prompt_tokens_details"] == {"cached_tokens": 0, "load_s": 0.5}
+    handoff = StoreHandoff({"disk": 900}, {"disk": 4}, {"disk": 640}, 0.125, 1)
+    assert Usage(5, 2, 0, handoff=handoff).fields()["prompt_tokens_details"] == {
+        "cached_tokens": 0,
+        "handoff": {
+            "saved_bytes": {"disk": 900},
+            "loaded_tokens": {"disk": 4},
+            "loaded_bytes": {"disk": 640},
+            "load_s": 0.125,
+            "computed_tokens": 1,
+        },
+    }

@@ -117,7 +117,7 @@ def test_metrics_have_the_cluster_at_the_time_of_the_scrape(rig: ApiRig) -> None
     assert values["bascule_integrity_violations"] == 2
     assert values['bascule_handoff_bytes_total{transport="shm"}'] == 4096
     assert values['bascule_handoff_refused_total{reason="checksum"}'] == 3
-    assert values['bascule_kv_hit_tokens_total{tier="device"}'] == 48
+    assert values["bascule_prompt_tokens_computed_total"] == 48
     assert values['bascule_prediction_error_ratio{term="step"}'] == 0.04
     assert values["bascule_requests_queued"] == 4
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from api_rig import ApiRig
+from msgspec.structs import replace
 from test_api_decisions import add
 from test_observe_decisions import REMOTE, attempt, record
 
@@ -18,6 +19,7 @@ from bascule.cli.admin_api import NotAnswered
 from bascule.cli.explain import explain
 from bascule.errors import ConfigError
 from bascule.observe.decisions import Actual, Outcome
+from bascule.types import StoreHandoff, Tier
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,32 @@ def test_what_kv_was_brought_and_what_that_spared_is_told(rig: ApiRig, capsys: p
     said = " ".join(capsys.readouterr().out.split())
     loaded = "of which loaded 160 from disk (2.3 MB), waited for 12.0 ms, computing spared 400.0 ms"
     assert f"176 prompt tokens cached, {loaded}" in said
+
+
+def test_what_a_handoff_through_the_store_moved_is_told(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:
+    one, chosen = record("r"), attempt(REMOTE)
+    candidates = tuple(
+        replace(each, handed_by=Tier.DISK if each.placement == REMOTE else None) for each in chosen.candidates
+    )
+    rig.records.open(one)
+    rig.records.decided(one, replace(chosen, candidates=candidates))
+    moved = StoreHandoff({"disk": 2_400_000}, {"disk": 160}, {"disk": 2_340_000}, 0.012, 7)
+    rig.records.ended(one, Outcome.COMPLETED, Actual(ttft_s=1.0, e2e_s=2.0, cached_tokens=0, handoff=moved))
+    explain("r", admin=rig.admin.url)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "handoff by way of the disk tier of the store: prefill saved 2.4 MB, decode loaded 160 from disk (2.3 MB), "
+        "waited for 12.0 ms and computed 7 prompt tokens again" in said
+    )
+    explain("r", admin=rig.admin.url, json="-")
+    actual = msgspec.json.decode(capsys.readouterr().out)["outputs"][0]["actual"]
+    assert actual["handoff"] == {
+        "saved_bytes": {"disk": 2_400_000},
+        "loaded_tokens": {"disk": 160},
+        "loaded_bytes": {"disk": 2_340_000},
+        "load_s": 0.012,
+        "computed_tokens": 7,
+    }
 
 
 def test_a_rejected_request_is_explained_without_a_choice(rig: ApiRig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_of_siblings_that_come_together_one_computes_what_they_share() -> None:
         rig.engine.submit(work(name, prompt, greedy(4)))
     rig.run()
     assert all(rig.tokens(name) == reference(prompt, greedy(4)) for name, prompt in prompts.items())
-    assert rig.engine.load().hit_tokens >= 2 * (8 - 3) * BLOCK
+    assert rig.hit_tokens >= 2 * (8 - 3) * BLOCK
     rig.assert_idle()
 
 
@@ -128,7 +128,7 @@ def test_a_repeated_prompt_is_found_in_the_cache_but_for_its_last_token() -> Non
         assert rig.tokens(name) == reference(prompt, greedy(6))
     cached = {name: {output.cached_tokens for output in rig.outputs[(RequestId(name), 1)]} for name in ("cold", "warm")}
     assert cached == {"cold": {0}, "warm": {28 - BLOCK}}
-    assert rig.engine.load().hit_tokens == 28 - BLOCK
+    assert rig.hit_tokens == 28 - BLOCK
 
 
 def test_a_follow_up_turn_finds_the_answer_before_it_in_the_cache() -> None:

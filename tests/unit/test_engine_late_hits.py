@@ -54,7 +54,7 @@ def test_the_end_that_comes_meanwhile_is_jumped_over(chunk: int, own_memory: boo
     assert rig.tokens("a") == reference(PROMPT, greedy(OUTPUT))
     assert sorted(computed) == [*blocks(0, 1, 2, 3, 4, 5), *REST]
     assert rig.outputs[next(iter(rig.outputs))][0].cached_tokens == 4 * BLOCK
-    assert rig.engine.load().hit_tokens == 4 * BLOCK
+    assert rig.hit_tokens == 4 * BLOCK
     rig.assert_idle()
 
 

@@ -40,7 +40,7 @@ def test_a_preempted_sequence_reports_the_cache_hits_of_its_first_admission_only
     rig.run()
     assert rig.tokens("young") == reference(prompt, greedy(12))
     assert {output.cached_tokens for output in rig.outputs[(RequestId("young"), 1)]} == {0}
-    assert rig.engine.load().hit_tokens == 0
+    assert rig.hit_tokens == 0
 
 
 def test_a_preempted_sequence_goes_on_before_those_that_never_ran() -> None:

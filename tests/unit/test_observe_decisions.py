@@ -14,7 +14,7 @@ from msgspec import json, structs
 from bascule.observe.decision_fields import record_fields
 from bascule.observe.decisions import COMPARED, Actual, Attempt, DecisionRecords, Outcome, Record
 from bascule.policies.snapshot import Candidate, Prediction
-from bascule.types import FinishReason, Placement, RequestId, Slo, Tier, WorkerId
+from bascule.types import FinishReason, Placement, RequestId, Slo, StoreHandoff, Tier, WorkerId
 
 LOCAL = Placement(WorkerId("a"), WorkerId("a"))
 REMOTE = Placement(WorkerId("a"), WorkerId("b"))
@@ -124,6 +124,7 @@ attempts = st.builds(
     candidates=st.lists(candidates, max_size=6).map(tuple),
     chosen=st.none() | placements,
 )
+moved = st.dictionaries(st.sampled_from(["host", "disk", "remote"]), counts)
 actuals = st.builds(
     Actual,
     **dict.fromkeys(("ttft_s", "tpot_s", "gap_s", "e2e_s"), st.none() | seconds),
@@ -133,6 +134,7 @@ actuals = st.builds(
     load_s=seconds,
     loaded_bytes=st.dictionaries(st.sampled_from(["host", "disk", "peer"]), counts),
     spared_s=seconds,
+    handoff=st.none() | st.builds(StoreHandoff, moved, moved, moved, seconds, counts),
     finish=st.none() | st.sampled_from(FinishReason),
     error=names,
 )

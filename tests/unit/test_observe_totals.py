@@ -7,11 +7,13 @@ from msgspec.structs import replace
 from test_api_service import samples
 
 from bascule.observe.metrics import Metrics
+from bascule.observe.totals import HITS, Totals
 from bascule.types import Epoch, FetchLoad, StoreLoad, Tier, WorkerId, WorkerLoad
 from bascule.wire import Heartbeat, StorePlace
 
 KNOWN = WorkerLoad(
     hit_tokens=100,
+    computed_tokens=640,
     handoff_bytes={"shm": 4096},
     handoff_refused={"checksum": 1},
     fetches=FetchLoad(hit_tokens=8, bytes=512, fetch_s=0.25, spared_s=0.5, failed={"late": 2}),
@@ -38,6 +40,7 @@ def twice(load: WorkerLoad) -> WorkerLoad:
     disk, remote = load.stores[Tier.DISK], load.stores[Tier.REMOTE]
     return WorkerLoad(
         hit_tokens=2 * load.hit_tokens,
+        computed_tokens=2 * load.computed_tokens,
         handoff_bytes={"shm": 8192},
         handoff_refused={"checksum": 2},
         fetches=FetchLoad(hit_tokens=16, bytes=1024, fetch_s=0.5, spared_s=1.0, failed={"late": 4}),
@@ -78,7 +81,7 @@ class Rack:
 
     def counters(self) -> dict[str, float]:
         """Of workers' counts, those that are not zero."""
-        kinds = ("bascule_kv_store_", "bascule_kv_fetch_", "bascule_kv_hit_", "bascule_handoff_")
+        kinds = ("bascule_kv_store_", "bascule_kv_fetch_", "bascule_kv_hit_", "bascule_handoff_", "bascule_prompt_")
         read = self.read()
         return {name: read[name] for name in read if name.startswith(kinds) and "_total" in name and read[name]}
 
@@ -86,9 +89,7 @@ class Rack:
 ONE = {
     'bascule_handoff_bytes_total{transport="shm"}': 4096,
     'bascule_handoff_refused_total{reason="checksum"}': 1,
-    'bascule_kv_hit_tokens_total{tier="device"}': 60,
-    'bascule_kv_hit_tokens_total{tier="disk"}': 32,
-    'bascule_kv_hit_tokens_total{tier="peer"}': 8,
+    "bascule_prompt_tokens_computed_total": 640,
     'bascule_kv_store_bytes_total{tier="disk",way="loaded"}': 2000,
     'bascule_kv_store_bytes_total{tier="disk",way="saved"}': 5000,
     'bascule_kv_store_load_seconds_total{tier="disk"}': 0.5,
@@ -103,7 +104,7 @@ ONE = {
     "bascule_kv_fetch_spared_seconds_total": 0.5,
     'bascule_kv_fetch_failed_total{reason="late"}': 2,
 }
-"""What the metrics say of one worker that has counted `KNOWN`."""
+"""What the metrics say of one worker that has counted `KNOWN`: hits are counted by requests."""
 SERVERS_EVICTED = 'bascule_kv_store_evictions_total{tier="remote"}'
 
 
@@ -150,14 +151,26 @@ def test_what_a_worker_counted_before_it_joined_is_not_counted_now() -> None:
     assert told['bascule_kv_store_load_seconds_total{tier="disk"}'] == 0.5
 
 
-def test_hits_of_the_device_stand_still_until_it_is_told_which_of_them_were_of_a_tier() -> None:
+def test_a_count_that_is_taken_back_stands_still_until_it_has_caught_up() -> None:
+    """Servers that are started anew have evicted nothing."""
     rack = Rack()
     rack.join("a")
     seen = []
-    for hits, loaded in ((100, 0), (100, 60), (130, 60), (200, 60)):
-        rack.beat("a", WorkerLoad(hit_tokens=hits, stores={Tier.DISK: StoreLoad(hit_tokens=loaded)}))
-        seen.append(rack.read()['bascule_kv_hit_tokens_total{tier="device"}'])
+    for evictions in (100, 40, 70, 140):
+        rack.beat("a", WorkerLoad(stores={Tier.REMOTE: StoreLoad(evictions=evictions)}))
+        seen.append(rack.read()[SERVERS_EVICTED])
     assert seen == [100, 100, 100, 140]
+
+
+def test_a_prompts_tokens_are_found_once_and_no_more_of_them_than_there_are() -> None:
+    totals = Totals()
+    totals.found(100, 60, {"disk": 32, "peer": 8})
+    totals.found(50, 0, {})
+    totals.found(10, 80, {"host": 4, "disk": 64})
+    read = totals.read()
+    found = {key[1]: count for key, count in read.items() if key[0] == HITS}
+    assert found == {"device": 20, "host": 4, "disk": 32 + 6, "peer": 8}
+    assert read["bascule_prompt_tokens",] == 160
 
 
 def test_blocks_of_a_tier_are_those_of_all_its_places_each_counted_once() -> None:

@@ -116,12 +116,12 @@ def test_cancelling_wakes_the_reader_and_ends_the_output() -> None:
 
 def test_what_an_attempt_loaded_that_brought_no_token_does_not_count() -> None:
     async def test(flight: Flight) -> None:
-        flight.brought = Brought({Tier.HOST: 160}, 0.5)
+        flight.kv.brought = Brought({Tier.HOST: 160}, 0.5)
         flight.retry(Cause.FAILED, WorkerId("a"))
-        assert flight.brought == Brought()
-        flight.brought = Brought({Tier.DISK: 16})
+        assert flight.kv.brought == Brought()
+        flight.kv.brought = Brought({Tier.DISK: 16})
         flight.take(item(0, attempt=1))
         flight.retry(Cause.LOST, WorkerId("b"))
-        assert flight.brought == Brought({Tier.DISK: 16}), "with its first token, this is what the client is told"
+        assert flight.kv.brought == Brought({Tier.DISK: 16}), "with its first token, this is what the client is told"
 
     run(test)

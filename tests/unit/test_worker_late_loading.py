@@ -58,7 +58,7 @@ def test_what_is_loaded_from_the_back_meanwhile_is_not_computed(
         assert computed[: 10 * BLOCK + 2] == [*blocks(0, 1, *range(16, 24)), LENGTH * BLOCK, LENGTH * BLOCK + 1]
         brought = node.check(key, PROMPT)
         assert brought is not None and brought.tokens == {Tier.HOST: 30 * BLOCK}
-        assert node.rig.outputs[key][0].cached_tokens == node.rig.engine.load().hit_tokens == 30 * BLOCK
+        assert node.rig.outputs[key][0].cached_tokens == node.rig.hit_tokens == 30 * BLOCK
         loads = node.side.loads()[Tier.HOST]
         assert loads.hit_tokens == 30 * BLOCK
         assert loads.spared_s == pytest.approx(30 * BLOCK * KNOWN.token_s)
@@ -124,7 +124,7 @@ def test_what_comes_before_the_engine_begins_counts_as_loaded(store: Gated, stac
             node.step()
         brought = node.check(key, PROMPT)
         assert brought is not None and brought.tokens == {Tier.HOST: LENGTH * BLOCK}
-        assert node.rig.engine.load().hit_tokens == LENGTH * BLOCK
+        assert node.rig.hit_tokens == LENGTH * BLOCK
         await finish(node, store)
 
     run(scenario)
@@ -211,7 +211,7 @@ def test_a_prompt_goes_on_with_what_is_loaded_for_another(store: Gated, stack: E
         while node.rig.engine.has_work():
             node.step()
         node.check(second, [*PROMPT[:-2], 7, 8, 9])
-        assert node.rig.engine.load().hit_tokens == LENGTH * BLOCK
+        assert node.rig.hit_tokens == LENGTH * BLOCK
         await finish(node, store)
 
     run(scenario)
@@ -242,7 +242,7 @@ def test_a_hole_in_what_is_loaded_is_computed(store: Gated, stack: ExitStack) ->
 def test_a_worker_that_ends_while_it_loads_logs_no_error(
     store: Gated, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_side, "_FLUSH_S", 0.05)
+    monkeypatch.setattr(store_side, "FLUSH_S", 0.05)
 
     async def scenario() -> None:
         node = await gated(store, stack)
@@ -267,7 +267,14 @@ def test_what_is_loaded_late_is_told_before_the_tokens(store: Gated) -> None:
         tiers = Tiers([store], parts.arena, parts.books, CARD.fingerprint, Forms("none", CARD.layout))
         reporter, parts.engine.publishes = worker._reporter, True
         side = worker._store = worker._arrivals._store = StoreSide(
-            tiers, parts.engine, parts.books, parts.hasher, CARD.layout, reporter.tell, worker._saved, worker._loaded
+            tiers,
+            parts.engine,
+            parts.books,
+            parts.hasher,
+            CARD.layout,
+            reporter.tell,
+            worker._saved,
+            worker._arrivals.loaded,
         )
         await cluster.complete(prompt)
         await cluster.wait(lambda: store.stats().blocks >= 8 and not side.saving)

@@ -32,9 +32,9 @@ class Place:
         self.calls += 1
         here = [name for name in names if name in self.device and name not in self.held]
         if self.shut:
-            return Saved([], here)
+            return Saved({}, here)
         self.held += here
-        return Saved(here, [])
+        return Saved(dict.fromkeys(here, 1), [])
 
     def use(self, uses: Sequence[Use]) -> Saved:
         self.used += [use.name for use in uses]

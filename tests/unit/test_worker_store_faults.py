@@ -19,7 +19,7 @@ from bascule.kv.store.memory import MemoryStore
 from bascule.kv.store.tiers import Tiers, _Slowness
 from bascule.types import BlockHash, CostModel, Tier
 from bascule.wire import Submit
-from bascule.worker import store_side
+from bascule.worker import announcer
 from bascule.worker.store_side import StoreSide
 
 
@@ -167,7 +167,7 @@ def test_a_request_whose_loading_fails_unforeseen_is_not_lost() -> None:
 
 def test_a_worker_gives_up_saving_long_before_it_is_killed() -> None:
     """A killed one closes no store: the memory of the host tier would stay taken."""
-    assert store_side._FLUSH_S <= process._GRACE_S / 2
+    assert announcer.FLUSH_S <= process._GRACE_S / 2
 
 
 class Asked(MemoryStore):

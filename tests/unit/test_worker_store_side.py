@@ -64,7 +64,7 @@ def test_what_one_worker_computed_another_one_loads(stack: ExitStack, own_memory
         assert brought.tokens == {Tier.HOST: 10 * BLOCK}
         assert brought.bytes == {Tier.HOST: second.side.loads()[Tier.HOST].loaded_bytes}
         assert sum(brought.bytes.values()) > 10 * second.rig.runner.card.layout.block_bytes, "records have headers"
-        assert second.rig.engine.load().hit_tokens == 10 * BLOCK
+        assert second.rig.hit_tokens == 10 * BLOCK
         assert second.side.loads()[Tier.HOST].hit_tokens == 10 * BLOCK
         assert await second.complete(prompt_of(1)) is None, "it is on the device already"
 
@@ -249,7 +249,7 @@ def test_a_block_that_is_evicted_while_it_is_copied_is_not_saved(stack: ExitStac
                 return rig.arena.bytes
 
         node.tiers._arena = Meddling()  # type: ignore[assignment]
-        assert node.tiers.save(Tier.HOST, HASHER.chain(prompt_of(1))).taken == []
+        assert node.tiers.save(Tier.HOST, HASHER.chain(prompt_of(1))).taken == {}
         assert host.stats().blocks == 0
 
     asyncio.run(run())

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from bascule.api.text import Piece
-from bascule.types import Brought
+from bascule.types import Brought, StoreHandoff
 
 _encode = msgspec.json.Encoder().encode
 
@@ -47,6 +47,8 @@ class Usage(Struct, frozen=True):
     completion_tokens: int
     cached_tokens: int
     brought: Brought = Brought()
+    handoff: StoreHandoff | None = None
+    """What went from prefill to decode by way of the store, if that was the way."""
 
     def fields(self) -> dict[str, object]:
         brought = {
@@ -54,6 +56,7 @@ class Usage(Struct, frozen=True):
             "loaded_bytes": self.brought.bytes,
             "load_s": self.brought.seconds,
             "spared_s": self.brought.spared_s,
+            "handoff": None if self.handoff is None else msgspec.structs.asdict(self.handoff),
         }
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -263,7 +263,7 @@ def _kinds(error: type[RequestError]) -> Iterable[type[RequestError]]:
 def _choices(**choice: Schema) -> Schema:
     details = {
         **_object(cached_tokens=_COUNT),
-        "description": "and loaded_tokens, loaded_bytes, load_s, spared_s, where there are any",
+        "description": "and loaded_tokens, loaded_bytes, load_s, spared_s, handoff, where there are any",
     }
     usage = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT, prompt_tokens_details=details)
     one = _object(index=_COUNT, finish_reason={"enum": ["stop", "length"]}, **choice)

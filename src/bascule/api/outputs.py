@@ -14,7 +14,8 @@ from bascule.api.tokens import Tokenizer
 from bascule.errors import WorkerFailure
 from bascule.observe.metrics import OutputTimer
 from bascule.router.backend import Backend, Generation
-from bascule.types import Brought, Delta, Placement, Request, RequestId, Slo
+from bascule.router.provenance import summed
+from bascule.types import Brought, Delta, Placement, Request, RequestId, Slo, StoreHandoff
 
 
 class Output:
@@ -29,6 +30,7 @@ class Output:
         self._deltas: AsyncIterator[Delta] | None = None
         self._cached_tokens = 0
         self._brought = Brought()
+        self._handoff: StoreHandoff | None = None
 
     async def start(self, backend: Backend) -> Placement:
         """Returns where it was placed, once its first tokens are there; raises RequestError."""
@@ -44,7 +46,7 @@ class Output:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens, self._brought)
+        return Usage(len(self._request.prompt), self._text.tokens, self._cached_tokens, self._brought, self._handoff)
 
     async def next_piece(self) -> Piece:
         """The text that has come since, the last piece with `finish`; a stop string ends the backend's work too."""
@@ -55,7 +57,7 @@ class Output:
         except StopAsyncIteration:
             raise WorkerFailure("The output ended before it was finished. Send the request again.") from None
         self._timer.delivered()
-        self._cached_tokens, self._brought = delta.cached_tokens, delta.brought
+        self._cached_tokens, self._brought, self._handoff = delta.cached_tokens, delta.brought, delta.handoff
         piece = self._text.push(delta)
         if piece.finish is not None:
             if self._generation is not None:
@@ -96,6 +98,7 @@ class Outputs:
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in prompts),
             brought=sum((usage.brought for usage in prompts), Brought()),
+            handoff=summed(usage.handoff for usage in usages if usage.handoff is not None),
         )
 
 

@@ -61,8 +61,8 @@ def _show(console: Console, output: dict[str, Any]) -> None:
         _say(console, "failed", str(earlier["chosen"]))
     _say(console, "chosen", output["chosen"] or "no placement")
     chosen = next((each for each in output["candidates"] if each["placement"] == output["chosen"]), None)
-    if chosen is not None and chosen["handed_by"]:
-        _say(console, "handoff", f"by way of the {chosen['handed_by']} tier of the store")
+    if handoff := _handoff(chosen, output["actual"]["handoff"]):
+        _say(console, "handoff", handoff)
     if chosen is not None and chosen["fetch_from"]:
         _say(console, "fetch", f"{chosen['loaded_tokens']} tokens from {chosen['fetch_from']}")
     if output["reason"]:
@@ -78,6 +78,28 @@ def _show(console: Console, output: dict[str, Any]) -> None:
         console.print(_comparison(output["attempts"], output["actual"]))
         _say(console, "output", _summary(output["actual"]))
     console.print()
+
+
+def _handoff(chosen: dict[str, Any] | None, moved: dict[str, Any] | None) -> str:
+    """How KV was handed over by way of the store, and what that moved; empty where nothing went that way."""
+    way = chosen["handed_by"] if chosen is not None else None
+    told = f"by way of the {way} tier of the store" if way else "by way of the store" if moved else ""
+    if moved is None:
+        return told
+    return (
+        f"{told}: prefill saved {_megabytes(moved['saved_bytes'])}, decode loaded {_loaded(moved)}"
+        f", waited for {_ms(moved['load_s'])} ms and computed {moved['computed_tokens']} prompt tokens again"
+    )
+
+
+def _loaded(figures: dict[str, Any]) -> str:
+    """Tokens by where they came from, and all bytes that were moved for them."""
+    tokens = ", ".join(f"{count} from {tier}" for tier, count in figures["loaded_tokens"].items())
+    return f"{tokens or 'nothing'} ({_megabytes(figures['loaded_bytes'])})"
+
+
+def _megabytes(sizes: dict[str, int]) -> str:
+    return f"{sum(sizes.values()) / 1e6:.1f} MB"
 
 
 def _say(console: Console, word: str, text: str) -> None:
@@ -122,12 +144,11 @@ def _comparison(attempts: list[dict[str, Any]], actual: dict[str, Any]) -> Table
 
 
 def _summary(actual: dict[str, Any]) -> str:
-    loaded = ", ".join(f"{count} from {tier}" for tier, count in actual["loaded_tokens"].items())
-    moved = sum(actual["loaded_bytes"].values()) / 1e6
+    loaded = _loaded(actual) if actual["loaded_tokens"] else ""
     return (
         f"{actual['output_tokens']} tokens in {_ms(actual['e2e_s'])} ms, finish {actual['finish'] or 'none'}, "
         f"{actual['cached_tokens']} prompt tokens cached"
-        + (f", of which loaded {loaded} ({moved:.1f} MB), waited for {_ms(actual['load_s'])} ms" if loaded else "")
+        + (f", of which loaded {loaded}, waited for {_ms(actual['load_s'])} ms" if loaded else "")
         + (f", computing spared {_ms(actual['spared_s'])} ms" if loaded else "")
         + (f"; waited {_ms(actual['load_s'])} ms for KV that did not come" if actual["load_s"] and not loaded else "")
     )

@@ -299,7 +299,6 @@ class Engine:
             return EngineLoad(
                 len(every) - waiting,
                 waiting,
-                self._scheduler.hit_tokens,
                 len(behind),
                 sum(behind),
                 len(streams),
@@ -357,6 +356,7 @@ class Engine:
     def _apply(self, plan: list[Grant], sampled: list[Sampled | None], now: float, news: StepResult) -> StepResult:
         outputs: list[Output] = []
         progress: list[Progress] = []
+        computed = sum(sequence.of_prompt(tokens) for sequence, tokens in plan)
         for (sequence, tokens), drawn in zip(plan, sampled, strict=True):
             sequence.granted = 0
             if sequence.cancelled:
@@ -371,7 +371,7 @@ class Engine:
             elif sequence.handoff:
                 progress.append(sequence.progress())
                 self._rest(sequence)
-        return replace(news, outputs=outputs, progress=progress)
+        return replace(news, outputs=outputs, progress=progress, computed_tokens=computed)
 
     def _rest(self, sequence: Sequence) -> None:
         """Take a handoff out of the batch after a chunk, unless it may go on with the next."""

@@ -71,8 +71,6 @@ class Scheduler:
         """The next to be admitted first."""
         self.cost = CostModel()
         """What steps are expected to take; all zeros while nothing is known."""
-        self.hit_tokens = 0
-        """Prompt tokens found in the prefix cache, each request's counted once."""
         self.found: list[Found] = []
         """What sequences were spared since somebody last took this list."""
         self.admitted: list[Admitted] = []
@@ -283,7 +281,6 @@ class Scheduler:
     def _note(self, found: Found | None) -> None:
         if found is not None:
             self.found.append(found)
-            self.hit_tokens += found.tokens
 
     def _sibling_computes(self, sequence: Sequence) -> bool:
         """Whether one in the batch is about to compute a good part of this one's prompt: it is spared by waiting.

@@ -230,7 +230,9 @@ class Sequence:
         prompt = len(self.work.prompt)
         tokens = min(self.computed, prompt) - min(before, prompt)
         self.cached_tokens += tokens
-        return Found(request=self.key.request, attempt=self.key.attempt, places=places, tokens=tokens)
+        return Found(
+            request=self.key.request, attempt=self.key.attempt, places=places, tokens=tokens, prompt_tokens=prompt
+        )
 
     def room_for(self, count: int) -> int:
         """How many of the next `count` tokens can be computed before a block that was found."""
@@ -240,6 +242,10 @@ class Sequence:
             if place in self._ahead:
                 return place * self._block_size - self.computed
         return count
+
+    def of_prompt(self, count: int) -> int:
+        """How many of the next `count` tokens to compute are the prompt's."""
+        return max(0, min(count, len(self.work.prompt) - self.computed))
 
     def take_over(self, lease: Lease) -> None:
         """Go on from KV that another engine computed: of all known tokens but the last."""

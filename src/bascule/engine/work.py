@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -69,6 +70,12 @@ class Found(Struct, frozen=True, kw_only=True):
     """Of its block table."""
     tokens: int
     """Of the prompt, in those blocks."""
+    prompt_tokens: int
+    """Of the whole prompt."""
+
+    def tokens_at(self, places: Iterable[int], block_size: int) -> int:
+        """Those of the prompt in the blocks at some places."""
+        return sum(min(max(self.prompt_tokens - place * block_size, 0), block_size) for place in places)
 
 
 class Admitted(Struct, frozen=True, kw_only=True):
@@ -102,6 +109,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """What sequences found in the prefix cache before this step, and did not compute."""
     admitted: list[Admitted] = []
     """Sequences that got blocks with this step, and lack KV that a store may have."""
+    computed_tokens: int = 0
+    """Of prompts, that it computed."""
     executed: bool = False
 
     @property
@@ -124,8 +133,6 @@ class EngineLoad(Struct, frozen=True):
     running: int
     """Sequences that hold blocks, paused and parked handoffs among them."""
     waiting: int
-    hit_tokens: int
-    """Prompt tokens found in the prefix cache since the start."""
     prefilling: int
     """Sequences whose prompt is not computed."""
     backlog_tokens: int

@@ -42,7 +42,10 @@ def summary_fields(record: Record) -> dict[str, object]:
         "tpot_s": record.actual.tpot_s,
         "prompt_tokens": record.prompt_tokens,
         "session": record.session,
-        "actual": msgspec.structs.asdict(record.actual),
+        "actual": {
+            **msgspec.structs.asdict(record.actual),
+            "handoff": None if record.actual.handoff is None else msgspec.structs.asdict(record.actual.handoff),
+        },
     }
 
 

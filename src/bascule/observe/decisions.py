@@ -12,7 +12,7 @@ from msgspec import Struct, msgpack
 
 from bascule.observe.state import RoutingFigures
 from bascule.policies.snapshot import Candidate
-from bascule.types import FinishReason, Placement, RequestId, Slo
+from bascule.types import FinishReason, Placement, RequestId, Slo, StoreHandoff
 
 KEPT = 4096
 """Requests that are remembered once they have ended; those that ended first are forgotten first."""
@@ -73,6 +73,8 @@ class Actual(Struct, frozen=True, kw_only=True, array_like=True):
     """Moved for it, as they were stored or sent, used or not."""
     spared_s: float = 0.0
     """Of computing, by the worker's cost model."""
+    handoff: StoreHandoff | None = None
+    """What was handed over by way of the store, if that was the way; a later attempt's comes on top."""
     finish: FinishReason | None = None
     error: str = ""
     """What the client was told, if it was an error."""

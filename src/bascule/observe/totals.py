@@ -1,22 +1,29 @@
-"""What workers count, summed up over all of them, those that have left included: totals that never fall."""
+"""What workers count, those that have left included, and what the router counts of requests: totals that never fall."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
 
-from bascule.types import PEER, StoreLoad, Tier, WorkerLoad
+from bascule.types import StoreHandoff, StoreLoad, Tier, WorkerLoad
 
 Key = tuple[str, ...]
 """A counter's name in the metrics, and the values of its labels."""
 
+PROMPTS = "bascule_prompt_tokens"
 HITS = "bascule_kv_hit_tokens"
+HANDED_BYTES = "bascule_store_handoff_bytes"
+HANDED_AGAIN = "bascule_store_handoff_computed_tokens"
 EVICTIONS = "bascule_kv_store_evictions"
 
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "bascule_handoff_bytes": ("Bytes of KV pushed to peers", ("transport",)),
     "bascule_handoff_refused": ("Handoffs refused by the receiver", ("reason",)),
-    HITS: ("Prompt tokens found and not computed", ("tier",)),
+    PROMPTS: ("Prompt tokens of requests that have a first token", ()),
+    HITS: ("Of these, tokens found and not computed", ("tier",)),
+    "bascule_prompt_tokens_computed": ("Prompt tokens that steps of workers have computed", ()),
+    HANDED_BYTES: ("Bytes of KV handed over by way of the KV store", ("tier", "way")),
+    HANDED_AGAIN: ("Prompt tokens of such handoffs that decode computed a second time", ()),
     "bascule_kv_store_bytes": ("Bytes of KV moved", ("tier", "way")),
     "bascule_kv_store_load_seconds": ("Spent on loading KV", ("tier",)),
     "bascule_kv_store_spared_seconds": ("Computing that loads spared", ("tier",)),
@@ -41,20 +48,16 @@ def counts_of(load: WorkerLoad) -> dict[Key, float]:
     for tier, store in load.stores.items():
         counts |= _counts_of_tier(tier, store)
     fetches = load.fetches
-    if fetches.hit_tokens:
-        counts[HITS, PEER] = fetches.hit_tokens
+    counts["bascule_prompt_tokens_computed",] = load.computed_tokens
     counts["bascule_kv_fetch_bytes",] = fetches.bytes
     counts["bascule_kv_fetch_seconds",] = fetches.fetch_s
     counts["bascule_kv_fetch_spared_seconds",] = fetches.spared_s
     _put(counts, fetches.failed, "bascule_kv_fetch_failed")
-    elsewhere = sum(count for key, count in counts.items() if key[0] == HITS)
-    counts[HITS, Tier.DEVICE] = max(0, load.hit_tokens - elsewhere)
     return counts
 
 
 def _counts_of_tier(tier: Tier, store: StoreLoad) -> dict[Key, float]:
     counts: dict[Key, float] = {
-        (HITS, tier): store.hit_tokens,
         ("bascule_kv_store_bytes", tier, "loaded"): store.loaded_bytes,
         ("bascule_kv_store_bytes", tier, "saved"): store.saved_bytes,
         ("bascule_kv_store_load_seconds", tier): store.load_s,
@@ -71,7 +74,7 @@ def _put(counts: dict[Key, float], parts: Mapping[str, int], *key: str) -> None:
 
 
 class Totals:
-    """What all workers have counted since this was made. As long as it lives, no total falls."""
+    """What has been counted since this was made. As long as it lives, no total falls."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[Key, float] = defaultdict(float)
@@ -87,14 +90,37 @@ class Totals:
         for key, count in counts_of(now).items():
             if key == (EVICTIONS, Tier.REMOTE) and not remote:
                 continue
-            if key in self._sums or len(self._sums) < _MOST_KEYS:
-                self._sums[key] += count - known.get(key, 0)
+            self._add(key, count - known.get(key, 0))
+
+    def found(self, prompt: int, cached: int, loaded: Mapping[str, int]) -> None:
+        """A request's prompt is computed: `cached` of its tokens were found, and `loaded` says which of these came from
+        elsewhere, by tier or `peer`. Each token counts once, and no more of them than there are."""
+        self._add((PROMPTS,), prompt)
+        left = min(cached, prompt)
+        for tier, tokens in loaded.items():
+            taken = min(tokens, left)
+            left -= taken
+            if taken:
+                self._add((HITS, tier), taken)
+        self._add((HITS, Tier.DEVICE), left)
+
+    def handed_over(self, handoff: StoreHandoff) -> None:
+        """A request that went by way of the store is over."""
+        for tier, size in handoff.saved_bytes.items():
+            self._add((HANDED_BYTES, tier, "saved"), size)
+        for tier, size in handoff.loaded_bytes.items():
+            self._add((HANDED_BYTES, tier, "loaded"), size)
+        self._add((HANDED_AGAIN,), handoff.computed_tokens)
+
+    def _add(self, key: Key, count: float) -> None:
+        if key in self._sums or len(self._sums) < _MOST_KEYS:
+            self._sums[key] += count
 
     def read(self) -> dict[Key, float]:
         """All totals by now.
 
-        A worker may tell of a hit before it tells which tier it came from, and the device's share is what is left: it
-        does not fall for that, but stands still until it has caught up.
+        Where a worker takes back what it has told (of servers that were started anew, say), a total stands still until
+        it has caught up.
         """
         for key, count in self._sums.items():
             self._told[key] = max(self._told.get(key, 0), count)

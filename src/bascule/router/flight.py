@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from bascule.errors import InvalidRequest, RequestError
 from bascule.observe.decisions import Record
 from bascule.policies.retry import Cause
-from bascule.types import BlockHash, Brought, Delta, FinishReason, Placement, Request, WorkerId
+from bascule.router.provenance import Provenance
+from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import Failed, Submit, TokenItem
 
 
@@ -71,10 +72,7 @@ class Flight:
         self._on_cancel = on_cancel
         self._held: dict[int, TokenItem] = {}
         self._gap_since: float | None = None
-        self.cached_tokens: int | None = None
-        """Prompt tokens that the first prefill found."""
-        self.brought = Brought()
-        """What of it came from the store or from a peer."""
+        self.kv = Provenance()
         self._fresh: list[TokenItem] = []
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -172,8 +170,7 @@ class Flight:
         if failed is not None:
             self.excluded |= {failed}
         self._held.clear()
-        if self.cached_tokens is None:
-            self.brought = Brought()
+        self.kv.given_up()
 
     def take(self, item: TokenItem) -> bool:
         """Take a token if it belongs to this attempt and its output; returns whether the output has grown."""
@@ -229,9 +226,7 @@ class Flight:
         raise StopAsyncIteration
 
     def _append(self, item: TokenItem) -> None:
-        if self.cached_tokens is None:
-            # What the first prefill found. Later ones (of the decode side, of a retry) tell of other caches.
-            self.cached_tokens = item.cached_tokens
+        self.kv.drew(len(self.request.prompt), item.cached_tokens)
         cut = self.first_leg and item.finish is FinishReason.LENGTH
         if cut and item.position + 1 < self.request.sampling.max_tokens:
             item = replace(item, finish=None)  # the end of a leg, not of the output
@@ -258,6 +253,7 @@ class Flight:
             tokens=tuple([item.token for item in items]),
             logprobs=logprobs,
             finish=items[-1].finish,
-            cached_tokens=self.cached_tokens or 0,
-            brought=self.brought,
+            cached_tokens=self.kv.cached_tokens or 0,
+            brought=self.kv.brought,
+            handoff=self.kv.handoff,
         )

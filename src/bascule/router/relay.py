@@ -40,6 +40,7 @@ class Relay:
         if not flight.first_leg or flight.ended or flight.placed is None or flight.prefilling:
             return None
         flight.first_leg, flight.handed_over = False, True
+        flight.kv.handed()
         self.count += 1
         return replace(flight.submission(now), stored_tokens=flight.known_tokens - 1)
 

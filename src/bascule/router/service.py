@@ -30,7 +30,7 @@ from bascule.router.retries import Retries
 from bascule.router.tallies import Tallies
 from bascule.router.view import ClusterView, Member
 from bascule.types import ModelCard, Request, RequestId, Slo, WorkerId
-from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit, TokenItem
+from bascule.wire import Failed, Loaded, Saved, StepTokens, Submit
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,8 @@ class Service:
         for item in message.items:
             flight = self._flights.get(item.request)
             if flight is None or flight.attempt != item.attempt:
-                self._stop_stray(message.worker, item)
+                if item.finish is None and (client := self.clients.get(message.worker)) is not None:
+                    client.cancel(item.request, item.attempt)  # it still runs what has ended here: say again
                 continue
             if flight.placed is None:
                 continue
@@ -180,6 +181,7 @@ class Service:
             self.retries.brought(flight, message.worker, now)
             flight.handed_over |= message.worker == flight.placed.decode
             if flight.prefilling:
+                self.tallies.prefilled(flight)
                 flight.first_at = min(flight.first_at, now)
                 self.view.arrived(flight.placed, flight.uncached, flight.expected_s, now - flight.placed_at)
                 freed |= self._settle_prefill(flight)
@@ -192,25 +194,23 @@ class Service:
             self._dispatch()
 
     def loaded(self, message: Loaded) -> None:
-        """KV of a request's prompt came from the store. Of the first attempt, as with `cached_tokens`."""
-        flight = self._flights.get(message.request)
-        if flight is not None and flight.attempt == message.attempt and flight.cached_tokens is None:
-            flight.brought = message.brought
+        """KV of a request's prompt came from the store."""
+        if (flight := self._current(message)) is not None:
+            flight.kv.loaded(message.brought)
 
     def saved(self, message: Saved) -> None:
         """The KV of a request's first leg is in the store."""
-        flight = self._flights.get(message.request)
-        if flight is None or flight.attempt != message.attempt:
+        if (flight := self._current(message)) is None:
             return
         if flight.first_leg and flight.prefilling:  # its one token was sent before this, and nothing comes after it
             self._again(flight, Cause.UNHEARD, "its first token was lost", message.worker)
             self._dispatch()
             return
         self._send_second_leg(flight)
+        flight.kv.saved(message.bytes)
 
     def failed(self, message: Failed) -> None:
-        flight = self._flights.get(message.request)
-        if flight is None or flight.attempt != message.attempt or not flight.needs(message.worker):
+        if (flight := self._current(message)) is None or not flight.needs(message.worker):
             return
         cause = flight.refused(message)
         if cause is Cause.MOVED and (error := self._stranded(flight)) is not None:
@@ -223,8 +223,7 @@ class Service:
 
     def unsent(self, worker: WorkerId, submission: Submit) -> None:
         """A submission did not reach its worker, which is not connected."""
-        flight = self._flights.get(submission.request)
-        if flight is not None and flight.attempt == submission.attempt and flight.placed is not None:
+        if (flight := self._current(submission)) is not None and flight.placed is not None:
             self._again(flight, Cause.MOVED, f"worker {worker} is not connected")
             self._dispatch()
 
@@ -246,6 +245,11 @@ class Service:
         self._dispatch()
 
     # ------------------------------------------------------------ inside
+
+    def _current(self, message: Loaded | Saved | Failed | Submit) -> Flight | None:
+        """The request whose current attempt a message is about."""
+        flight = self._flights.get(message.request)
+        return flight if flight is not None and flight.attempt == message.attempt else None
 
     def _wait(self, flight: Flight) -> None:
         """Put a new request in line."""
@@ -374,13 +378,9 @@ class Service:
                 if (client := self.clients.get(worker)) is not None:
                     client.cancel(flight.request.id, flight.attempt)
 
-    def _stop_stray(self, worker: WorkerId, item: TokenItem) -> None:
-        """A worker still runs what has ended here: say again that it may stop."""
-        if item.finish is None and (client := self.clients.get(worker)) is not None:
-            client.cancel(item.request, item.attempt)
-
     def _forget(self, flight: Flight) -> None:
         self._unplace(flight)
+        self.tallies.ended(flight)
         self._flights.pop(flight.request.id, None)
         self._line.remove(flight)
 

@@ -153,7 +153,7 @@ class Clients:
             tokens=len(flight.tokens),
             asked=flight.request.sampling.max_tokens,
             prompt_tokens=len(flight.request.prompt),
-            cached=flight.cached_tokens or 0,
+            cached=flight.kv.cached_tokens or 0,
             request=flight.request.id,
             error=failed,
             rejected=rejected,

@@ -54,6 +54,10 @@ class Arrivals:
         """Requests that wait for what is fetched for them."""
         self._fetched: dict[Key, Brought] = {}
         """Of requests that have no token yet."""
+        self._loaded: dict[Key, Brought] = {}
+        """Of these, too."""
+        self.hit_tokens = self.computed_tokens = 0
+        """Prompt tokens that steps have found, and computed."""
 
     @property
     def waiting(self) -> int:
@@ -87,9 +91,10 @@ class Arrivals:
         """Of all requests that have come and not ended."""
         return self._coming.union(self._engine.keys())
 
-    def fetched(self, key: Key) -> Brought:
-        """What a request without a token has been given by a peer."""
-        return self._fetched.get(key, Brought())
+    def loaded(self, key: Key, brought: Brought) -> None:
+        """All of the store's that a request has found so far."""
+        self._loaded[key] = brought
+        self._tell(key)
 
     def cancel(self, key: Key) -> None:
         """The request is no longer wanted here; does nothing for others."""
@@ -108,16 +113,21 @@ class Arrivals:
 
     def stepped(self, result: StepResult) -> None:
         """The engine has made a step, whose tokens are not sent yet."""
+        self.computed_tokens += result.computed_tokens
         for found in result.found:
-            self._fetches.found(found)
-        for output in result.outputs:
-            self._computed(Key(output.request, output.attempt), late=True)
+            self.hit_tokens += found.tokens
+            places = self._fetches.found(found)
+            if self._store is not None:
+                self._store.came_otherwise(Key(found.request, found.attempt), places)
         if self._store is not None:
             self._store.stepped(result)
+        for output in result.outputs:
+            self._computed(Key(output.request, output.attempt), late=True)
 
     def _computed(self, key: Key, *, late: bool = False) -> None:
         """What is still on its way for this request is of no use any more; `late`: because it has a token."""
         self._fetched.pop(key, None)
+        self._loaded.pop(key, None)
         self._fetches.give_up(key, late=late)
 
     async def _fetch(self, key: Key, submission: Submit, source: FetchFrom) -> None:
@@ -130,7 +140,10 @@ class Arrivals:
 
     def _came(self, key: Key, brought: Brought) -> None:
         self._fetched[key] = brought
-        self._brought(key, brought)
+        self._tell(key)
+
+    def _tell(self, key: Key) -> None:
+        self._brought(key, self._fetched.get(key, Brought()) + self._loaded.get(key, Brought()))
 
     def _load(self, submission: Submit) -> None:
         if self._store is None:

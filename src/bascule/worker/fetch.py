@@ -148,20 +148,22 @@ class Fetches:
         finally:
             self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - behind
 
-    def found(self, found: Found) -> None:
-        """The engine has found blocks of a prompt in the cache: count those that were fetched for it."""
+    def found(self, found: Found) -> range:
+        """The engine has found blocks of a prompt in the cache: count those that were fetched for it. Returns their
+        places."""
         if (here := self._here.get(Key(found.request, found.attempt))) is None:
-            return
+            return range(0)
         places = range(max(found.places.start, here.places.start), min(found.places.stop, here.places.stop))
         if not places:
-            return
+            return places
         model, size, prompt = self._engine.cost, self._card.layout.block_size, len(here.wish.tokens)
-        here.used += len(places) * size
-        self._hit_tokens += len(places) * size
+        here.used += found.tokens_at(places, size)
+        self._hit_tokens += found.tokens_at(places, size)
         behind_s = [prompt_seconds(model, prompt, place * size) for place in (places.start, places.stop)]
         here.spared_s += behind_s[0] - behind_s[1]
         self._spared_s += behind_s[0] - behind_s[1]
         here.wish.came(Brought({PEER: here.used}, here.waited_s, {PEER: here.bytes}, here.spared_s))
+        return places
 
     def give_up(self, key: Key, *, late: bool = False) -> None:
         """Nothing more is to be fetched for a request, or found of it; does nothing for others. `late`: because it is

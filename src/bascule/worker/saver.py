@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -32,12 +32,12 @@ class Saver:
     def __init__(
         self,
         save: Save,
-        saved: Callable[[Sequence[BlockHash]], None],
+        saved: Callable[[Mapping[BlockHash, int]], None],
         most: int,
         use: Callable[[Sequence[Use]], Saved],
     ) -> None:
         """`save` is called in the thread, and `use` with blocks that are used; what was taken, `saved` is told in the
-        loop.
+        loop, with the bytes.
 
         Of more than `most` blocks in the line the first are left out: they will have been evicted by then.
         """

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from bascule.engine.core import Engine, StepResult
+from bascule.engine.core import Engine, Found, StepResult
 from bascule.engine.sequence import Key
 from bascule.engine.work import Admitted
 from bascule.kv.books import Books
@@ -26,6 +26,7 @@ from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import BlockHash, Brought, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
+from bascule.worker.announcer import FLUSH_S, Announcer
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
 from bascule.worker.saver import Saver
 from bascule.worker.uses import Uses
@@ -36,8 +37,6 @@ _LOADERS = 2
 _LOOK_S = 2.0
 _SCRUBBED = 4
 """Blocks of a tier read at each look while nothing is saved or loaded."""
-_FLUSH_S = 2.0
-"""What a worker's end waits for blocks that are not saved yet; `serve` kills what takes 5 s to end."""
 _UNKNOWN_S = 1.0
 """What it waits for its load where nothing is known of that time."""
 _NOBODYS = Key(RequestId(""), 0)
@@ -56,21 +55,20 @@ class StoreSide:
         hasher: BlockHasher,
         layout: KVLayout,
         tell: Tell,
-        on_saved: Callable[[Key], None] = lambda _: None,
+        on_saved: Callable[[Key, Mapping[Tier, int]], None] = lambda _, __: None,
         on_loaded: Callable[[Key, Brought], None] = lambda _, __: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`tell` is told, in the loop, what has come into a tier and what was found missing there; `on_saved`, when
-        the KV of a request that asked for it (`Submit.save_to`) is in its tier; `on_loaded`, all that has been loaded
-        for a request so far, each time that the engine has found more of it; `wake` is called, in any thread, when a
-        sequence may run, or may get memory."""
+        the KV of a request that asked for it (`Submit.save_to`) is in its tier, and how many bytes were written for
+        that; `on_loaded`, all that has been loaded for a request so far, each time that the engine has found more of
+        it; `wake` is called, in any thread, when a sequence may run, or may get memory."""
         self._tiers = tiers
         self._engine = engine
         self._books = books
         self._hasher = hasher
         self._layout = layout
         self._tell = tell
-        self._on_saved = on_saved
         self._on_loaded = on_loaded
         self._wake = wake
         self._starting: dict[Key, asyncio.Task[None]] = {}
@@ -78,9 +76,6 @@ class StoreSide:
         self._loads: dict[Key, Load] = {}
         """Of requests that have no token yet."""
         self._loading: set[asyncio.Task[None]] = set()
-        self._to_save: dict[Key, Submit] = {}
-        """Those whose KV is to be saved when they have ended."""
-        self._saving_tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._savers = {
             tier: Saver(
@@ -88,6 +83,7 @@ class StoreSide:
             )
             for tier in tiers.stores
         }
+        self._announcer = Announcer(self._savers, hasher, on_saved)
         self._uses = Uses(hasher, self._used, books.num_blocks)
         self._places: dict[Tier, StorePlace] = {}
         self._counting: asyncio.Task[None] | None = None
@@ -114,8 +110,7 @@ class StoreSide:
         The task that does so is for the caller to watch: with an error there the request would be lost.
         """
         key = Key(submission.request, submission.attempt)
-        if submission.save_to is not None:
-            self._to_save[key] = submission
+        self._announcer.begin(key, submission)
         task = self._starting[key] = asyncio.create_task(self._start(key, submission, ready))
         return task
 
@@ -151,17 +146,15 @@ class StoreSide:
             key = Key(each.request, each.attempt)
             self._uses.found(key, each.places.stop)
             if (load := self._loads.get(key)) is not None:
-                self._found(load, each.places)
+                self._found(load, each)
         for admitted in result.admitted:
             self._admitted(admitted)
         for output in result.outputs:
             key = Key(output.request, output.attempt)
             self._give_up(key)
             self._uses.drew(key, output.token, last=output.finish is not None)
-            if output.finish is not None and (submission := self._to_save.pop(key, None)) is not None:
-                task = asyncio.create_task(self._announce(key, submission))
-                self._saving_tasks.add(task)
-                task.add_done_callback(self._saving_tasks.discard)
+            if output.finish is not None:
+                self._announcer.ended(key)
 
     def _hold(self, load: Load) -> None:
         """All that could be loaded of a prompt in the engine's line has been: where others take its place before its
@@ -197,18 +190,9 @@ class StoreSide:
         self._loading.add(task)
         task.add_done_callback(self._loading.discard)
 
-    async def _announce(self, key: Key, submission: Submit) -> None:
-        saver = self._savers.get(submission.save_to) if submission.save_to is not None else None
-        if saver is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_FLUSH_S):
-                    tokens = (*submission.prompt, *submission.generated)
-                    await saver.passed(self._hasher.chain(tokens, submission.salt))
-        self._on_saved(key)
-
     def cancel(self, key: Key) -> None:
         """The request is no longer wanted here; does nothing for others."""
-        self._to_save.pop(key, None)
+        self._announcer.forget(key)
         self._uses.forget(key)
         self._give_up(key)
         if (starting := self._starting.pop(key, None)) is not None:
@@ -235,8 +219,9 @@ class StoreSide:
         """Some tier is still to get some blocks."""
         return not all(saver.idle for saver in self._savers.values())
 
-    def _saved(self, tier: Tier, names: Sequence[BlockHash]) -> None:
-        self._tell(tier, names, ())
+    def _saved(self, tier: Tier, sizes: Mapping[BlockHash, int]) -> None:
+        self._announcer.written(tier, sizes)
+        self._tell(tier, list(sizes), ())
 
     # ------------------------------------------------------------ up
 
@@ -294,18 +279,24 @@ class StoreSide:
         """Something is looked for or loaded."""
         return bool(self._loading)
 
-    def _found(self, load: Load, places: range) -> None:
-        """The engine has found these blocks of a prompt in the cache: count those that were loaded for it."""
-        size, model, prompt = self._layout.block_size, self._engine.cost, len(load.tokens)
-        tiers = Counter(load.came.pop(place) for place in places if place in load.came)
+    def came_otherwise(self, key: Key, places: range) -> None:
+        """These blocks of a prompt, which the engine has found, are counted by others: a token counts once."""
+        if (load := self._loads.get(key)) is not None:
+            for place in places:
+                load.came.pop(place, None)
+
+    def _found(self, load: Load, found: Found) -> None:
+        """The engine has found blocks of a prompt in the cache: count those that were loaded for it."""
+        size, model, prompt, places = self._layout.block_size, self._engine.cost, len(load.tokens), found.places
+        tiers = {place: load.came.pop(place) for place in places if place in load.came}
         if not tiers:
             return
         saved_s = prompt_seconds(model, prompt, places.start * size) - prompt_seconds(model, prompt, places.stop * size)
-        for tier, blocks in tiers.items():
-            load.used[tier] += blocks * size
-            self._hit_tokens[tier] += blocks * size
-            self._saved_s[tier] += saved_s * blocks / len(places)
-        load.spared_s += saved_s * tiers.total() / len(places)
+        for place, tier in tiers.items():
+            load.used[tier] += found.tokens_at([place], size)
+            self._hit_tokens[tier] += found.tokens_at([place], size)
+            self._saved_s[tier] += saved_s / len(places)
+        load.spared_s += saved_s * len(tiers) / len(places)
         brought = Brought(dict(load.used.items()), load.waited_s, dict(load.moved.items()), load.spared_s)
         self._on_loaded(load.key, brought)
 
@@ -372,14 +363,15 @@ class StoreSide:
         """Save what is left, for a while, and let go of the stores."""
         for load in self._loads.values():
             load.over.set()
-        for task in (*self._starting.values(), *self._saving_tasks):
+        for task in self._starting.values():
             task.cancel()
+        self._announcer.close()
         if self._counting is not None:
             self._counting.cancel()
         self._loaders.shutdown(wait=False, cancel_futures=True)
         self._askers.shutdown(wait=False, cancel_futures=True)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_S):
+            async with asyncio.timeout(FLUSH_S):
                 loads = (asyncio.shield(task) for task in self._loading)
                 savers = (saver.drain() for saver in self._savers.values())
                 await asyncio.gather(*loads, *savers, return_exceptions=True)

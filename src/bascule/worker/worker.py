@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bascule.clock import Clock
@@ -15,7 +15,7 @@ from bascule.errors import RegistrationRefused
 from bascule.kv.transfer.select import open_receivers, open_senders
 from bascule.link_wire import MeasureLink, Neighbours, TryReach
 from bascule.peer_wire import Abort, Commit, Fetch, Fetched, PeerMessage, Prepare, Renew, Revoked, Written
-from bascule.types import BlockHash, Brought, Epoch, StepLoad, TicketId, WorkerId, WorkerLoad
+from bascule.types import BlockHash, Brought, Epoch, StepLoad, TicketId, Tier, WorkerId, WorkerLoad
 from bascule.wire import (
     Cancel,
     Draining,
@@ -95,7 +95,7 @@ class Worker:
                 card.layout,
                 self._reporter.tell,
                 self._saved,
-                self._loaded,
+                lambda key, brought: self._arrivals.loaded(key, brought),
                 self._steps.wake,
             )
         key = link.key.transfers if link.key is not None else None
@@ -252,10 +252,6 @@ class Worker:
         if self._store is not None:
             self._store.computed(names)
 
-    def _loaded(self, key: Key, brought: Brought) -> None:
-        """All of the store's that a request has found so far; what a peer gave it comes on top."""
-        self._tell_brought(key, brought + self._arrivals.fetched(key))
-
     def _tell_brought(self, key: Key, brought: Brought) -> None:
         self._link.send(
             Loaded(
@@ -267,8 +263,9 @@ class Worker:
             )
         )
 
-    def _saved(self, key: Key) -> None:
-        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt))
+    def _saved(self, key: Key, sizes: Mapping[Tier, int]) -> None:
+        told = {tier.value: size for tier, size in sizes.items()}
+        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt, told))
 
     def _cancel(self, key: Key) -> None:
         self._deadlines.forget(key)
@@ -379,7 +376,8 @@ class Worker:
             + (len(self._store.accounts.violations) if self._store else 0),
             handoff_bytes=dict(self._prefill.bytes_sent + self._lender.bytes_sent),
             handoff_refused=dict(self._decode.refused + self._grants.not_authentic),
-            hit_tokens=engine.hit_tokens,
+            hit_tokens=self._arrivals.hit_tokens,
+            computed_tokens=self._arrivals.computed_tokens,
             stores=self._store.loads() if self._store is not None else {},
             fetches=self._fetches.figures(),
             step=self._step_load(),

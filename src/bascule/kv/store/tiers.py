@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, islice
 from threading import Lock
 
@@ -46,7 +46,8 @@ class Wanted(Struct, frozen=True):
 class Saved(Struct, frozen=True):
     """What a tier made of blocks that were not there."""
 
-    taken: Sequence[BlockHash]
+    taken: Mapping[BlockHash, int]
+    """And the bytes of their records."""
     refused: Sequence[BlockHash]
     """Of these some may be there."""
 
@@ -257,7 +258,7 @@ class Tiers:
 
         Blocks are copied while they may be evicted: what changed meanwhile is thrown away.
         """
-        store, taken, refused = self.stores[tier], list[BlockHash](), list[BlockHash]()
+        store, taken, refused = self.stores[tier], dict[BlockHash, int](), list[BlockHash]()
         for batch in _batches(names):
             there = store.holds([name_in_tiers(name) for name in batch])
             absent = [name for name, held in zip(batch, there, strict=True) if not held]
@@ -265,11 +266,15 @@ class Tiers:
             if not items:
                 continue
             count = store.put({name_in_tiers(name): record for name, record in items.items()})
+            sizes = {name: len(record) for name, record in items.items()}
             # How many were taken, and not which: where some were not, nothing is said of any of them.
-            (taken if count == len(items) else refused).extend(items)
+            if count == len(items):
+                taken |= sizes
+            else:
+                refused += items
             with self._lock:
                 self.figures[tier].saved_blocks += count
-                self.figures[tier].saved_bytes += sum(map(len, items.values())) * count // len(items)
+                self.figures[tier].saved_bytes += sum(sizes.values()) * count // len(items)
         if taken:
             self._describe(tier)
         return Saved(taken, refused)

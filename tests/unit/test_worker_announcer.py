@@ -1,0 +1,99 @@
+"""What is said of a request whose KV is to be in a tier: that it is there, and how much of it was written for that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from engine_rig import BLOCK, greedy, work
+from msgspec.structs import replace
+from store_side_rig import HASHER, Gated, Node, prompt_of
+
+from bascule.engine.sequence import Key
+from bascule.kv.store.memory import MemoryStore
+from bascule.types import RequestId, Tier
+from bascule.wire import Submit
+from bascule.worker.announcer import Announcer
+
+SIZES = {name: 100 + number for number, name in enumerate(HASHER.chain(prompt_of(1)))}
+
+
+def submission(name: str, tokens: int, save_to: Tier | None = Tier.DISK) -> tuple[Key, Submit]:
+    asked = Submit(
+        request=RequestId(name),
+        attempt=0,
+        prompt=tuple(prompt_of(1)[:tokens]),
+        generated=(),
+        sampling=greedy(1),
+        save_to=save_to,
+    )
+    return Key(asked.request, asked.attempt), asked
+
+
+class Told(dict[str, Mapping[Tier, int]]):
+    """By request, what was announced."""
+
+    def hear(self, key: Key, sizes: Mapping[Tier, int]) -> None:
+        self[key.request] = sizes
+
+
+def test_what_is_written_counts_for_one_request_that_wants_it_in_that_tier() -> None:
+    names, told = list(SIZES), Told()
+
+    async def run() -> None:
+        announcer = Announcer({}, HASHER, told.hear)
+        for name, tokens, tier in (("a", 4 * BLOCK, Tier.DISK), ("b", 8 * BLOCK, Tier.DISK), ("c", BLOCK, None)):
+            announcer.begin(*submission(name, tokens, tier))
+        announcer.written(Tier.HOST, SIZES)
+        announcer.written(Tier.DISK, {name: SIZES[name] for name in names[:2]})
+        announcer.written(Tier.DISK, {name: SIZES[name] for name in names[1:7]})
+        for name in "abc":
+            announcer.ended(Key(RequestId(name), 0))
+        while len(told) < 2:
+            await asyncio.sleep(0)
+        announcer.written(Tier.DISK, {name: SIZES[name] for name in names[7:]})
+
+    asyncio.run(run())
+    assert told == {"a": {Tier.DISK: 100 + 101 + 102 + 103}, "b": {Tier.DISK: 101 + 104 + 105 + 106}}
+
+
+def test_a_request_that_is_forgotten_is_not_announced() -> None:
+    told = Told()
+
+    async def run() -> None:
+        announcer = Announcer({}, HASHER, told.hear)
+        key, asked = submission("a", 4 * BLOCK)
+        announcer.begin(key, asked)
+        announcer.forget(key)
+        announcer.ended(key)
+        announcer.written(Tier.DISK, SIZES)
+        await asyncio.sleep(0)
+        assert not announcer._wanted and not announcer._tasks
+
+    asyncio.run(run())
+    assert told == {}
+
+
+def test_the_bytes_of_a_handoff_are_those_that_went_to_its_tier_and_none_the_second_time() -> None:
+    store, told = MemoryStore(1 << 20), list[Mapping[Tier, int]]()
+
+    async def run() -> None:
+        with ExitStack() as stack:
+            for turn in range(2):
+                node = Node([Gated(tier=Tier.DISK), store], stack)
+                node.side._announcer._announce = lambda _, sizes: told.append(sizes)  # type: ignore[method-assign]
+                engine, asked = node.rig.engine, work(str(turn), prompt_of(1), greedy(1))
+                _, leg = submission(str(turn), len(asked.prompt), Tier.HOST)
+                await node.side.start(replace(leg, attempt=asked.attempt), lambda _: None)
+                engine.submit(asked)
+                while len(told) == turn:
+                    if engine.has_work():
+                        node.step()
+                    await asyncio.sleep(0)
+                await node.rest()
+                saved = node.side.loads()[Tier.HOST].saved_bytes
+                assert told[turn] == {Tier.HOST: saved}
+                assert (saved > 10 * node.rig.runner.card.layout.block_bytes) == (turn == 0)
+
+    asyncio.run(run())
