@@ -8,6 +8,13 @@ UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoders of JSON and MessagePack raise for bytes that are not what was expected."""
 
 
+def short(text: bytes | str) -> str:
+    """A stranger's words in a message of ours: one line, not too long."""
+    words = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in words[:1000]).split())
+    return line if len(line) <= 300 else line[:300] + " ..."
+
+
 class BasculeError(Exception):
     """Base of all errors with a message for a person."""
 

@@ -157,8 +157,33 @@ def test_while_one_of_three_servers_is_gone_the_others_keep_its_share(stack: Exi
 
     processes[1].start()
     wait_until(lambda: store.put({lost[0]: values[lost[0]]}) and processes[1].client().dbsize(), "it to be used again")
-    found = store.get(list(values))
-    assert [answer is None for answer in found].count(True) == len(lost) - 1, "what it keeps is looked for there alone"
+    assert store.get(list(values)) == list(values.values()), "what the others kept is found there"
+    store.drop(list(values))
+    assert sum(process.client().dbsize() for process in processes) == 1, "a copy on the way"
+
+
+@pytest.mark.parametrize("refusal", ["read-only", "full", "no permission", "cluster"])
+def test_what_one_of_three_servers_refuses_the_others_keep(
+    refusal: str, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"full": ["--maxmemory", "1"], "cluster": ["--cluster-enabled", "yes"]}.get(refusal, [])
+    processes = [stack.enter_context(redis_process()) for _ in range(2)]
+    bad = stack.enter_context(redis_process(*options))
+    if refusal == "read-only":
+        bad.client().replicaof("127.0.0.1", "1")
+    elif refusal == "no permission":
+        bad.client().execute_command("ACL", "SETUSER", "default", "-set")
+    store = open_remote(stack, *(process.url for process in (*processes, bad)))
+    values = {name_of(number): value_of(number) for number in range(300)}
+    assert store.put(values) == 300, "the very call finds it another place"
+    assert sum(process.client().dbsize() for process in processes) == 300
+    assert store.get(list(values)) == list(values.values())
+    assert all(store.holds(list(values))) and all(store.touch([Use(name, monotonic(), True) for name in values]))
+    (line,) = [record.message for record in caplog.records if "takes no blocks" in record.message]
+    assert bad.url.rpartition(":")[2].split("/")[0] in line
+    counted = sum(store.stats().errors.values())
+    assert store.put({name_of(number): value_of(number) for number in range(300, 400)}) == 100
+    assert sum(store.stats().errors.values()) == counted, "it is left alone for a while"
 
 
 def test_without_any_server_the_share_of_each_is_skipped(stack: ExitStack) -> None:

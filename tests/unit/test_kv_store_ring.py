@@ -34,7 +34,9 @@ def test_losing_a_server_loses_only_its_share(lost: str) -> None:
 def test_while_servers_are_gone_their_share_is_that_of_a_ring_without_them(gone: list[str]) -> None:
     three, rest = Ring(THREE), Ring([server for server in THREE if server not in gone])
     assert all(three.owner(name, gone) == rest.owner(name) for name in NAMES)
-    assert three.group(NAMES[:500], gone) == rest.group(NAMES[:500])
+    places = range(500)
+    assert three.group(NAMES, places, set(gone)) == rest.group(NAMES, places)
+    assert three.group(NAMES, places, passed={place: set(gone) for place in places}) == rest.group(NAMES, places)
 
 
 def test_shares_are_about_equal() -> None:
@@ -50,7 +52,7 @@ def test_the_order_in_which_servers_are_named_does_not_matter() -> None:
 
 def test_names_are_grouped_by_server_in_order() -> None:
     ring = Ring(THREE)
-    groups = ring.group(NAMES[:50])
+    groups = ring.group(NAMES, range(50))
     assert sorted(place for places in groups.values() for place in places) == list(range(50))
     for server, places in groups.items():
         assert places == sorted(places)

@@ -11,11 +11,12 @@ from redis.exceptions import ResponseError
 
 from bascule.cli.fitness import Finding, Level
 from bascule.config import AttachConfig, StoreConfig
+from bascule.errors import short
 from bascule.kv.store.base import Fault
 from bascule.kv.store.remote import POLICY
 from bascule.kv.store.server import Server, fault_of
 from bascule.kv.store.targets import Target, parse_remote
-from bascule.router.attached.exchange import Trouble, short
+from bascule.router.attached.exchange import Trouble
 from bascule.router.attached.probe import Refused, find_model
 
 ANSWER_S = 2.0

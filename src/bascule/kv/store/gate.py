@@ -9,6 +9,7 @@ from threading import Event, Lock, Thread
 from time import monotonic
 
 from bascule.clock import Clock, WallClock
+from bascule.errors import short
 from bascule.kv.store.base import Fault
 from bascule.kv.store.breaker import Breaker
 
@@ -120,7 +121,7 @@ class Gate:
             return None
         fault = self._classify(job.error)
         with self._lock:
-            self._shut(fault)
+            self._shut(fault, short(str(job.error)))
         return fault
 
     def _ends_within(self, job: Job, seconds: float) -> bool:
@@ -151,9 +152,10 @@ class Gate:
         moved_at = job.moved_at if job.begun else max(job.moved_at, self._moved_at)
         return moved_at + self._timeout_s
 
-    def _shut(self, fault: Fault) -> None:
+    def _shut(self, fault: Fault, why: str = "") -> None:
         if not self._breaker.open and not self.closed:
-            log.warning("KV store: %s is %s; doing without it until it answers again", self._place, fault)
+            reason = f"{fault} ({why})" if why else fault
+            log.warning("KV store: %s is %s; doing without it until it answers again", self._place, reason)
         self._breaker.failed()
 
     def _run_lane(self) -> None:

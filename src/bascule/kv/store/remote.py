@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -14,6 +15,7 @@ from bascule.kv.store.base import Blob, Fault, StoreStats, Tally, Use
 from bascule.kv.store.gate import Job
 from bascule.kv.store.ring import Ring
 from bascule.kv.store.server import Command, Server, ServerFacts, Walk, fault_of
+from bascule.kv.store.standing import Standing
 from bascule.kv.store.targets import Target
 from bascule.kv.transfer.base import machine_id
 from bascule.types import BlockHash, Tier
@@ -39,12 +41,26 @@ Take = Callable[[int, object], bool]
 """Takes the reply for the block at a place of the call's list; whether it made sense."""
 
 
+class _Part:
+    """What one server is asked in a call."""
+
+    def __init__(self, server: str, places: Sequence[int]) -> None:
+        self.server = server
+        self.places = places
+        self.refused: list[int] = []
+        self.refusal: Exception | None = None
+        """The latest."""
+        self.done = False
+        """All rounds were."""
+
+
 class RemoteStore:
     """Blocks on `servers`, each kept about `ttl_s` seconds after it was last written or used.
 
     A call is as many rounds of about 2 MiB to each server as it takes, to all servers at once, and waits `timeout_s`
-    for each round. A server that is gone or hangs costs one such wait, and its share are misses. Until a probe finds it
-    back, the others keep what is written of its share. Needs Redis 6.2, or any Valkey.
+    for each round. A server that is gone or hangs costs one such wait, and its share are misses. While it is gone, or
+    refuses what is put on it, the others keep what is put of its share, and are asked for what it lacks afterwards.
+    Needs Redis 6.2, or any Valkey.
     """
 
     tier = Tier.REMOTE
@@ -67,6 +83,7 @@ class RemoteStore:
             sorted(f"{target.label} of {machine_id()}" if target.local else target.label for target in servers)
         )
         self._ring = Ring(list(self._servers))
+        self._standing = Standing(ttl_s)
         self._ttl_s = ttl_s
         self._tally = Tally()
         self._typical_bytes = _ROUND_BYTES // 4
@@ -86,7 +103,24 @@ class RemoteStore:
                 return True
             return False
 
-        self._each(names, lambda i: ("SET", key_of(names[i]), values[i], "EX", self._ttl_s), take, self._typical_bytes)
+        def command(index: int) -> Command:
+            return ("SET", key_of(names[index]), values[index], "EX", self._ttl_s)
+
+        left, present = list(range(len(names))), self._present()
+        passed = self._standing.refusing() & present
+        if passed == present:
+            passed = set()
+        while left:
+            parts = self._each(names, left, dict.fromkeys(left, passed), present, command, take, self._typical_bytes)
+            for part in parts:
+                if part.refusal is not None:
+                    self._standing.refused(part.server, part.refusal)
+                elif part.done:
+                    self._standing.took(part.server)
+            left = [index for part in parts for index in part.refused]
+            passed = passed | {part.server for part in parts if part.refused}
+            if passed >= present:
+                break
         return len(taken)
 
     def get(self, names: Sequence[BlockHash]) -> list[bytes | None]:
@@ -103,7 +137,9 @@ class RemoteStore:
                 self._learn_size(len(reply))
             return reply is None or isinstance(reply, bytes)
 
-        self._each(names, lambda i: ("GET", key_of(names[i])), take, self._typical_bytes)
+        self._search(
+            names, lambda i: ("GET", key_of(names[i])), take, lambda i: found[i] is not None, self._typical_bytes
+        )
         return list(found)  # a round that was given up may still write to the other
 
     def holds(self, names: Sequence[BlockHash]) -> list[bool]:
@@ -127,7 +163,7 @@ class RemoteStore:
             found[index] = reply == 1
             return reply in (0, 1)
 
-        self._each(names, ask, take)
+        self._search(names, ask, take, lambda i: found[i])
         return list(found)
 
     def names(self) -> Iterator[list[BlockHash]]:
@@ -145,7 +181,7 @@ class RemoteStore:
                 yield [name for key in keys if (name := name_in(key)) is not None]
 
     def drop(self, names: Sequence[BlockHash]) -> None:
-        self._each(names, lambda i: ("UNLINK", key_of(names[i])), lambda _, reply: reply in (0, 1))
+        self._whether(names, lambda i: ("UNLINK", key_of(names[i])))
 
     def stats(self) -> StoreStats:
         """Asks the servers that can be reached; their blocks are all keys of their databases, and their evictions those
@@ -192,22 +228,57 @@ class RemoteStore:
         if size:
             self._typical_bytes = size
 
-    def _each(self, names: Sequence[BlockHash], command: Callable[[int], Command], take: Take, size: int = 1) -> None:
-        """Send each name's command, about `size` bytes with its reply, to its server; count senseless answers."""
-        keys = min(_MOST_KEYS, max(1, _ROUND_BYTES // size))
-        under_way: list[tuple[Server, Job | None, list[int]]] = []
-        for label, places in self._ring.group(names, self._gone()).items():
-            server = self._servers[label]
-            rounds = [places[start : start + keys] for start in range(0, len(places), keys)]
-            job = server.gate.start([partial(self._round, server, part, command, take) for part in rounds])
-            under_way.append((server, job, [len(part) for part in rounds]))
-        for server, job, sizes in under_way:
-            self._finish(server, job, sizes)
+    def _search(
+        self,
+        names: Sequence[BlockHash],
+        command: Callable[[int], Command],
+        take: Take,
+        found: Callable[[int], bool],
+        size: int = 1,
+    ) -> None:
+        """Ask each one's server for `names`, and the next one for what it lacks and may have been put there."""
+        doubted, present, left = self._standing.doubted(), self._present(), list(range(len(names)))
+        passed: dict[int, set[str]] = {}
+        while left:
+            parts = self._each(names, left, passed, present, command, take, size)
+            left = []
+            for part in parts:
+                for index in part.places if part.server in doubted else ():
+                    tried = passed.setdefault(index, set())
+                    tried.add(part.server)
+                    if not found(index) and not tried >= present:
+                        left.append(index)
 
-    def _gone(self) -> list[str]:
-        """The servers that are spared, if there are others."""
-        gone = [label for label, server in self._servers.items() if not server.gate.is_open()]
-        return gone if len(gone) < len(self._servers) else []
+    def _each(
+        self,
+        names: Sequence[BlockHash],
+        places: Sequence[int],
+        passed: Mapping[int, AbstractSet[str]],
+        present: AbstractSet[str],
+        command: Callable[[int], Command],
+        take: Take,
+        size: int,
+    ) -> list[_Part]:
+        """Send the command of each of `places` in `names`, about `size` bytes with its reply, to the first server that
+        is `present` (any, if none is) and not `passed` there, of which there is one; count senseless answers."""
+        keys = min(_MOST_KEYS, max(1, _ROUND_BYTES // size))
+        gone = self._servers.keys() - present if present else frozenset()
+        parts: list[tuple[_Part, Job | None, list[int]]] = []
+        for label, group in self._ring.group(names, places, gone, passed).items():
+            part, server = _Part(label, group), self._servers[label]
+            rounds = [group[start : start + keys] for start in range(0, len(group), keys)]
+            job = server.gate.start([partial(self._round, server, part, each, command, take) for each in rounds])
+            parts.append((part, job, [len(each) for each in rounds]))
+        for part, job, sizes in parts:
+            part.done = self._finish(self._servers[part.server], job, sizes)
+        return [part for part, _, _ in parts]
+
+    def _present(self) -> set[str]:
+        """The servers that are not spared now."""
+        present = {label for label, server in self._servers.items() if server.gate.is_open()}
+        for label in self._servers.keys() - present:
+            self._standing.away(label)
+        return present
 
     def _everywhere(self, work: Callable[[Server], None], servers: Sequence[Server] | None = None) -> list[Server]:
         """Do something on all servers at once; returns those where it was done."""
@@ -215,10 +286,14 @@ class RemoteStore:
         jobs = [(server, server.gate.start([partial(work, server)])) for server in chosen]
         return [server for server, job in jobs if self._finish(server, job, [0])]
 
-    def _round(self, server: Server, places: list[int], command: Callable[[int], Command], take: Take) -> None:
+    def _round(
+        self, server: Server, part: _Part, places: list[int], command: Callable[[int], Command], take: Take
+    ) -> None:
         for index, reply in zip(places, server.pipeline([command(index) for index in places]), strict=True):
             if isinstance(reply, Exception):
                 self._tally.failed(fault_of(reply))
+                part.refused.append(index)
+                part.refusal = reply
             elif not take(index, reply):
                 self._tally.failed(Fault.BROKEN)
 

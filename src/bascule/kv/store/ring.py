@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 
 import xxhash
 
@@ -38,9 +40,17 @@ class Ring:
             place = (place + 1) % len(self._servers)
         return server
 
-    def group(self, names: Sequence[BlockHash], gone: Collection[str] = ()) -> dict[str, list[int]]:
-        """For each server that keeps any of `names`, their places in `names`, in order."""
-        places: dict[str, list[int]] = {}
-        for index, name in enumerate(names):
-            places.setdefault(self.owner(name, gone), []).append(index)
-        return places
+    def group(
+        self,
+        names: Sequence[BlockHash],
+        places: Iterable[int],
+        gone: AbstractSet[str] = frozenset(),
+        passed: Mapping[int, AbstractSet[str]] = MappingProxyType({}),
+    ) -> dict[str, list[int]]:
+        """For each server that keeps any of the `places` in `names` these places, in order, while those of `gone` keep
+        nothing, nor those of `passed` what is at that place."""
+        groups: dict[str, list[int]] = {}
+        for place in places:
+            avoided = gone | passed[place] if place in passed else gone
+            groups.setdefault(self.owner(names[place], avoided), []).append(place)
+        return groups

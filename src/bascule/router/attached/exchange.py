@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from bascule.config import MOST_TIMEOUT_S
-from bascule.errors import UNREADABLE
+from bascule.errors import UNREADABLE, short
 from bascule.types import Salt, SamplingParams
 
 MAX_EVENT = 16 << 20
@@ -277,13 +277,6 @@ def _message(error: object) -> str:
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         return str(error["message"])
     return str(error)
-
-
-def short(text: bytes | str) -> str:
-    """A stranger's words in a message of ours: one line, not too long."""
-    words = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in words[:1000]).split())
-    return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def _retry_after(value: str) -> float:

@@ -13,9 +13,9 @@ import httpx
 
 from bascule.clock import Clock
 from bascule.config import AttachConfig, RoutingConfig
-from bascule.errors import RegistrationRefused
+from bascule.errors import RegistrationRefused, short
 from bascule.router.attached.client import AttachedClient, Served
-from bascule.router.attached.exchange import Trouble, short
+from bascule.router.attached.exchange import Trouble
 from bascule.router.attached.probe import OurModel, Refused, beat, probe
 from bascule.router.membership import Membership
 from bascule.router.pulse import HEARTBEAT_S

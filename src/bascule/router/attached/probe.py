@@ -11,7 +11,7 @@ import httpx
 import msgspec
 from msgspec import UNSET, Struct, structs
 
-from bascule.errors import UNREADABLE, ConfigError
+from bascule.errors import UNREADABLE, ConfigError, short
 from bascule.router.attached.client import Served
 from bascule.router.attached.exchange import (
     Chunk,
@@ -20,7 +20,6 @@ from bascule.router.attached.exchange import (
     converse,
     get,
     refusal,
-    short,
     trouble_of,
     whole,
 )
