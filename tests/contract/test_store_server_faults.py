@@ -63,12 +63,13 @@ def test_a_server_that_is_absent_at_the_start_is_used_when_it_comes(stack: ExitS
     assert store.get([A]) == [b"a"]
 
 
-def test_a_killed_server_is_missed_and_found_again(stack: ExitStack) -> None:
+def test_a_killed_server_is_missed_and_found_again(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
     process = stack.enter_context(redis_process())
     store = open_remote(stack, process.url)
     assert store.put({A: b"a"}) == 1
     process.stop()
     assert store.get([A]) == [None]
+    assert "is gone (" in caplog.text and "; doing without it until it answers again" in caplog.text
     assert store.put({B: b"b"}) == 0
     assert store.holds([A]) == [False]
     store.drop([A])
