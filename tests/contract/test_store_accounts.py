@@ -199,3 +199,74 @@ def test_a_dict_whose_bytes_are_miscounted_is_found() -> None:
     assert store.check_integrity() == []
     store._bytes -= 1
     assert store.check_integrity() == [f"{SIZE - 1} bytes are in the accounts, {SIZE} there"]
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DirectoryStore]:
+    """A store of ten blocks that looks at its folder all the time, and has nothing to do."""
+    monkeypatch.setattr(keeper, "_REST_S", 0.01)
+    monkeypatch.setattr(keeper, "_GRAIN_S", 0.1)
+    with closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)) as store:
+        filled(store)
+        yield store
+
+
+def at_rest(store: DirectoryStore) -> None:
+    wait_until(lambda: not store._keeper._recent and store._keeper._settled, "nothing to change any more")
+
+
+def test_what_another_process_clears_is_seen_by_one_that_does_nothing(idle: DirectoryStore, tmp_path: Path) -> None:
+    at_rest(idle)
+    other = Folder(tmp_path, ROOM)
+    for entry in other.scan():
+        other.remove(entry.name)
+    wait_until(lambda: idle.stats().blocks == idle.stats().bytes == 0, "the others' removals to be seen")
+    at_rest(idle)
+    other.write(name_of(0), value_of(0, SIZE))
+    other.write(name_of(0), value_of(0, 3 * SIZE))
+    wait_until(lambda: idle.stats().blocks == 1 and idle.stats().bytes == 3 * SIZE, "the other's block to be seen")
+
+
+def test_a_folder_that_nobody_changes_is_not_measured(idle: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_rest(idle)
+    looked: list[int] = []
+    marks = Folder.marks
+
+    def count(self: Folder) -> dict[str, int]:
+        looked.append(1)
+        return marks(self)
+
+    monkeypatch.setattr(Folder, "marks", count)
+    begun = idle._keeper._begun
+    wait_until(lambda: len(looked) >= 5, "it to be looked at")
+    assert idle._keeper._begun == begun
+
+
+def test_changes_that_leave_no_mark_are_seen_until_enough_time_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system whose clock has not gone on since the latest measurement."""
+    monkeypatch.setattr(keeper, "_REST_S", 0.01)
+    monkeypatch.setattr(keeper, "_GRAIN_S", 3600.0)
+    monkeypatch.setattr(Folder, "marks", lambda _: {})
+    with closing(DirectoryStore(tmp_path, ROOM, timeout_s=PATIENT)) as store:
+        filled(store)
+        wait_until(lambda: not store._keeper._recent, "it to be measured")
+        Folder(tmp_path, ROOM).remove(name_of(3).hex())
+        wait_until(lambda: store.stats().blocks == 9, "the removal to be seen")
+
+
+def test_figures_are_audited_again_once_others_have_changed_the_folder(
+    idle: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_rest(idle)
+    wait_until(lambda: not idle.check_integrity() and idle._keeper._clean == idle._keeper._changes, "a clean audit")
+    account = Keeper._account
+
+    def one_too_many(self: Keeper, entries: list[keeper.Entry]) -> None:
+        account(self, entries)
+        self._blocks += 1
+
+    monkeypatch.setattr(Keeper, "_account", one_too_many)
+    Folder(tmp_path, ROOM).remove(name_of(3).hex())
+    wait_until(lambda: bool(idle.check_integrity()), "the block too many to be found")

@@ -15,7 +15,7 @@ from threading import Condition, Event, Thread
 from msgspec import Struct
 
 from bascule.kv.store.base import Fault, Tally
-from bascule.kv.store.folder import Entry, Folder
+from bascule.kv.store.folder import Entry, Folder, Marks
 from bascule.policies.evict import PROTECTED_SHARE, first_to_go
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,9 @@ _RELIEF_PARTS = 16
 _HELPLESS_S = 60.0
 """For so long nothing more is evicted for a file system that is full all the same."""
 _REST_S = 30.0
-"""Between measurements of a folder that is in use but not written to much."""
+"""Between measurements of a folder that is in use but not written to much, and between looks at an idle one."""
+_GRAIN_S = 5.0
+"""No file system's clock is coarser: a folder with the same marks for so long has others with the next change."""
 _LOCK_PATIENCE_S = 1.0
 _FIRST_MEASUREMENT_S = 2.0
 """What a start waits for it at most; it then ends in the background."""
@@ -91,8 +93,14 @@ class Keeper:
         self._begun = self._accounted = 0
         """Measurements that have begun, and the number of the latest that has ended."""
         self._clean = -1
-        """The number of changes with which an audit last came to its end."""
+        """The number of changes with which an audit last came to its end; -1 where another is due."""
         self._look: _Look | None = None
+        self._marks: Marks | None = None
+        """The folder's when the latest measurement began; of the keeper's thread alone, like the two below."""
+        self._marked_at = -math.inf
+        """When a measurement first found these, in monotonic seconds."""
+        self._settled = False
+        """Whether one has found them again since, too late for changes that leave them as they are."""
         self._due = True
         self._closed = False
         self._measured = Event()
@@ -166,7 +174,8 @@ class Keeper:
         what later looks find again: a reservation, a second later, while nothing else was done; figures that are
         not the folder's though they were measured anew twice, and the folder is as it was. `measure` says what it
         holds, None if that cannot be found out now, and is asked only where we have changed something since the last
-        audit.
+        audit, or where the keeper has found the folder changed and then at rest. What others have changed until then
+        is not in the figures yet, and no fault.
         """
         with self._changed:
             changes, flying, waiting = self._changes, sum(self._flying.values()), self._waiting
@@ -225,10 +234,12 @@ class Keeper:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._due or self._closed, timeout=_REST_S)
+                wanted = self._due or self._closed or bool(self._recent)
+            if not wanted and not self._stale():
+                continue
+            with self._changed:
                 if self._closed:
                     return
-                if not self._due and not self._recent:
-                    continue
                 self._due = False
                 self._begun += 1
                 self._fresh = 0
@@ -241,13 +252,31 @@ class Keeper:
                 log.exception("KV store: the folder's accounts are wrong")
             self._measured.set()
 
+    def _stale(self) -> bool:
+        """Whether others may have changed the folder since the latest measurement."""
+        try:
+            return not self._settled or self._folder.marks() != self._marks
+        except OSError:
+            return True
+
     def _tidy(self) -> None:
         with self._folder.locked(_LOCK_PATIENCE_S) as ours:
+            began, marks = time.monotonic(), self._folder.marks()
             entries = self._folder.scan()
             self._account(entries)
+            self._settle(marks, began)
             if ours:
                 self._evict(entries)
                 self._folder.remove_abandoned()
+
+    def _settle(self, marks: Marks, began: float) -> None:
+        """The folder had these marks when its measurement `began`, which has ended well."""
+        if marks != self._marks:
+            self._marks, self._marked_at, self._settled = marks, began, False
+        elif not self._settled and began - self._marked_at >= _GRAIN_S:
+            self._settled = True
+            with self._changed:
+                self._clean = -1
 
     def _account(self, entries: Sequence[Entry]) -> None:
         with self._changed:
