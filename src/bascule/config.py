@@ -20,13 +20,15 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     unit + "B": 10 ** (3 * power) for power, unit in enumerate("KMGT", 1)
 }
 _UNITS |= {unit + "IB": 1 << (10 * power) for power, unit in enumerate("KMGT", 1)}
+_MOST_DIGITS = 30
+"""Of a size: more are no longer a float."""
 
 
 def parse_size(text: str, key: str) -> int:
     """Bytes from `1.5GiB`, `512MB` or `4096`; raises ConfigError that names `key`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{key}: {text!r} is not a size; write for example 512MiB, 2GiB or 4GB")
+    if match is None or match[2].upper() not in _UNITS or len(match[1]) > _MOST_DIGITS:
+        raise ConfigError(f"{key}: {text[:50]!r} is not a size; write for example 512MiB, 2GiB or 4GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -358,6 +360,8 @@ def read_config_file(path: Path, structs: tuple[type, ...]) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown key {key!r}{hint}")
         if isinstance(value, dict | list):
             raise ConfigError(f"{path}: {key} must be a single value, not a {type(value).__name__}")
+        if isinstance(value, str) and "\0" in value:  # in no flag, nor in any file's name
+            raise ConfigError(f"{path}: {key} has a null byte (\\u0000); write it without")
         values[name] = value
     secrets = [key for key, value in values.items() if _is_secret(key, value)]
     if secrets and stat.S_ISREG(mode) and mode & 0o077:

@@ -31,7 +31,7 @@ def test_sizes_are_read_in_decimal_and_binary_units(text: str, size: int) -> Non
     assert parse_size(text, "kv-memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1XB", "1 2", "nan"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1XB", "1 2", "nan", "9" * 400])
 def test_a_malformed_size_is_refused_with_the_key_named(text: str) -> None:
     with pytest.raises(ConfigError, match="kv-memory"):
         parse_size(text, "kv-memory")
@@ -69,6 +69,14 @@ def test_a_config_file_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, c
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"bascule\.toml"):
         read_config_file(path, (HttpConfig,))
+
+
+@pytest.mark.parametrize("key", ["kv-disk", "cluster_key_file", "log-level"])
+def test_a_null_byte_is_refused_with_its_key_before_anything_is_opened(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "bascule.toml"
+    path.write_text(f'{key} = "/tmp/x\\u0000:1MiB"\n')
+    with pytest.raises(ConfigError, match=f"bascule.toml: {key} has a null byte"):
+        with_config_file(["serve", "smollm2", "--config", str(path)])
 
 
 @pytest.mark.parametrize(

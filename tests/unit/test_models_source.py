@@ -143,6 +143,7 @@ def test_a_directory_of_gguf_files_says_to_name_the_file(tmp_path: Path) -> None
         ("absent.gguf", "no model file or directory absent.gguf"),
         ("./absent", "no model file or directory absent"),
         ("/no/such/place", "no model file or directory /no/such/place"),
+        ("~no-such-user/place", "no model file or directory ~no-such-user/place"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused(name: str, complaint: str) -> None:

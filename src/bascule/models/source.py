@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import struct
 from enum import StrEnum
@@ -48,7 +49,7 @@ def resolve(model: str, progress: catalog.Progress | None = None) -> ModelSource
     """
     if model in catalog.CATALOG:
         return _gguf(catalog.pull(model, progress), name=model)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike Path's, it leaves a user who is not there alone
     if path.is_dir():
         return _directory(path)
     if path.is_file():
