@@ -13,7 +13,7 @@ import pytest
 
 from bascule.config import StoreConfig
 from bascule.errors import ConfigError
-from bascule.kv.store import folder, remote
+from bascule.kv.store import folder, places, remote
 from bascule.kv.store.directory import DirectoryStore
 from bascule.kv.store.places import (
     DiskPlace,
@@ -21,13 +21,17 @@ from bascule.kv.store.places import (
     check_stores,
     disk_store,
     host_store,
+    open_stores,
     parse_disk,
     parse_host,
 )
+from bascule.kv.store.shelves import disk_shelf
 from bascule.kv.store.targets import parse_remote
 from bascule.types import BlockHash, Tier
+from support.certificates import certify
 
 SECRET = "hunter2"
+_MORE = ("xn--bcher-kva.example:6379/0", "b\u00fccher:6379/0", "fe80::1%25eth0:7000/0")
 
 
 def test_sizes_and_places() -> None:
@@ -43,7 +47,9 @@ def test_a_malformed_host_size_names_the_key(text: str) -> None:
         parse_host(text)
 
 
-@pytest.mark.parametrize("text", ["", "/var/kv", "50GiB", ":50GiB", "/var/kv:", "/var/kv:fifty", "/var/kv:0"])
+@pytest.mark.parametrize(
+    "text", ["", "/var/kv", "50GiB", ":50GiB", "/var/kv:", "/var/kv:fifty", "/var/kv:0", "/v\0:1MiB"]
+)
 def test_a_malformed_disk_place_names_the_key(text: str) -> None:
     with pytest.raises(ConfigError, match="--kv-disk"):
         parse_disk(text)
@@ -114,6 +120,16 @@ def test_a_disk_directory_that_cannot_be_made_names_the_key(tmp_path: Path) -> N
         ("redis://[::1]:7000,[::2]", ["::1:7000/0", "::2:6379/0"]),
         ("unix:///run/redis.sock?db=2,redis://h", ["/run/redis.sock#2", "h:6379/0"]),
         ("rediss://h?ssl_cert_reqs=none", ["h:6379/0"]),
+        ("rediss://h?ssl_check_hostname=False&ssl_cert_reqs=optional", ["h:6379/0"]),
+        (
+            "redis://my_host.,xn--bcher-kva.example,b\u00fccher,redis://[fe80::1%25eth0]:7000",
+            ["my_host.:6379/0", *_MORE],
+        ),
+        (f"redis://h/{2**31 - 1}", [f"h:6379/{2**31 - 1}"]),
+        (
+            "redis://localhost/1,redis://127.0.0.1/2,127.0.0.1:7000",
+            ["localhost:6379/1", "127.0.0.1:6379/2", "127.0.0.1:7000/2"],
+        ),
     ],
 )
 def test_servers_are_parsed(text: str, labels: list[str]) -> None:
@@ -162,6 +178,110 @@ def test_a_malformed_server_names_the_key_and_tells_no_password(text: str) -> No
         parse_remote(text)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"redis://:{SECRET}@a..b", r"server 1 .*'a\.\.b'.* no host's name"),
+        (f"redis://:{SECRET}@h1,a..b", r"server 2 .*'a\.\.b'"),
+        (f"redis://:{SECRET}@h 1", "server 1 .*'h 1'.* no host's name"),
+        (f"redis://:{SECRET}@h;h2", "server 1 .*'h;h2'"),
+        (f"redis://:{SECRET}@{'a' * 64}", "server 1 .* no host's name"),
+        (f"redis://:{SECRET}@h\n", "line break"),
+        (f"redis://:{SECRET[:3]}\n{SECRET[3:]}@h", "line break"),
+        (f"redis://:{SECRET}@h/99999999999999999999", "server 1 .*database 99999999999999999999.*2147483647"),
+        (f"redis://:{SECRET}@h?db={'9' * 5000}", "server 1 .*database 9+,"),
+        (f"redis://:{SECRET}@h/{2**31}", "server 1 .*database"),
+        (f"redis://:{SECRET}@h?db=1&db=2", "option twice"),
+        (f"rediss://:{SECRET}@h?ssl_cert_reqs=foo", "ssl_cert_reqs=foo; write one of none, optional, required"),
+        (f"rediss://:{SECRET}@h?ssl_check_hostname=maybe", "ssl_check_hostname=maybe; write true or false"),
+        (f"rediss://:{SECRET}@h?ssl_ca_certs=/no/such/file", "ssl_ca_certs=/no/such/file, which cannot be read"),
+        (f"rediss://:{SECRET}@h?ssl_ca_certs=", "ssl_ca_certs=, which cannot be read"),
+        (f"rediss://:{SECRET}@h?ssl_ca_certs=/x%00", "control character"),
+        ("unix:///run/redis%00.sock", "control character"),
+    ],
+)
+def test_what_no_server_can_be_reached_by_is_refused_and_named(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--kv-remote.*{said}") as caught:
+        parse_remote(text)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_password_is_not_taken_for_a_host() -> None:
+    """One with a comma, an @ and what no host's name has: its middle looks like a server's name."""
+    with pytest.raises(ConfigError, match="--kv-remote: server 3 is not a URL") as caught:
+        parse_remote(f"redis://:a@b,{SECRET}!,e@host")
+    assert SECRET not in str(caught.value)
+
+
+def test_the_files_of_tls_are_read_at_the_start(tmp_path: Path) -> None:
+    certify(tmp_path, "one", "-nodes")
+    certify(tmp_path, "other", "-nodes")
+    certify(tmp_path, "locked", "-passout", "pass:secret")
+    junk = tmp_path / "junk"
+    junk.write_text("no certificate")
+
+    def parsed(**files: str) -> None:
+        parse_remote(f"rediss://h?{'&'.join(f'ssl_{key}={tmp_path / name}' for key, name in files.items())}")
+
+    parsed(ca_certs="one.pem", certfile="one.pem", keyfile="one.key")
+    for said, files in (
+        ("ssl_ca_certs=.*junk, which holds no certificate", {"ca_certs": "junk"}),
+        ("ssl_certfile=.*missing, which cannot be read", {"certfile": "missing"}),
+        ("ssl_certfile=.*one.pem; that is not a certificate and its key", {"certfile": "one.pem"}),
+        ("ssl_keyfile=.*other.key; that is not", {"certfile": "one.pem", "keyfile": "other.key"}),
+        ("ssl_keyfile without ssl_certfile", {"keyfile": "one.key"}),
+        ("locked.key.* needs a password", {"certfile": "locked.pem", "keyfile": "locked.key"}),
+    ):
+        with pytest.raises(ConfigError, match=f"--kv-remote: server 1 has .*{said}"):
+            parsed(**files)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "redis://localhost:7000,127.0.0.1:7000",
+        "redis://127.0.0.1/3,redis://h2,redis://[::1]:6379?db=3",
+        "rediss://localhost,redis://localhost.",
+        "redis://h1,h1.",
+    ],
+)
+def test_one_server_by_two_names_is_refused(text: str) -> None:
+    """It would get twice its share of the blocks, and they would count twice."""
+    with pytest.raises(ConfigError, match=r"--kv-remote: .* are one server; name each server once"):
+        parse_remote(text)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_host_tiers_folder_is_no_place_for_the_disk_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """What is kept on disk would go with the last worker."""
+    (tmp_path / "shm").mkdir()
+    host = tmp_path / "shm" / f"bascule-{os.getuid()}"
+    if there:
+        host.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(host)
+    (tmp_path / "mount").symlink_to(tmp_path / "shm")
+    monkeypatch.setattr(places, "host_directory", lambda _=None: host)
+    monkeypatch.chdir(tmp_path)
+    for directory in (host, tmp_path / "link", Path("link"), tmp_path / "mount" / host.name, Path(f"shm/{host.name}/")):
+        for config in (
+            StoreConfig(kv_disk=f"{directory}:1MiB"),
+            StoreConfig(kv_host="1MiB", kv_disk=f"{directory}:1MiB"),
+        ):
+            for use in (check_stores, open_stores):
+                with pytest.raises(ConfigError, match=r"--kv-disk: .* is the folder of --kv-host"):
+                    use(config)
+    check_stores(StoreConfig(kv_disk=f"{tmp_path / 'shm' / 'other'}:1MiB"))
+
+
+def test_a_home_that_nobody_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--kv-disk: nobody has the home"):
+        parse_disk("~no-such-user/kv:1MiB")
+    with pytest.raises(ConfigError, match="--disk: nobody has the home"):
+        disk_shelf(Path("~no-such-user/kv"))
 
 
 def test_the_last_to_leave_the_host_tier_gives_its_memory_back(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def open_stores(config: StoreConfig) -> list[Store]:
 
     Servers of the remote tier need not be there yet.
     """
+    if config.kv_disk is not None:
+        check_disk(parse_disk(config.kv_disk))  # before the host tier is opened, which may be in the same place
     stores: list[Store] = []
     if config.kv_host is not None:
         stores.append(host_store(parse_host(config.kv_host)))
@@ -68,7 +70,13 @@ def parse_disk(text: str) -> DiskPlace:
         raise ConfigError(f"{DISK_KEY}: {text!r} is not a directory and a size; write for example /var/cache/kv:50GiB")
     if re.search(r":[0-9.]+[A-Za-z]*,", directory):
         raise ConfigError(f"{DISK_KEY}: {text!r} names more than one directory; give one, and its size")
-    return DiskPlace(Path(directory).expanduser(), _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
+    if "\0" in directory:
+        raise ConfigError(f"{DISK_KEY}: {text!r} has a null byte, which no directory's name has; write it without")
+    try:
+        path = Path(directory).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{DISK_KEY}: nobody has the home that {text!r} begins with; write the whole path") from error
+    return DiskPlace(path, _positive(parse_size(size, DISK_KEY), size, DISK_KEY))
 
 
 def host_store(capacity: int, shared_memory: Path = SHARED_MEMORY) -> HostStore:
@@ -117,8 +125,14 @@ def disk_store(place: DiskPlace) -> DirectoryStore:
 def check_disk(place: DiskPlace) -> None:
     """Make the directory if need be, and evict nothing there.
 
-    Raises ConfigError if it cannot be written to or its file system is smaller than what is asked for.
+    Raises ConfigError if it cannot be written to, is the host tier's, or its file system is smaller than what is asked
+    for.
     """
+    if _is_one(place.directory, host_directory()):
+        raise ConfigError(
+            f"{DISK_KEY}: {place.directory} is the folder of {HOST_KEY}, which the last worker to end clears; give "
+            "another directory"
+        )
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         total = shutil.disk_usage(place.directory).total
@@ -143,6 +157,14 @@ def _positive(size: int, text: str, key: str) -> int:
 def host_directory(shared_memory: Path = SHARED_MEMORY) -> Path:
     """Where the host tier of this user is."""
     return shared_memory / f"bascule-{os.getuid()}"
+
+
+def _is_one(one: Path, other: Path) -> bool:
+    """Whether both are the same directory, which need not be there yet."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one cannot be looked at
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def check_private(directory: Path) -> None:

@@ -92,8 +92,11 @@ def host_shelf() -> FolderShelf:
 
 
 def disk_shelf(directory: Path) -> FolderShelf:
-    """A directory that workers have as --kv-disk."""
-    directory = directory.expanduser()
+    """A directory that workers have as --kv-disk; raises ConfigError if it is below a home that nobody has."""
+    try:
+        directory = directory.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{DISK_FLAG}: nobody has the home of {directory}; write the whole path") from error
     bare = Path(str(directory).rpartition(":")[0])
     sized = bare != Path() and bare.is_dir() and not directory.exists()
     advice = (
