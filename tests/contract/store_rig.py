@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -41,6 +41,10 @@ def file_of(directory: Path, number: int) -> Path:
 
 def files_in(directory: Path) -> list[Path]:
     return [file for file in directory.glob("v1/[0-9a-f][0-9a-f]/*") if file.is_file()]
+
+
+def open_remote(stack: ExitStack, *urls: str, timeout_s: float = PATIENT) -> RemoteStore:
+    return stack.enter_context(closing(RemoteStore(parse_remote(",".join(urls)), timeout_s=timeout_s)))
 
 
 def run_child(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
