@@ -167,6 +167,8 @@ class Saved(Struct, frozen=True, tag=True):
     attempt: Attempt
     bytes: dict[str, Count] = {}
     """Of its KV that this worker has written there, by tier, as they are stored."""
+    missing: Count = 0
+    """Blocks of its KV from the first on that the tier has not taken, as far as is known."""
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 from store_side_rig import HASHER, Gated, Node, prompt_of
 
 from bascule.engine.sequence import Key
+from bascule.kv.store.base import Blob
 from bascule.kv.store.memory import MemoryStore
-from bascule.types import RequestId, Tier
+from bascule.types import BlockHash, RequestId, Tier
 from bascule.wire import Submit
 from bascule.worker.announcer import Announcer
 
@@ -34,7 +35,7 @@ def submission(name: str, tokens: int, save_to: Tier | None = Tier.DISK) -> tupl
 class Told(dict[str, Mapping[Tier, int]]):
     """By request, what was announced."""
 
-    def hear(self, key: Key, sizes: Mapping[Tier, int]) -> None:
+    def hear(self, key: Key, sizes: Mapping[Tier, int], missing: int) -> None:
         self[key.request] = sizes
 
 
@@ -82,7 +83,7 @@ def test_the_bytes_of_a_handoff_are_those_that_went_to_its_tier_and_none_the_sec
         with ExitStack() as stack:
             for turn in range(2):
                 node = Node([Gated(tier=Tier.DISK), store], stack)
-                node.side._announcer._announce = lambda _, sizes: told.append(sizes)  # type: ignore[method-assign]
+                node.side._announcer._announce = lambda _, sizes, __: told.append(sizes)  # type: ignore[method-assign]
                 engine, asked = node.rig.engine, work(str(turn), prompt_of(1), greedy(1))
                 _, leg = submission(str(turn), len(asked.prompt), Tier.HOST)
                 await node.side.start(replace(leg, attempt=asked.attempt), lambda _: None)
@@ -97,3 +98,38 @@ def test_the_bytes_of_a_handoff_are_those_that_went_to_its_tier_and_none_the_sec
                 assert (saved > 10 * node.rig.runner.card.layout.block_bytes) == (turn == 0)
 
     asyncio.run(run())
+
+
+class Refusing(MemoryStore):
+    """Takes nothing while it is shut."""
+
+    shut = True
+
+    def put(self, items: Mapping[BlockHash, Blob]) -> int:
+        return 0 if self.shut else super().put(items)
+
+
+def test_what_a_tier_has_not_taken_is_announced_as_missing() -> None:
+    store, told = Refusing(1 << 20), list[tuple[int, int]]()
+
+    async def run() -> None:
+        with ExitStack() as stack:
+            node = Node([store], stack)
+            node.side._announcer._announce = lambda _, sizes, missing: told.append((sizes[Tier.HOST], missing))
+            for turn in range(2):
+                store.shut = turn == 0
+                engine, asked = node.rig.engine, work(str(turn), prompt_of(1 + turn), greedy(1))
+                _, leg = submission(str(turn), len(asked.prompt), Tier.HOST)
+                leg = replace(leg, attempt=asked.attempt, prompt=tuple(asked.prompt))
+                await node.side.start(leg, lambda _: None)
+                engine.submit(asked)
+                while len(told) == turn:
+                    if engine.has_work():
+                        node.step()
+                    await asyncio.sleep(0)
+                await node.rest()
+
+    asyncio.run(run())
+    full = len(prompt_of(1)) // BLOCK
+    assert told[0] == (0, full)
+    assert told[1][0] > 0 and told[1][1] == 0

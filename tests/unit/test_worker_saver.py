@@ -77,6 +77,23 @@ def test_what_was_refused_is_saved_when_the_tier_answers_again() -> None:
     run(scenario)
 
 
+def test_a_prefix_lacks_all_behind_the_first_block_that_was_refused_or_waits() -> None:
+    async def scenario(place: Place) -> None:
+        place.saver.add(NAMES[:3])
+        assert place.saver.lacking(NAMES[:5]) == 5, "they wait"
+        await place.saver.drain()
+        assert place.saver.lacking(NAMES[:3]) == 0
+        place.shut = True
+        place.saver.add(NAMES[3:6])
+        await place.saver.drain()
+        assert [place.saver.lacking(NAMES[:count]) for count in (3, 4, 6)] == [0, 1, 3]
+        place.shut = False
+        await place.offer_again()
+        assert place.saver.lacking(NAMES[:6]) == 0
+
+    run(scenario)
+
+
 def test_what_has_been_evicted_meanwhile_is_not_offered_for_ever() -> None:
     async def scenario(place: Place) -> None:
         place.shut = True

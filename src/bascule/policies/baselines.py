@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from bascule.policies.handoff import connected, cut_off
+from bascule.policies.handoff import connected, left_out, within_reach
 from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Decision, Policy, RouteQuery, Snapshot
 from bascule.types import Placement
 
@@ -92,14 +92,14 @@ def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
     if not len(prefills := connected(snapshot, query, prefills, decodes, whole=True)):
         return Decision(placement=None, reason="every decode worker with a slot is out of a prefill worker's reach")
     prefill = _source(snapshot, query, prefills, pick)
-    if prefill in snapshot.unreached:
-        decodes = np.setdiff1d(decodes, cut_off(snapshot, query, prefill))
-    decode = pick(snapshot, query, decodes, decode_load(snapshot, decodes))
+    reached = within_reach(snapshot, query, prefill, decodes)
+    decode = pick(snapshot, query, reached, decode_load(snapshot, reached))
+    told = left_out(snapshot, query, prefill, decodes if decode == prefill else np.array([decode], np.intp))
     names = snapshot.ids
     return Decision(
         placement=Placement(names[prefill], names[decode]),
         reason=f"split: {snapshot.ahead_tokens[prefill, -1]:.0f} prompt tokens were queued on {names[prefill]} before "
-        f"this request, {names[decode]} decodes {snapshot.decoding[decode]}",
+        f"this request, {names[decode]} decodes {snapshot.decoding[decode]}{told and f'; {told}'}",
     )
 
 

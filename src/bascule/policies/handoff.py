@@ -7,7 +7,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bascule.policies.cost import Floats, PrefillPart, step_seconds
-from bascule.policies.snapshot import STORE_TIERS, RouteQuery, Snapshot
+from bascule.policies.snapshot import STORE_TIERS, RouteQuery, Snapshot, StoreColumns
 from bascule.types import CostModel, LinkCost, Tier
 
 Rows = NDArray[np.intp]
@@ -29,6 +29,8 @@ class Handoffs(Struct, frozen=True):
     """What copying all of it takes, which both workers' other streams wait for."""
     tier: NDArray[np.int64]
     """Index in `STORE_TIERS` of the tier that it goes by; less than 0 where it is pushed."""
+    twice: NDArray[np.bool_]
+    """It can only go by a tier that is left out else, so the prompt is probably computed a second time."""
 
     def by(self, index: int) -> Tier | None:
         """The tier that one of them goes by; None where it is pushed."""
@@ -37,30 +39,69 @@ class Handoffs(Struct, frozen=True):
 
 def handoffs(snapshot: Snapshot, query: RouteQuery, source: Rows, target: Rows, last_tokens: Floats) -> Handoffs:
     """Handoffs from `source[i]` to `target[i]` whose last chunk, of `last_tokens[i]`, nothing hides, each by the way
-    that `query.handoff` asks for, or the quicker one."""
+    that `query.handoff` asks for, or the quicker one.
+
+    A tier by which they have come to nothing is left out for a while, but where there is no other way.
+    """
     exposed = pushed_seconds(snapshot, query, source, target, last_tokens)
     busy = pushed_seconds(snapshot, query, source, target, np.full(len(source), float(query.prompt_tokens)))
     tier = np.full(len(source), _PUSHED)
+    apart = np.zeros(len(source), np.bool_)
     if query.handoff == "push" or snapshot.stores is None:
-        return Handoffs(exposed, busy, tier)
+        return Handoffs(exposed, busy, tier, twice=apart)
+    if snapshot.unreached:
+        pairs_of_rows = zip(source.tolist(), target.tolist(), strict=True)
+        apart = np.array([end in snapshot.unreached.get(start, ()) for start, end in pairs_of_rows], np.bool_)
     stores, pairs = snapshot.stores, np.arange(len(source))
-    shared = (stores.place[source] == stores.place[target]) & (stores.place[source] >= 0)
+    shared = _shared(stores, source, target)
     missing = np.maximum(query.prompt_tokens - query.cached[target], 0)
     load = stores.latency_s[target] + (missing * query.kv_token_bytes)[:, None] * stores.byte_s[target]
     save = stores.latency_s[source] + (last_tokens * query.kv_token_bytes)[:, None] * stores.byte_s[source]
     through = np.where(shared, _RELAY_S + save + load, np.inf)
+    twice = apart & shared.any(axis=1)
+    if stores.shunned_s is not None:
+        trusted = shared & (_shunned_s(stores, source, target) <= 0)
+        twice &= ~trusted.any(axis=1)
+        through = np.where(trusted | twice[:, None], through, np.inf)
+    else:
+        twice[:] = False
     best = through.argmin(axis=1)
     seconds = through[pairs, best]
     stored = np.isfinite(seconds) if query.handoff == "store" else seconds < exposed
-    if snapshot.unreached:
-        pairs_of_rows = zip(source.tolist(), target.tolist(), strict=True)
-        apart = np.array([end in snapshot.unreached.get(start, ()) for start, end in pairs_of_rows], np.bool_)
-        stored |= apart & np.isfinite(seconds)
+    stored |= apart & np.isfinite(seconds)
     return Handoffs(
         exposed_s=np.where(stored, seconds, exposed),
         busy_s=np.where(stored, load[pairs, best], busy),
         tier=np.where(stored, best, tier),
+        twice=twice,
     )
+
+
+def _shared(stores: StoreColumns, source: Rows | int, target: Rows) -> NDArray[np.bool_]:
+    """Which tiers those of a pair have in common: [pairs, tiers]."""
+    shared: NDArray[np.bool_] = (stores.place[source] == stores.place[target]) & (stores.place[source] >= 0)
+    return shared
+
+
+def _shunned_s(stores: StoreColumns, source: Rows | int, target: Rows) -> Floats:
+    """Seconds for which each tier is left out between those of a pair: [pairs, tiers]."""
+    if stores.shunned_s is None:
+        return np.zeros((len(target), len(STORE_TIERS)))
+    seconds: Floats = np.maximum(stores.shunned_s[source], stores.shunned_s[target])
+    return seconds
+
+
+def left_out(snapshot: Snapshot, query: RouteQuery, source: int, targets: Rows) -> str:
+    """By which tiers nothing is handed over from `source` to any of `targets` for now, and until when, in words; empty
+    if there are none."""
+    stores = snapshot.stores
+    if query.handoff == "push" or stores is None or stores.shunned_s is None:
+        return ""
+    waits = np.where(_shared(stores, source, targets), _shunned_s(stores, source, targets), 0.0).max(axis=0)
+    told = [
+        f"the {tier} tier (again in {wait:.0f} s)" for tier, wait in zip(STORE_TIERS, waits, strict=True) if wait > 0
+    ]
+    return f"by way of {' and '.join(told)} handoffs have come to nothing" if told else ""
 
 
 def cut_off(snapshot: Snapshot, query: RouteQuery, source: int) -> Rows:
@@ -70,9 +111,21 @@ def cut_off(snapshot: Snapshot, query: RouteQuery, source: int) -> Rows:
     """
     rows = np.array(sorted(snapshot.unreached.get(source, ())), np.intp)
     if len(rows) and query.handoff != "push" and snapshot.stores is not None:
-        place = snapshot.stores.place
-        rows = rows[~((place[rows] == place[source]) & (place[source] >= 0)).any(axis=1)]
+        rows = rows[~_shared(snapshot.stores, source, rows).any(axis=1)]
     return rows
+
+
+def within_reach(snapshot: Snapshot, query: RouteQuery, source: int, targets: Rows) -> Rows:
+    """Those of `targets` that `source` can hand over to, itself among them; those to which all would go by tiers that
+    are left out only if there are no others."""
+    if source not in snapshot.unreached:
+        return targets
+    near = np.setdiff1d(targets, cut_off(snapshot, query, source))
+    if snapshot.stores is None or snapshot.stores.shunned_s is None:
+        return near
+    trusted = _shared(snapshot.stores, source, near) & (_shunned_s(snapshot.stores, source, near) <= 0)
+    sure = near[trusted.any(axis=1) | ~np.isin(near, list(snapshot.unreached[source]))]
+    return sure if len(sure) else near
 
 
 def connected(snapshot: Snapshot, query: RouteQuery, sources: Rows, targets: Rows, *, whole: bool) -> Rows:

@@ -11,10 +11,11 @@ import math
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from bascule.policies.cost import Floats
-from bascule.policies.handoff import Handoffs, Rows, connected, cut_off, handoffs
+from bascule.policies.handoff import Handoffs, Rows, connected, cut_off, handoffs, left_out
 from bascule.policies.predict import DecodeSide, PrefillSide, predict
 from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
 from bascule.types import Placement
@@ -170,6 +171,9 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     """Price the placements that prefill on `left` and decode on `right`: both sides, and the handoff in between."""
     slo, step = query.slo, sides.decode.step_s[right]
     ways = handoffs(snapshot, query, left, right, sides.prefill.last_tokens[left])
+    if ways.twice.any():
+        again_s = np.where(ways.twice, sides.prefill.prefill_s[right], 0.0)
+        ways = replace(ways, exposed_s=ways.exposed_s + again_s, busy_s=ways.busy_s + again_s)
     handed = ways.exposed_s + step / 2
     late = handed / max(query.output_tokens - 1, 1)
     tpot = sides.decode.tpot_s[right] + late
@@ -252,7 +256,9 @@ def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides, options: list[
     winner = equals[snapshot.turn % len(equals)]
     order = [winner, *(index for index in best if index != winner)]
     candidates = tuple(_candidate(snapshot, query, sides, *places[index]) for index in order)
-    return Decision(placement=candidates[0].placement, reason=_reason(candidates), candidates=candidates)
+    return Decision(
+        placement=candidates[0].placement, reason=_reason(snapshot, query, candidates), candidates=candidates
+    )
 
 
 def _load(snapshot: Snapshot, query: RouteQuery, option: _Priced, at: int) -> int:
@@ -299,7 +305,7 @@ def broken_bounds(predicted: Prediction, query: RouteQuery) -> str:
     return ", ".join(f"{name} {value:.3g} s over {bound:g} s" for name, value, bound in bounds if value > bound)
 
 
-def _reason(candidates: tuple[Candidate, ...]) -> str:
+def _reason(snapshot: Snapshot, query: RouteQuery, candidates: tuple[Candidate, ...]) -> str:
     first = candidates[0]
     place = first.placement
     where = f"prefill on {place.prefill}, decode on {place.decode}" if place.remote else f"whole on {place.decode}"
@@ -315,4 +321,14 @@ def _reason(candidates: tuple[Candidate, ...]) -> str:
         other = second.placement
         to = f"{other.prefill} -> {other.decode}" if other.remote else f"{other.decode}"
         told += f"; next {to} at {second.cost_s - first.cost_s:.3g} s more"
-    return told
+    return f"{told}; {why}" if (why := _left_out(snapshot, query, candidates)) else told
+
+
+def _left_out(snapshot: Snapshot, query: RouteQuery, candidates: tuple[Candidate, ...]) -> str:
+    """Which tiers the best of the handoffs leaves out for now, in words."""
+    if snapshot.stores is None or snapshot.stores.shunned_s is None:
+        return ""
+    place = next((each.placement for each in candidates if each.placement.remote), None)
+    if place is None:
+        return ""
+    return left_out(snapshot, query, snapshot.row_of(place.prefill), np.array([snapshot.row_of(place.decode)], np.intp))

@@ -41,6 +41,9 @@ class StoreColumns(Struct, frozen=True):
     latency_s: Floats
     byte_s: Floats
     """What loading from it takes."""
+    shunned_s: Floats | None = None
+    """Seconds for which a worker's handoffs leave a tier out, as the last ones have come to nothing there, until it is
+    tried again; 0 where they do not. None if none does anywhere."""
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):

@@ -65,6 +65,15 @@ class Provenance:
             again = max(0, prompt_tokens - cached_tokens)
             self._handoffs[-1] = replace(self._handoffs[-1], computed_tokens=again)
 
+    def came_and_lost(self, prompt_tokens: int, blocks: int, block_tokens: int) -> tuple[int, int]:
+        """Of the current attempt's handoff, whose decode worker has a token: how many of the prompt's full blocks came
+        from where they were put, or from a peer, and how many were computed again."""
+        if not self._handing:
+            return 0, 0
+        handoff = self._handoffs[-1]
+        lost = handoff.computed_tokens - (prompt_tokens - blocks * block_tokens)  # no tier has the part of a block
+        return sum(handoff.loaded_tokens.values()) // block_tokens, max(lost, 0) // block_tokens
+
     def given_up(self) -> None:
         """The current attempt is."""
         self._handing = self._awaits = False

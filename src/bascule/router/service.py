@@ -63,7 +63,7 @@ class Service:
         self._flights: dict[RequestId, Flight] = {}
         self._line = Line()
         self._door = Door(config, self._queries, self._line)
-        self.relay = Relay()
+        self.relay = Relay(view)
         self.retries = Retries(view)
         self.tallies = Tallies(view)
         self._attached: set[WorkerId] = set()
@@ -179,6 +179,7 @@ class Service:
                 flight.longest_gap_s = gap
             flight.latest_at = now
             self.retries.brought(flight, message.worker, now)
+            self.relay.brought(flight, message.worker, now)
             flight.handed_over |= message.worker == flight.placed.decode
             if flight.prefilling:
                 self.tallies.prefilled(flight)
@@ -206,7 +207,7 @@ class Service:
             self._again(flight, Cause.UNHEARD, "its first token was lost", message.worker)
             self._dispatch()
             return
-        self._send_second_leg(flight)
+        self._send_second_leg(flight, message)
         flight.kv.saved(message.bytes)
 
     def failed(self, message: Failed) -> None:
@@ -322,11 +323,11 @@ class Service:
             fetch=self.view.lender(chosen),
         )
         if chosen.handed_by is not None:
-            submission = self.relay.first_leg(flight, submission, chosen.handed_by)
+            submission = self.relay.first_leg(flight, submission, placement, chosen.handed_by, now)
         self.clients[placement.prefill].submit(submission)
 
-    def _send_second_leg(self, flight: Flight) -> None:
-        submission = self.relay.second_leg(flight, self._clock.now())
+    def _send_second_leg(self, flight: Flight, saved: Saved | None = None) -> None:
+        submission = self.relay.second_leg(flight, self._clock.now(), saved)
         if submission is not None and flight.placed is not None:
             self.clients[flight.placed.decode].submit(submission)
 
@@ -355,8 +356,7 @@ class Service:
 
     def _stranded(self, flight: Flight) -> RequestError | None:
         """What ends a request that no worker that is left can take: it would wait in vain, and all others behind it."""
-        waits = self._clock.now() < self._back_by
-        return None if waits else stranded(flight, self.view.members.values())
+        return None if self._clock.now() < self._back_by else stranded(flight, self.view.members.values())
 
     def _cancelled(self, flight: Flight) -> None:
         self.retries.waited_in_vain(flight, self._clock.now())

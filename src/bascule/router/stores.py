@@ -11,6 +11,7 @@ from bascule.kv.prefix_index import Match
 from bascule.policies.cost import Floats
 from bascule.policies.load import UNMEASURED
 from bascule.policies.snapshot import STORE_TIERS, StoreColumns
+from bascule.router.detours import Detours
 from bascule.router.kv_feed import KvFeed
 from bascule.types import LinkCost, Tier
 from bascule.wire import KvEvents, StorePlace
@@ -29,6 +30,7 @@ class Stores:
     """One row a worker, as in the columns. What one worker saves, all that share the tier can load."""
 
     def __init__(self) -> None:
+        self.detours = Detours()
         self._sharing: dict[_Place, dict[int, KvFeed]] = {}
         self._places: dict[int, dict[Tier, _Place]] = {}
         self._numbers: dict[_Place, int] = {}
@@ -61,6 +63,7 @@ class Stores:
         self.measured(row, {tier: UNMEASURED[tier] for tier in self._places[row]})
 
     def leave(self, row: int) -> None:
+        self.detours.left(row)
         self._place[row] = _NOWHERE
         for place in self._places.pop(row, {}).values():
             rows = self._sharing[place]
@@ -78,9 +81,12 @@ class Stores:
         place = self._places[row].get(tier)
         return place is not None and next(iter(self._sharing[place])) == row
 
-    def columns(self) -> StoreColumns | None:
+    def columns(self, now: float) -> StoreColumns | None:
         """What policies see, to be read at once; None where there is no store."""
-        return StoreColumns(self._place, self._latency_s, self._byte_s) if self else None
+        if not self:
+            return None
+        shunned_s = self.detours.shunned(len(self._place), now)
+        return StoreColumns(self._place, self._latency_s, self._byte_s, shunned_s)
 
     def measured(self, row: int, costs: Mapping[Tier, LinkCost]) -> None:
         """What loading from each tier takes this worker."""

@@ -353,7 +353,7 @@ class ClusterView:
         self.index.expect(self.members[placement.prefill].row, hashes, now)
 
     def snapshot(self, now: float) -> Snapshot:
-        return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window, self.stores.columns())
+        return self.columns.snapshot(now, self.decisions, self.links, self.prefill_window, self.stores.columns(now))
 
     def statuses(self, requests: Mapping[WorkerId, int] | None = None) -> tuple[WorkerStatus, ...]:
         """All members as an operator sees them; `requests` says how many need each."""

@@ -17,6 +17,11 @@ FLUSH_S = 2.0
 end."""
 
 
+Announce = Callable[[Key, Mapping[Tier, int], int], None]
+"""Told of a request whose KV is in its tier, or will not come there: the bytes that were written for it, and how many
+of its blocks cannot be found there, as the tier has not taken them, or what is in front of them."""
+
+
 class _Wanted:
     """What one request wants saved."""
 
@@ -31,11 +36,7 @@ class _Wanted:
 class Announcer:
     """One for a worker that has a store. Runs in the asyncio loop."""
 
-    def __init__(
-        self, savers: Mapping[Tier, Saver], hasher: BlockHasher, announce: Callable[[Key, Mapping[Tier, int]], None]
-    ) -> None:
-        """`announce` is told of each request whose KV is in its tier, or will not come there, and of the bytes that
-        were written for it."""
+    def __init__(self, savers: Mapping[Tier, Saver], hasher: BlockHasher, announce: Announce) -> None:
         self._savers = savers
         self._hasher = hasher
         self._announce = announce
@@ -72,9 +73,11 @@ class Announcer:
             task.cancel()
 
     async def _wait(self, key: Key, wanted: _Wanted) -> None:
+        missing = len(wanted.names)
         if (saver := self._savers.get(wanted.tier)) is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_S):
                     await saver.passed(wanted.names)
+            missing = saver.lacking(wanted.names)
         self.forget(key)
-        self._announce(key, {wanted.tier: wanted.bytes})
+        self._announce(key, {wanted.tier: wanted.bytes}, missing)

@@ -91,6 +91,14 @@ class Saver:
             batch_done = self._batch_done
             await batch_done.wait()
 
+    def lacking(self, names: Sequence[BlockHash]) -> int:
+        """How many blocks of a prefix cannot be found in the tier, as far as is known: from the first on that it has
+        refused, or that waits to be saved."""
+        for at, name in enumerate(names):
+            if name in self._refused or name in self._line or name in self._busy:
+                return len(names) - at
+        return 0
+
     async def drain(self) -> None:
         """Wait until nothing is left to be saved or told."""
         if self._task is not None:

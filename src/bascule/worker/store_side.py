@@ -26,7 +26,7 @@ from bascule.kv.store.tiers import Tiers
 from bascule.policies.load import LEAST_SHARE, prompt_seconds
 from bascule.types import BlockHash, Brought, CostModel, KVLayout, RequestId, Salt, StoreLoad, Tier
 from bascule.wire import StorePlace, Submit
-from bascule.worker.announcer import FLUSH_S, Announcer
+from bascule.worker.announcer import FLUSH_S, Announce, Announcer
 from bascule.worker.loader import LEAST_PATIENCE_S, Load, Loader, Tell
 from bascule.worker.saver import Saver
 from bascule.worker.uses import Uses
@@ -55,7 +55,7 @@ class StoreSide:
         hasher: BlockHasher,
         layout: KVLayout,
         tell: Tell,
-        on_saved: Callable[[Key, Mapping[Tier, int]], None] = lambda _, __: None,
+        on_saved: Announce = lambda _, __, ___: None,
         on_loaded: Callable[[Key, Brought], None] = lambda _, __: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:

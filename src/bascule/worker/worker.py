@@ -263,9 +263,9 @@ class Worker:
             )
         )
 
-    def _saved(self, key: Key, sizes: Mapping[Tier, int]) -> None:
+    def _saved(self, key: Key, sizes: Mapping[Tier, int], missing: int) -> None:
         told = {tier.value: size for tier, size in sizes.items()}
-        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt, told))
+        self._link.send(Saved(self._identity.worker, self._identity.epoch, key.request, key.attempt, told, missing))
 
     def _cancel(self, key: Key) -> None:
         self._deadlines.forget(key)
