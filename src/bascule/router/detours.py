@@ -55,27 +55,34 @@ class Detours:
         if trouble is not None and trouble.pause_s and now >= trouble.until:
             trouble.trial, trouble.until = request, now + TRIAL_S
 
-    def failed(self, row: int, tier: Tier, request: RequestId, blocks: int, begun: float, now: float) -> None:
-        """A handoff of so many blocks, placed at `begun`, has come to nothing there."""
+    def failed(self, row: int, tier: Tier, request: RequestId, blocks: int, begun: float, now: float) -> bool:
+        """A handoff of so many blocks, placed at `begun`, has come to nothing there; returns whether the tier is left
+        out from now on, and was not before."""
         trouble = self._known.setdefault((row, tier), _Trouble())
         if trouble.pause_s and trouble.trial != request:
-            return  # it was under way, or had no other way
+            return False  # it was under way, or had no other way
         if not trouble.pause_s and begun <= trouble.struck_at:
-            return
+            return False
         trouble.owed, trouble.strikes, trouble.struck_at = blocks, trouble.strikes + 1, now
-        if trouble.strikes >= STRIKES:
-            trouble.pause_s = min(2 * trouble.pause_s, MOST_S) or FIRST_S
-            trouble.until, trouble.trial = now + trouble.pause_s, None
+        if trouble.strikes < STRIKES:
+            return False
+        began = not trouble.pause_s
+        trouble.pause_s = min(2 * trouble.pause_s, MOST_S) or FIRST_S
+        trouble.until, trouble.trial = now + trouble.pause_s, None
+        return began
 
-    def kept(self, row: int, tier: Tier, request: RequestId, blocks: int, now: float) -> None:
-        """A handoff has found so many blocks there; 0 if it has shown nothing."""
+    def kept(self, row: int, tier: Tier, request: RequestId, blocks: int, now: float) -> bool:
+        """A handoff has found so many blocks there, 0 if it has shown nothing; returns whether the tier is used again
+        from now on, and was left out before."""
         if (trouble := self._known.get((row, tier))) is None:
-            return
+            return False
         trouble.owed -= blocks
         if trouble.owed <= 0:
             del self._known[row, tier]
-        elif trouble.trial == request:
+            return trouble.pause_s > 0
+        if trouble.trial == request:
             trouble.until, trouble.trial = now, None
+        return False
 
     def shunned(self, rows: int, now: float) -> Floats | None:
         """Seconds for which handoffs leave each tier out: [rows, tiers]; None where they may go by all."""

@@ -8,6 +8,7 @@ prefill worker, if it may, and a tier that handoffs come to nothing by is left o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from msgspec import Struct
@@ -19,6 +20,8 @@ from bascule.router.flight import Flight
 from bascule.router.view import ClusterView, Member
 from bascule.types import CostModel, Placement, RequestId, Tier, WorkerId
 from bascule.wire import FetchFrom, Saved, Submit
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 1.0
 """What the second leg waits for the first one's KV to be saved, once it has its token."""
@@ -116,11 +119,18 @@ class Relay:
     def _failed(self, handing: _Handing, worker: WorkerId, now: float) -> None:
         if (member := self._view.members.get(worker)) is not None:
             detours, request = self._view.stores.detours, handing.flight.request.id
-            detours.failed(member.row, handing.tier, request, handing.blocks, handing.begun, now)
+            if detours.failed(member.row, handing.tier, request, handing.blocks, handing.begun, now):
+                log.warning(
+                    "worker %s: handoffs by way of the %s tier come to nothing; trying it now and then",
+                    worker,
+                    handing.tier,
+                )
 
     def _kept(self, handing: _Handing, worker: WorkerId, blocks: int, now: float) -> None:
         if (member := self._view.members.get(worker)) is not None:
-            self._view.stores.detours.kept(member.row, handing.tier, handing.flight.request.id, blocks, now)
+            detours, request = self._view.stores.detours, handing.flight.request.id
+            if detours.kept(member.row, handing.tier, request, blocks, now):
+                log.info("worker %s: handoffs go by way of the %s tier again", worker, handing.tier)
 
     def _source(self, placement: Placement, tokens: int) -> FetchFrom | None:
         """The prefill worker, to fetch so many tokens' KV from; None where it does not lend, or cannot be reached, or
