@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
-from bascule.types import Brought, StoreHandoff
+from bascule.types import PEER, Brought, StoreHandoff
 
 
 class Provenance:
@@ -67,12 +67,14 @@ class Provenance:
 
     def came_and_lost(self, prompt_tokens: int, blocks: int, block_tokens: int) -> tuple[int, int]:
         """Of the current attempt's handoff, whose decode worker has a token: how many of the prompt's full blocks came
-        from where they were put, or from a peer, and how many were computed again."""
+        by way of the store, and how many were fetched from a peer instead, or computed again."""
         if not self._handing:
             return 0, 0
         handoff = self._handoffs[-1]
-        lost = handoff.computed_tokens - (prompt_tokens - blocks * block_tokens)  # no tier has the part of a block
-        return sum(handoff.loaded_tokens.values()) // block_tokens, max(lost, 0) // block_tokens
+        again = handoff.computed_tokens - (prompt_tokens - blocks * block_tokens)  # no tier has the part of a block
+        fetched = handoff.loaded_tokens.get(PEER, 0)
+        came = sum(handoff.loaded_tokens.values()) - fetched
+        return came // block_tokens, (max(again, 0) + fetched) // block_tokens
 
     def given_up(self) -> None:
         """The current attempt is."""

@@ -39,6 +39,8 @@ class _Handing(Struct):
     begun: float
     blocks: int
     """Full ones of what its first leg knows."""
+    missing: int = 0
+    """Those of them that the prefill worker takes not to be there."""
 
     @property
     def over(self) -> bool:
@@ -76,13 +78,13 @@ class Relay:
         flight.first_leg, flight.handed_over = False, True
         flight.kv.handed()
         self.count += 1
-        missing = handing.blocks if saved is None else min(saved.missing, handing.blocks)
-        if handing.blocks and handing.blocks - missing < _LITTLE * handing.blocks:
-            self._failed(handing, handing.placement.prefill, now)
-        else:
+        missing = handing.missing = handing.blocks if saved is None else saved.missing
+        if saved is not None:
             self._second[flight.request.id] = handing
-            if saved is not None and not missing and any(saved.bytes.values()):
+            if not missing and any(saved.bytes.values()):
                 self._kept(handing, handing.placement.prefill, handing.blocks, now)
+        elif missing:  # whatever comes of it, it has been waited for
+            self._failed(handing, handing.placement.prefill, now)
         known = flight.known_tokens - 1
         submission = replace(flight.submission(now), stored_tokens=known)
         return replace(submission, fetch=self._source(handing.placement, known)) if missing else submission
@@ -96,11 +98,16 @@ class Relay:
         if handing.over and not flight.ended:
             return
         came, lost = flight.kv.came_and_lost(len(flight.request.prompt), flight.prompt_blocks, self._block_tokens)
-        if came < _LITTLE * (came + lost):
-            self._failed(handing, handing.placement.decode, now)
-            return
-        for end in (handing.placement.prefill, handing.placement.decode):
-            self._kept(handing, end, came, now)
+        prefill, decode = handing.placement.prefill, handing.placement.decode
+        if came >= _LITTLE * (came + lost):
+            self._kept(handing, prefill, came, now)
+            self._kept(handing, decode, came, now)
+        elif handing.missing:
+            self._failed(handing, prefill, now)
+            self._kept(handing, decode, 0, now)
+        else:
+            self._failed(handing, decode, now)
+            self._kept(handing, prefill, 0, now)
 
     def overdue(self, now: float) -> Iterator[Flight]:
         """Those that have waited long enough, and those that need no second leg any more, which are forgotten."""
