@@ -122,13 +122,18 @@ class StoreConfig:
     """Directory and size, `/var/cache/kv:50GiB`, in which blocks outlive workers; machines may share it."""
     kv_remote: str | None = None
     """Redis or Valkey servers, `redis://host1:6379,host2`, over which blocks are spread; any number of clusters may
-    share them."""
+    share them. A bare host has the scheme, password, database and options of the first."""
     kv_codec: Literal["none", "fp8", "int8", "int4", "auto"] = "none"
     """Form of blocks in these tiers: as they are, or smaller and no longer exact; auto: for each tier the quickest of
     none, int8 and int4."""
 
     def __post_init__(self) -> None:
-        _require(self.tiers or self.kv_codec == "none", "kv_codec", self.kv_codec, "left out without a tier")
+        _require(
+            self.tiers or self.kv_codec == "none",
+            "kv_codec",
+            self.kv_codec,
+            "left out without --kv-host, --kv-disk or --kv-remote",
+        )
 
     @property
     def tiers(self) -> bool:

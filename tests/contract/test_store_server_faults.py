@@ -59,6 +59,14 @@ def test_a_server_that_is_absent_at_the_start_is_used_when_it_comes(stack: ExitS
     assert store.get([A]) == [b"a"]
 
 
+def test_a_server_that_is_gone_is_counted_though_no_block_was_asked_for(stack: ExitStack) -> None:
+    process = stack.enter_context(redis_process())
+    process.stop()
+    store = open_remote(stack, process.url)
+    assert store.stats().errors == {Fault.GONE: 1}
+    assert store.stats().errors == {Fault.GONE: 1}, "it is left alone"
+
+
 def test_a_killed_server_is_missed_and_found_again(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
     process = stack.enter_context(redis_process())
     store = open_remote(stack, process.url)

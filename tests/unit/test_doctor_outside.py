@@ -31,7 +31,7 @@ def test_a_store_that_answers_is_fine_and_one_that_does_not_is_in_doubt() -> Non
         fine, gone = of_store(f"{server.url},redis://{NOWHERE}")
     assert fine.level is Level.OK
     assert gone.level is Level.DOUBT
-    assert f"{NOWHERE}/0 cannot be connected to; start it" in gone.line
+    assert f"{NOWHERE}/0 cannot be connected to (Error 111 connecting" in gone.line
 
 
 @pytest.mark.parametrize(

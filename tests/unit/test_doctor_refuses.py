@@ -90,7 +90,7 @@ AT_ONCE = [
     (["--kv-memory", "lots"], "kv-memory"),
     (["--kv-memory", "900TiB"], "--kv-memory 900TiB for each of 2 workers are more than"),
     (["--handoff", "store"], "--handoff store needs a KV store"),
-    (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without a tier"),
+    (["--kv-codec", "int8"], "kv-codec is int8, but must be left out without --kv-host, --kv-disk or --kv-remote"),
     (["--transfer", "shm", "--transfer-codec", "auto"], "transfer-codec is auto, but must be none with"),
     (["--transfer-codec", "int8", "--engine", "mock"], "--transfer-codec: codec int8 needs KV of"),
     (["--policy", "single", "--transfer-codec", "int8"], "--transfer-codec int8 has no effect under policy single"),

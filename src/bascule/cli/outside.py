@@ -25,8 +25,10 @@ _WHY = {
     Fault.SLOW: f"gave no answer within {ANSWER_S:g} s",
     Fault.GONE: "cannot be connected to",
 }
-_MEND_POLICY = f"make it {POLICY}: others take the beginnings of prompts, and the rest is of no use without"
-_MEND_STORE = "start it, or mend the URL and its password; until then its blocks are computed again"
+_MEND_POLICY = (
+    f"make it {POLICY}: others take no new blocks, or the beginnings of prompts, without which the rest is of no use"
+)
+_MEND_STORE = "see that it runs, or mend the URL, its password and database; until then it is done without"
 
 
 def of_servers(store: StoreConfig, attach: AttachConfig, model: str) -> Iterator[Finding]:
@@ -50,7 +52,7 @@ def _of_store(target: Target) -> Iterator[Finding]:
                 yield Finding(Level.DOUBT, f"{what} has maxmemory-policy {short(facts.policy)}", _MEND_POLICY)
     except Exception as error:  # whatever a server that is none can make redis-py raise
         why = _WHY.get(fault_of(error), "is no Redis or Valkey server that works")
-        yield Finding(Level.DOUBT, f"{what} {why}", _MEND_STORE)
+        yield Finding(Level.DOUBT, f"{what} {why} ({short(str(error))})", _MEND_STORE)
     finally:
         server.close()
 

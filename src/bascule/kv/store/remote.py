@@ -303,7 +303,9 @@ class RemoteStore:
             self._tally.failed(Fault.CLOSED if self._closed else Fault.SKIPPED, sum(sizes))
             return False
         if fault := server.gate.finish(job):
-            self._tally.failed(fault, sum(sizes[job.completed :]))
+            self._tally.failed(
+                fault, max(1, sum(sizes[job.completed :]))
+            )  # a server that is gone shows, asked for blocks or not
             return False
         return True
 

@@ -30,8 +30,8 @@ from bascule.types import BlockHash, Tier
 HOST_FLAG, DISK_FLAG, REMOTE_FLAG = "--host", "--disk", "--remote"
 _CONNECT_S, _TIMEOUT_S = 2.0, 10.0
 _ADVICE = {
-    Fault.DENIED: "give the password in the URL, and let its user read, scan and unlink",
-    Fault.GONE: "start it, or give the servers that the workers have",
+    Fault.DENIED: "give its password in a URL of its own, and let its user read, scan and unlink",
+    Fault.GONE: "start it, or leave it out (then its own blocks stay)",
     Fault.SLOW: "try again when it answers",
 }
 
@@ -246,7 +246,7 @@ class ServerShelf:
             yield
         except Exception as error:
             fault = server.fault_of(error)
-            advice = _ADVICE.get(fault, "is it Redis 6.2 or later, or Valkey?")
+            advice = _ADVICE.get(fault, "is it Redis 6.2 or later, or Valkey, and has it that database?")
             raise ConfigError(f"{REMOTE_FLAG}: {self.label} is {fault} ({str(error)[:200]}); {advice}") from error
 
 
