@@ -8,7 +8,7 @@ import pytest
 from engine_rig import Rig, greedy, reference, work
 
 from bascule.engine.mock import mock_card
-from bascule.types import CostModel, Slo
+from bascule.types import CostModel, RequestId, Slo
 
 CARD = mock_card(context=4096, vocab=10_000_000, block_size=16)
 COST = CostModel(step_s=0.015, token_s=0.0008, pair_s=1e-7, context_s=1e-6, stream_s=(0.01, 0.012, 0.016, 0.024))
@@ -110,6 +110,18 @@ def test_of_prompts_that_came_together_the_shortest_is_computed_first() -> None:
         rig.engine.submit(work(name, prompt(tokens, tokens), greedy(1)))
     rig.run()
     assert order_of_first_tokens(rig) == ["short", "middle", "long"]
+
+
+def test_a_handoff_that_was_to_have_memory_first_is_computed_in_its_turn() -> None:
+    """Or a prompt that is not handed over waits for as long as there are such, whatever its length."""
+    rig = slow_rig(SLO)
+    rig.engine.submit(work("whole", prompt(1, 600), greedy(1)))
+    rig.engine.submit(work("handed over", prompt(2, LONG), greedy(4), handoff=True))
+    assert rig.engine.secure(RequestId("handed over"), 1)
+    rig.engine.permit(RequestId("handed over"), 1)
+    while "whole" not in rig.times:
+        rig.step()
+    assert rig.progress and not any(progress.last for progress in rig.progress)
 
 
 def test_a_long_prompt_in_the_cache_goes_before_a_shorter_one_that_is_not() -> None:

@@ -269,6 +269,7 @@ class Scheduler:
             if lease is None:
                 break
             self.waiting.remove(head)
+            head.secured = False  # it has what it went first for, and is computed in its turn
             self._rank(head, lease.cached)
             self._note(head.admit(lease))
             if (lacking := head.admitted) is not None:

@@ -171,7 +171,7 @@ class Sequence:
     def admit(self, lease: Lease) -> Found | None:
         """Go on from what `lease` found in the cache, and say what that was."""
         self._lease = lease
-        self.phase, self.secured = Phase.RUNNING, False
+        self.phase = Phase.RUNNING
         self._admissions += 1
         self._end_from = self._places
         self.held = lease.cached < self.awaited
