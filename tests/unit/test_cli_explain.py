@@ -42,6 +42,7 @@ def test_the_only_server_of_this_machine_is_found(rig: ApiRig, capsys: pytest.Ca
     explain("r")
     said = capsys.readouterr().out
     assert re.search(r"chosen.*remote;prefill=a;decode=b", said) and "because" in said
+    assert re.search(r"handoff +pushed", said)
     assert re.search(r"TTFT +1000 +2000 +-50 %", said), said
     for row in (r"^\* a > b +1000 +100\.0 +0\.0", r"^  a +1000"):
         assert re.search(row, said, re.MULTILINE), said

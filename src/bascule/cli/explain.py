@@ -81,11 +81,12 @@ def _show(console: Console, output: dict[str, Any]) -> None:
 
 
 def _handoff(chosen: dict[str, Any] | None, moved: dict[str, Any] | None) -> str:
-    """How KV was handed over by way of the store, and what that moved; empty where nothing went that way."""
+    """How KV was handed over, and what that moved by way of the store; empty where it was not."""
     way = chosen["handed_by"] if chosen is not None else None
     told = f"by way of the {way} tier of the store" if way else "by way of the store" if moved else ""
     if moved is None:
-        return told
+        split = chosen is not None and chosen["prefill"] != chosen["decode"]
+        return told or ("pushed" if split else "")
     return (
         f"{told}: prefill saved {_megabytes(moved['saved_bytes'])}, decode loaded {_loaded(moved)}"
         f", waited for {_ms(moved['load_s'])} ms and computed {moved['computed_tokens']} prompt tokens again"
