@@ -48,6 +48,8 @@ API_KEY, ADMIN_KEY = "a-key-of-the-api", "a-key-of-the-admin"
 SECRET = bytes(range(16))
 PATIENCE_S = 2.0
 """For an answer that comes at once, or never."""
+ANSWER_S = 8.0
+"""For one of a router that first asks its workers in vain: it takes the stranger for one of them."""
 HANDOFF, FETCH = TicketId("a-strangers-handoff"), TicketId("a-strangers-fetch")
 
 
@@ -178,7 +180,10 @@ class Stranger:
                 self.heard.verdicts.append(self._push(said.pack()))
             epoch = Epoch(self._workers["decode"]["epoch"])
             leave = Goodbye(WorkerId("decode"), epoch)
-            self.heard.router = self._ask(self._site.join, from_router, Probe(VERSION), leave, name=epoch)
+            patience_s = ANSWER_S if self.heard.peer else PATIENCE_S
+            self.heard.router = self._ask(
+                self._site.join, from_router, Probe(VERSION), leave, name=epoch, patience_s=patience_s
+            )
         return self.heard
 
     def insist(self, at: str, what: str) -> None:
