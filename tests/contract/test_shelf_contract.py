@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from shelf_rig import ONE, TOKENS, TWO, Ground, ground_of
+from shelf_rig import ONE, TOKENS, TWO, Ground
 from store_rig import PATIENT, ROOM, file_of, name_of, run_child
 
 from bascule.errors import ConfigError
@@ -32,20 +32,6 @@ from bascule.kv.store.shelves import Room, disk_shelf, remote_shelves
 from support.redis_server import RedisProcess, redis_process
 
 ANN, BEN = tenant_digest(salt_of("ann")).hex(), tenant_digest(salt_of("ben")).hex()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisProcess]:
-    with redis_process() as process:
-        yield process
-
-
-@pytest.fixture(params=["host", "disk", "remote"])
-def ground(
-    request: pytest.FixtureRequest, server: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Ground]:
-    with ground_of(request.param, server, tmp_path, monkeypatch) as made:
-        yield made
 
 
 def test_blocks_are_counted_by_model_and_codec(ground: Ground) -> None:

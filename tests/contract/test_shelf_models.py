@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import msgspec
 import pytest
-from shelf_rig import LAYOUT, ONE, TWO, Ground, ground_of
+from shelf_rig import LAYOUT, ONE, TWO, Ground
 
 from bascule.kv.hashing import salt_of
 from bascule.kv.store.description import MOST_BYTES, Description, description_name
 from bascule.kv.store.inventory import NOBODY, audit, forget, models_called, name_models, take_stock
 from bascule.kv.store.record import Payload, model_digest, pack
-from support.redis_server import RedisProcess, redis_process
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisProcess]:
-    with redis_process() as process:
-        yield process
-
-
-@pytest.fixture(params=["host", "disk", "remote"])
-def ground(
-    request: pytest.FixtureRequest, server: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Ground]:
-    with ground_of(request.param, server, tmp_path, monkeypatch) as made:
-        yield made
 
 
 def test_a_model_is_found_by_the_name_that_it_was_served_as_with_all_its_fingerprints(ground: Ground) -> None:

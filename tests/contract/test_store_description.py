@@ -24,19 +24,13 @@ from bascule.kv.store.forms import Forms
 from bascule.kv.store.record import inspect, model_digest
 from bascule.kv.store.tiers import Tiers, Wanted
 from bascule.types import BlockHash, KVLayout, ModelCard, Tier
-from support.redis_server import RedisProcess, redis_process
+from support.redis_server import RedisProcess
 
 LAYOUT = KVLayout("float32", 1, 1, 4, 4, 2, 16)
 CARD = ModelCard(name="org/small (v2)", fingerprint="5" * 64 + "+int8", context=100, vocab=100, layout=LAYOUT)
 NAME = description_name(model_digest(CARD.fingerprint))
 TOKENS = tuple(range(4 * LAYOUT.block_size))
 HASHES = BlockHasher(CARD.fingerprint, LAYOUT.block_size).chain(TOKENS)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisProcess]:
-    with redis_process() as process:
-        yield process
 
 
 @pytest.fixture(params=["memory", "host", "disk", "remote"])

@@ -34,12 +34,6 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisProcess]:
-    with redis_process() as process:
-        yield process
-
-
 def latency(store: Store) -> float:
     """Seconds that a miss takes."""
     began = monotonic()

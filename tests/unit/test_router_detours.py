@@ -223,22 +223,17 @@ async def test_a_handoff_that_went_well_in_between_keeps_the_tier_in_use() -> No
         await (one.end(missing=2) if number % 2 else one.end(loaded=32, computed=8))
 
 
-@scenario
-async def test_what_is_found_though_it_was_taken_to_be_missing_is_no_failure() -> None:
-    bench = TierBench()
-    for number in range(4):
-        one = await Handover(bench, str(number)).start()
-        assert not one.pushed
-        await one.end(missing=2, loaded=32, computed=8)
+@pytest.mark.parametrize(("missing", "loaded"), [(2, 32), (0, 0)], ids=["found all the same", "from the device"])
+def test_what_shows_no_failure_of_the_tier_is_none(missing: int, loaded: int) -> None:
+    @scenario
+    async def run() -> None:
+        bench = TierBench()
+        for number in range(4):
+            one = await Handover(bench, str(number)).start()
+            assert not one.pushed
+            await one.end(missing=missing, loaded=loaded, computed=8)
 
-
-@scenario
-async def test_what_comes_from_the_device_says_nothing_of_the_tier() -> None:
-    bench = TierBench()
-    for number in range(4):
-        one = await Handover(bench, str(number)).start()
-        assert not one.pushed
-        await one.end(loaded=0, computed=8)
+    run()
 
 
 @scenario

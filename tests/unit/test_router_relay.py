@@ -9,6 +9,7 @@ from test_router_service import Bench, RecordingClient, collect, item, offer, sc
 
 from bascule.kv.hashing import salt_of
 from bascule.observe.totals import HANDED_AGAIN, HANDED_BYTES, HITS, PROMPTS, Key
+from bascule.router.flight import Flight
 from bascule.router.relay import PATIENCE_S
 from bascule.types import Brought, Epoch, FinishReason, RequestId, Role, StoreHandoff, Tier, WorkerId
 from bascule.wire import Loaded, Saved, StorePlace, Submit, TokenItem
@@ -25,6 +26,13 @@ class RelayBench(Bench):
         message = offer(name, role, epoch, stores=stores)
         self.clients[name] = RecordingClient()
         self.service.joined(self.service.view.add(message, self.clock.now()), self.clients[name])
+
+    async def prefilled(self, first: TokenItem) -> Flight:
+        """A request of 40 tokens whose first leg has ended with this token."""
+        task = self.start(tokens=40)
+        await settle()
+        self.tokens("p", first)
+        return await task
 
     def saved(self, attempt: int = 0, worker: str = "p", size: int = 0) -> None:
         self.service.saved(
@@ -126,10 +134,7 @@ async def test_a_first_leg_whose_token_was_lost_on_the_way_is_placed_again() -> 
 @scenario
 async def test_a_prefill_worker_that_dies_after_the_second_leg_began_is_not_missed() -> None:
     bench = RelayBench()
-    task = bench.start(tokens=40)
-    await settle()
-    bench.tokens("p", item(0, 50, finish=FinishReason.LENGTH))
-    flight = await task
+    flight = await bench.prefilled(item(0, 50, finish=FinishReason.LENGTH))
     bench.saved()
     bench.lose("p")
     bench.tokens("d", *(item(at, 50 + at, finish=FinishReason.LENGTH if at == 7 else None) for at in range(1, 8)))
@@ -207,10 +212,7 @@ async def test_what_two_legs_find_counts_once_and_what_the_second_moves_is_the_h
 async def test_what_a_second_attempt_moves_comes_on_top_and_its_prompt_is_not_found_again() -> None:
     bench = RelayBench()
     bench.join("q", Role.DECODE)
-    task = bench.start(tokens=40)
-    await settle()
-    bench.tokens("p", found(0, 16, finish=FinishReason.LENGTH))
-    flight = await task
+    flight = await bench.prefilled(found(0, 16, finish=FinishReason.LENGTH))
     bench.saved(size=2000)
     first, other = ("d", "q") if bench.sent("d") else ("q", "d")
     bench.tokens(first, found(1, 40))
@@ -230,10 +232,7 @@ async def test_what_a_second_attempt_moves_comes_on_top_and_its_prompt_is_not_fo
 @scenario
 async def test_kv_that_is_saved_after_the_second_leg_began_belongs_to_the_handoff() -> None:
     bench = RelayBench()
-    task = bench.start(tokens=40)
-    await settle()
-    bench.tokens("p", found(0, 0, finish=FinishReason.LENGTH))
-    flight = await task
+    flight = await bench.prefilled(found(0, 0, finish=FinishReason.LENGTH))
     bench.clock.advance(PATIENCE_S + 0.1)
     bench.service.tick()
     assert len(bench.sent("d")) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from engine_rig import BLOCK, greedy, work
@@ -76,6 +76,19 @@ def test_a_request_that_is_forgotten_is_not_announced() -> None:
     assert told == {}
 
 
+async def first_leg(node: Node, turn: int, prompt: Sequence[int], told: Sequence[object]) -> None:
+    """Serve a request to its only token, and wait for what is announced of it, which is the number `turn`."""
+    engine, asked = node.rig.engine, work(str(turn), prompt, greedy(1))
+    _, leg = submission(str(turn), len(prompt), Tier.HOST)
+    await node.side.start(replace(leg, attempt=asked.attempt, prompt=tuple(prompt)), lambda _: None)
+    engine.submit(asked)
+    while len(told) == turn:
+        if engine.has_work():
+            node.step()
+        await asyncio.sleep(0)
+    await node.rest()
+
+
 def test_the_bytes_of_a_handoff_are_those_that_went_to_its_tier_and_none_the_second_time() -> None:
     store, told = MemoryStore(1 << 20), list[Mapping[Tier, int]]()
 
@@ -84,15 +97,7 @@ def test_the_bytes_of_a_handoff_are_those_that_went_to_its_tier_and_none_the_sec
             for turn in range(2):
                 node = Node([Gated(tier=Tier.DISK), store], stack)
                 node.side._announcer._announce = lambda _, sizes, __: told.append(sizes)  # type: ignore[method-assign]
-                engine, asked = node.rig.engine, work(str(turn), prompt_of(1), greedy(1))
-                _, leg = submission(str(turn), len(asked.prompt), Tier.HOST)
-                await node.side.start(replace(leg, attempt=asked.attempt), lambda _: None)
-                engine.submit(asked)
-                while len(told) == turn:
-                    if engine.has_work():
-                        node.step()
-                    await asyncio.sleep(0)
-                await node.rest()
+                await first_leg(node, turn, prompt_of(1), told)
                 saved = node.side.loads()[Tier.HOST].saved_bytes
                 assert told[turn] == {Tier.HOST: saved}
                 assert (saved > 10 * node.rig.runner.card.layout.block_bytes) == (turn == 0)
@@ -118,16 +123,7 @@ def test_what_a_tier_has_not_taken_is_announced_as_missing() -> None:
             node.side._announcer._announce = lambda _, sizes, missing: told.append((sizes[Tier.HOST], missing))
             for turn in range(2):
                 store.shut = turn == 0
-                engine, asked = node.rig.engine, work(str(turn), prompt_of(1 + turn), greedy(1))
-                _, leg = submission(str(turn), len(asked.prompt), Tier.HOST)
-                leg = replace(leg, attempt=asked.attempt, prompt=tuple(asked.prompt))
-                await node.side.start(leg, lambda _: None)
-                engine.submit(asked)
-                while len(told) == turn:
-                    if engine.has_work():
-                        node.step()
-                    await asyncio.sleep(0)
-                await node.rest()
+                await first_leg(node, turn, prompt_of(1 + turn), told)
 
     asyncio.run(run())
     full = len(prompt_of(1)) // BLOCK
