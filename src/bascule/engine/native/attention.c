@@ -5,22 +5,7 @@
 #include <omp.h>
 #include <string.h>
 
-#include "native.h"
-
-enum { TILE = 6 };  /* query rows at a time: 24 of 32 registers hold scores, then outputs */
-
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* A task's working memory; `rows` are QUERIES times the heads of a group. */
-typedef struct {
-    bf16 *keys;  /* [head_dim / 2][KEYS][2] */
-    bf16 *values;  /* [KEYS / 2][head_dim][2] */
-    bf16 *query;  /* [rows][head_dim] */
-    float *output;  /* [rows][head_dim] */
-    float *maximum, *total;  /* [rows], of scores times log2(e) / sqrt(head_dim) */
-    int32_t *limit;  /* [rows] tokens of the context that the row sees */
-} Work;
+#include "attention.h"
 
 static int64_t carve(const Model *m, uint8_t *at, Work *work) {
     int64_t rows = QUERIES * (m->heads / m->kv_heads), dim = m->head_dim, used = 0;
@@ -28,6 +13,9 @@ static int64_t carve(const Model *m, uint8_t *at, Work *work) {
     TAKE(keys, KEYS * dim * 2);
     TAKE(values, KEYS * dim * 2);
     TAKE(query, rows * dim * 2);
+    TAKE(scores, rows * KEYS * 4);
+    TAKE(weights, rows * KEYS * 2);
+    TAKE(decay, rows * 4);
     TAKE(output, rows * dim * 4);
     TAKE(maximum, rows * 4);
     TAKE(total, rows * 4);
@@ -77,11 +65,6 @@ static void pack_keys(const bf16 *const token[KEYS], int from, int dim, bf16 *to
         }
 }
 
-static const uint16_t pair_order[2][32] = {{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-                                           {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                            24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-
 /* Values with pairs of tokens side by side for all dimensions. */
 static void pack_values(const bf16 *const token[KEYS], int64_t from, int dim, bf16 *to) {
     const __m512i lower = _mm512_loadu_si512(pair_order[0]), upper = _mm512_loadu_si512(pair_order[1]);
@@ -93,38 +76,6 @@ static void pack_values(const bf16 *const token[KEYS], int64_t from, int dim, bf
             _mm512_storeu_si512(at, _mm512_permutex2var_epi16(first, lower, second));
             _mm512_storeu_si512(at + 32, _mm512_permutex2var_epi16(first, upper, second));
         }
-}
-
-ALWAYS __m512bh pair_of(const bf16 *x) {
-    int32_t pair;
-    memcpy(&pair, x, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-/* Softmax of `count` rows of scores, of which the keys from `first` to the rows' limits count: leaves the weights in
- * bfloat16, and in `decay` what the rows' former outputs are to be multiplied by. */
-ALWAYS void weigh(const int count, const Work *work, int row, int first, float scale, __m512 scores[TILE][4], bf16 weights[TILE][KEYS],
-                  float decay[TILE]) {
-    UNROLL for (int r = 0; r < count; r++) {
-        int seen = work->limit[row + r] - first;
-        uint64_t visible = seen >= KEYS ? ~0ull : seen <= 0 ? 0 : (1ull << seen) - 1;
-        __m512 top = _mm512_set1_ps(-INFINITY);
-        UNROLL for (int c = 0; c < 4; c++) {
-            scores[r][c] = _mm512_mul_ps(scores[r][c], _mm512_set1_ps(scale));
-            top = _mm512_mask_max_ps(top, (__mmask16)(visible >> 16 * c), top, scores[r][c]);
-        }
-        float before = work->maximum[row + r], now = fmaxf(before, _mm512_reduce_max_ps(top));
-        __m512 sum = _mm512_setzero_ps();
-        UNROLL for (int c = 0; c < 4; c++) {
-            __m512 weight = exp2_of(_mm512_sub_ps(scores[r][c], _mm512_set1_ps(now)));
-            weight = _mm512_maskz_mov_ps((__mmask16)(visible >> 16 * c), weight);
-            sum = _mm512_add_ps(sum, weight);
-            _mm256_storeu_si256((__m256i *)(weights[r] + 16 * c), to_bf16(weight));
-        }
-        decay[r] = exp2f(before - now);
-        work->maximum[row + r] = now;
-        work->total[row + r] = work->total[row + r] * decay[r] + _mm512_reduce_add_ps(sum);
-    }
 }
 
 /* Scores against packed keys. */
@@ -166,7 +117,7 @@ ALWAYS void tile(const int count, const Work *work, int row, int first, int dim,
     float decay[TILE];
     __m512 scores[TILE][4];
     score(count, work, row, dim, scores);
-    weigh(count, work, row, first, scale, scores, weights, decay);
+    weigh(count, work, row, first, scale, scores, weights, decay, NULL, 0);
     int from = 0;
     for (; from + 64 <= dim; from += 64) add_values(count, 4, work, row, from, dim, weights, decay);
     if (from < dim) add_values(count, 2, work, row, from, dim, weights, decay);
@@ -180,76 +131,17 @@ static void any_tile(int count, const Work *work, int row, int first, int dim, f
     }
 }
 
-/* Where KEYS tokens' keys lie, and those of the tokens after them, which are asked for meanwhile. */
-typedef struct {
-    const bf16 *const *token, *const *soon;
-    int64_t values;  /* numbers from a key to its value */
-    int from;  /* the head's first number */
-} Places;
-
-/* A tile that is its task's only one needs no packed copies: keys are turned and values paired in registers. */
-ALWAYS void only_tile(const int count, const Work *work, const Places *at, int row, int first, int dim, float scale) {
-    bf16 weights[TILE][KEYS] __attribute__((aligned(64)));
-    float decay[TILE];
-    __m512 scores[TILE][4];
-    UNROLL for (int c = 0; c < 4; c++) {
-        __m512 sums[TILE][2];
-        UNROLL for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-        for (int d = 0; d < dim; d += 32) {
-            __m512i keys[16];
-            UNROLL for (int i = 0; i < 16; i++) {
-                keys[i] = _mm512_loadu_si512(at->token[16 * c + i] + at->from + d);
-                _mm_prefetch(at->soon[16 * c + i] + at->from + d, _MM_HINT_T1);
-            }
-            transpose(keys);
-            UNROLL for (int r = 0; r < count; r++)
-                UNROLL for (int i = 0; i < 16; i++) {
-                    __m512bh pair = pair_of(work->query + (int64_t)(row + r) * dim + d + 2 * i);
-                    sums[r][i % 2] = _mm512_dpbf16_ps(sums[r][i % 2], pair, (__m512bh)keys[i]);
-                }
-        }
-        UNROLL for (int r = 0; r < count; r++) scores[r][c] = _mm512_add_ps(sums[r][0], sums[r][1]);
-    }
-    weigh(count, work, row, first, scale, scores, weights, decay);
-    const __m512i lower = _mm512_loadu_si512(pair_order[0]), upper = _mm512_loadu_si512(pair_order[1]);
-    for (int d = 0; d < dim; d += 32) {
-        float *output = work->output + (int64_t)row * dim + d;
-        __m512 sums[TILE][2];
-        UNROLL for (int r = 0; r < count; r++)
-            UNROLL for (int h = 0; h < 2; h++)
-                sums[r][h] = _mm512_mul_ps(_mm512_loadu_ps(output + r * dim + 16 * h), _mm512_set1_ps(decay[r]));
-        for (int pair = 0; pair < KEYS / 2; pair++) {
-            const int64_t place = at->values + at->from + d;
-            __m512i one = _mm512_loadu_si512(at->token[2 * pair] + place), two = _mm512_loadu_si512(at->token[2 * pair + 1] + place);
-            _mm_prefetch(at->soon[2 * pair] + place, _MM_HINT_T1);
-            _mm_prefetch(at->soon[2 * pair + 1] + place, _MM_HINT_T1);
-            __m512bh left = (__m512bh)_mm512_permutex2var_epi16(one, lower, two);
-            __m512bh right = (__m512bh)_mm512_permutex2var_epi16(one, upper, two);
-            UNROLL for (int r = 0; r < count; r++) {
-                __m512bh both = pair_of(weights[r] + 2 * pair);
-                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, left);
-                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, right);
-            }
-        }
-        UNROLL for (int r = 0; r < count; r++)
-            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(output + r * dim + 16 * h, sums[r][h]);
-    }
-}
-
-static void any_only_tile(int count, const Work *work, const Places *at, int row, int first, int dim, float scale) {
-    switch (count) {
-#define CASE(n) case n: only_tile(n, work, at, row, first, dim, scale); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
-    }
-}
-
 /* Where a walk through the runs of a sequence's context stands. */
 typedef struct {
     const int64_t *start;
     const int32_t *count;
     int32_t used;
 } Walk;
+
+static Walk walk_through(const Step *step, int sequence) {
+    int first = step->first_run[sequence];
+    return (Walk){step->run_start + first, step->run_count + first, 0};
+}
 
 /* The keys of the next tokens, KEYS of the `left`; places after the last repeat the first, whose weight will be 0. */
 static void next_tokens(Walk *walk, int left, const bf16 *keys, int64_t token_numbers, const bf16 *token[KEYS]) {
@@ -297,23 +189,30 @@ static void store_outputs(const Model *m, const Task *task, const Work *work, bf
 static void run(const Model *m, const Step *step, int layer, const bf16 *query, bf16 *to, const Task *task, uint8_t *scratch) {
     Work work;
     carve(m, scratch, &work);
-    int dim = m->head_dim, rows = task->count * (m->heads / m->kv_heads), first_run = step->first_run[task->sequence];
+    int dim = m->head_dim, rows = task->count * (m->heads / m->kv_heads);
     int context = step->position[task->first + task->count - 1] + 1;
     int64_t numbers = (int64_t)m->kv_heads * dim;  /* from one token to the next */
     float scale = 1.44269504f / sqrtf((float)dim);
     const bf16 *keys = step->kv + 2 * layer * step->plane + task->head * dim, *places[2][KEYS];
-    Walk walk = {step->run_start + first_run, step->run_count + first_run, 0};
+    Walk walk = walk_through(step, task->sequence);
     load_queries(m, step, task, &work, query);
     next_tokens(&walk, context, keys, numbers, places[0]);
     for (int at = 0, now = 0; at < context; at += KEYS, now ^= 1) {
-        const bf16 **token = places[now], **soon = at + KEYS < context ? places[now ^ 1] : token;
-        if (soon != token) next_tokens(&walk, context - at - KEYS, keys, numbers, soon);
+        const bf16 **token = places[now], **soon = places[now ^ 1];
+        if (at + KEYS < context) {
+            next_tokens(&walk, context - at - KEYS, keys, numbers, soon);
+        } else if (task->sequence + m->threads < step->sequences) {  /* this thread's next task, likely */
+            int next = task->sequence + m->threads;
+            walk = walk_through(step, next);
+            next_tokens(&walk, step->position[step->first_row[next + 1] - 1] + 1, keys, numbers, soon);
+        } else {
+            soon = token;
+        }
+        if (rows <= TILE) {
+            attend_few(rows, &work, task->heads, token, soon, step->plane, at, dim, scale);
+            continue;
+        }
         for (int head = 0; head < task->heads; head++) {
-            if (rows <= TILE) {
-                Places places = {token, soon, step->plane, head * dim};
-                any_only_tile(rows, &work, &places, head * rows, at, dim, scale);
-                continue;
-            }
             pack_keys(token, head * dim, dim, work.keys);
             pack_values(token, step->plane + head * dim, dim, work.values);
             for (int part = 0; part < rows; part += TILE) {

@@ -13,7 +13,7 @@ NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"
 """Features of the CPU."""
 _CPU_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c")
 _FLAGS = ("-O3", *_CPU_FLAGS, "-fno-math-errno", "-fopenmp")
-SOURCES = [*sorted(Path(__file__).parent.glob("*.c")), Path(__file__).with_name("native.h")]
+SOURCES = [path for kind in ("*.c", "*.h") for path in sorted(Path(__file__).parent.glob(kind))]
 
 
 @functools.cache

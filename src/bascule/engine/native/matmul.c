@@ -8,7 +8,7 @@
 enum { TILE = 12 };  /* rows of x at a time: 24 of 32 registers hold sums */
 enum { NIBBLE_TILE = 6 };  /* the same where each sum has another inside the group */
 enum { DIRECT = 8 };  /* rows up to which nibbles are not unpacked first */
-enum { AHEAD = 2048 };  /* bytes that few rows fetch in advance */
+enum { AHEAD = 8192 };  /* bytes that few rows fetch in advance; nearer, the fetched come too late beside 8 rows */
 
 #define ALWAYS static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 12")
@@ -59,14 +59,27 @@ ALWAYS __m512bh pair_of(const bf16 *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-ALWAYS void tile(const int count, const uint8_t *panel_data, const Matrix *w, int panel, const bf16 *x, int64_t row, Target target) {
+/* What a tile fetches meanwhile: `stride` bytes from `at` on for each pair of inputs. */
+typedef struct {
+    const uint8_t *at;
+    int stride;
+} Ahead;
+
+/* One tile alone fetches what it will read soon itself; several share the next panel out, which none of them reads. */
+static Ahead ahead_of(const Matrix *w, const uint8_t *panel_data, int tile, int tiles) {
+    if (tiles == 1) return (Ahead){panel_data + AHEAD, 128};
+    int stride = (128 + tiles - 1) / tiles;
+    return (Ahead){panel_data + panel_bytes(w) + (int64_t)tile * stride * (w->inputs / 2), stride};
+}
+
+ALWAYS void tile(const int count, const uint8_t *panel_data, Ahead ahead, const Matrix *w, int panel, const bf16 *x, int64_t row, Target target) {
     __m512 sums[TILE][2];
     int64_t inputs = w->inputs;
     UNROLL for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < inputs; k += 2, panel_data += 128) {
+    for (int64_t k = 0; k < inputs; k += 2, panel_data += 128, ahead.at += ahead.stride) {
         __m512bh left = (__m512bh)_mm512_loadu_si512(panel_data), right = (__m512bh)_mm512_loadu_si512(panel_data + 64);
-        _mm_prefetch(panel_data + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(panel_data + AHEAD + 64, _MM_HINT_T0);
+        _mm_prefetch(ahead.at, _MM_HINT_T0);
+        if (ahead.stride > 64) _mm_prefetch(ahead.at + 64, _MM_HINT_T0);
         UNROLL for (int r = 0; r < count; r++) {
             __m512bh pair = pair_of(x + r * inputs + k);
             sums[r][0] = _mm512_dpbf16_ps(sums[r][0], pair, left);
@@ -130,9 +143,9 @@ ALWAYS void nibble_tile(const int count, const int chains, const int planes, con
     UNROLL for (int r = 0; r < count; r++) finish(sums[r][0], sums[r][1], w, panel, target, row + r);
 }
 
-static void any_tile(int count, const uint8_t *panel_data, const Matrix *w, int panel, const bf16 *x, int64_t row, Target target) {
+static void any_tile(int count, const uint8_t *panel_data, Ahead ahead, const Matrix *w, int panel, const bf16 *x, int64_t row, Target target) {
     switch (count) {
-#define CASE(n) case n: tile(n, panel_data, w, panel, x, row, target); break;
+#define CASE(n) case n: tile(n, panel_data, ahead, w, panel, x, row, target); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
@@ -231,7 +244,7 @@ void matmul(const Matrix *w, const bf16 *x, int rows, Target target, uint8_t *sc
             if (direct)
                 any_nibble_tile(count, w, panel, x + row * w->inputs, (float *)scratch + row * groups, row, target);
             else
-                any_tile(count, data, w, panel, x + row * w->inputs, row, target);
+                any_tile(count, data, ahead_of(w, w->data + panel * panel_bytes(w), t, tiles), w, panel, x + row * w->inputs, row, target);
         }
     }
 }
