@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bascule.policies.codec import Crossing, crossing_seconds, fastest_codec
@@ -86,7 +86,13 @@ def test_nothing_is_given_up_where_better_ratios_cost_more_time(
     assert crossing_seconds(chosen, crossing, rate) == min(times)
 
 
+EVEN = CodecCost(name="fp8", ratio=1.875, encode_bytes_per_s=62e6, decode_bytes_per_s=62e6)
+ONE_WAY = CodecCost(name="fp8", ratio=1.875, encode_bytes_per_s=62e6, decode_bytes_per_s=67e6)
+FEW = CodecCost(name="fp8", ratio=0.125, encode_bytes_per_s=1e6, decode_bytes_per_s=1e6)
+
+
 @given(codecs.flatmap(lambda found: st.tuples(st.just(found), st.permutations(found))), crossings, rates)
+@example(([NONE, FEW, EVEN, ONE_WAY], [ONE_WAY, FEW, EVEN, NONE]), Crossing(1, 1024), 15e6)
 def test_the_order_of_the_codecs_does_not_matter(
     orders: tuple[list[CodecCost], ...], crossing: Crossing, rate: float
 ) -> None:

@@ -47,7 +47,7 @@ def fastest_codec(codecs: Sequence[CodecCost], crossing: Crossing, link_bytes_pe
     if not link_bytes_per_s > 0:
         raise ValueError(f"a link moves more than {link_bytes_per_s} bytes/s")
     kept: list[CodecCost] = []
-    for cost in sorted(codecs, key=lambda cost: (-cost.ratio, -_pace(cost), cost.name != "none")):
+    for cost in sorted(codecs, key=lambda cost: (-cost.ratio, -_pace(cost), -_faster(cost), cost.name != "none")):
         if not kept or _pace(cost) > _pace(kept[-1]):
             kept.append(cost)
     return min(reversed(kept), key=lambda cost: crossing_seconds(cost, crossing, link_bytes_per_s))
@@ -56,3 +56,8 @@ def fastest_codec(codecs: Sequence[CodecCost], crossing: Crossing, link_bytes_pe
 def _pace(cost: CodecCost) -> float:
     """Bytes a second of its slower direction."""
     return min(cost.encode_bytes_per_s, cost.decode_bytes_per_s)
+
+
+def _faster(cost: CodecCost) -> float:
+    """The same of its faster one."""
+    return max(cost.encode_bytes_per_s, cost.decode_bytes_per_s)
