@@ -19,7 +19,7 @@ from bascule import __version__
 from bascule.engine.protocol import Runner, Slice
 from bascule.errors import UNREADABLE
 from bascule.machine import cache_home
-from bascule.policies.cost_fit import StepSample, fit, step_sample
+from bascule.policies.cost_fit import StepSample, fit, predicted, step_sample
 from bascule.types import CostModel, ModelCard, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,11 @@ class Cell(Struct, frozen=True):
 
 NEEDED = (Cell(streams=1), Cell(new=64), Cell(streams=8), Cell(new=64, behind=1024))
 """Without these a model would know nothing of streams, of prompts, of how streams add up, or of long prompts."""
+CHECKED = NEEDED[:2]
+"""By these a kept model is still true, or of a busy hour, or of another machine whose processor has the same name."""
+_ALIKE = 1.25
+"""Ratio up to which a step takes what was kept."""
+_TRIES = 3
 OTHERS = (
     Cell(streams=2),
     Cell(streams=4),
@@ -108,14 +113,17 @@ def step_time(runner: Runner, cell: Cell, now: Callable[[], float] = time.perf_c
 def profiled(
     runner: Runner, how: str, num_blocks: int, max_sequences: int, now: Callable[[], float] = time.perf_counter
 ) -> CostModel:
-    """What steps of `runner` cost: as kept, else measured (see `measure`), and kept if that had the time it needs.
+    """What steps of `runner` cost: as kept, if a few steps still say so, else measured (see `measure`), and kept if
+    that had the time it needs.
 
     `how` names what else decides it: the device, the threads, the form of the weights.
     """
     card = runner.card
     path = _kept_at(f"{__version__} {card.fingerprint} {card.layout} {how} {num_blocks} {max_sequences}")
     if path is not None and (kept := _read(path)) is not None:
-        return kept
+        if _holds(kept, runner, [cell for cell in CHECKED if fits(cell, card, num_blocks, max_sequences)], now):
+            return kept
+        logger.info("what %s says of steps is no longer so; measuring again", path)
     begin = now()
     samples = measure(runner, num_blocks, max_sequences, BUDGET_S, now)
     cost = fit(samples, CostModel())
@@ -124,6 +132,16 @@ def profiled(
     if path is not None and len(samples) == len(_cells(card, num_blocks, max_sequences)):
         _write(path, cost)
     return cost
+
+
+def _holds(kept: CostModel, runner: Runner, cells: list[Cell], now: Callable[[], float]) -> bool:
+    """Whether steps take what `kept` says, at their fastest."""
+    for cell in cells:
+        step_time(runner, cell)  # a first call pays more
+        fastest = sample_of(cell, min(step_time(runner, cell, now) for _ in range(_TRIES)))
+        if not 1 / _ALIKE <= float(predicted(kept, [fastest])[0]) / fastest.seconds <= _ALIKE:
+            return False
+    return True
 
 
 def cpu_name() -> str:
