@@ -195,6 +195,8 @@ class StepLoad(Struct, frozen=True, array_like=True):
     """Sequences that decode."""
     context_tokens: Count
     """Tokens of context of these."""
+    slack_s: float | None = None
+    """What prompts may take from these at once, beyond what just keeps their TPOT; None where nothing bounds them."""
 
 
 class StoreLoad(Struct, frozen=True, kw_only=True):

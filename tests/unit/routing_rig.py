@@ -40,6 +40,7 @@ class Cluster:
         placeable: bool = True,
         cost: CostModel = COST,
         chunk_tokens: int = 512,
+        slack_s: float | None = None,
     ) -> int:
         """Returns the worker's row."""
         row, columns = self._rows, self.columns
@@ -62,7 +63,7 @@ class Cluster:
         for tokens in streams:
             columns.decoding[row] += 1
             columns.context_tokens[row] += tokens
-        columns.report(row, StepLoad(0, len(prompts), sum(prompts), len(streams), sum(streams)))
+        columns.report(row, StepLoad(0, len(prompts), sum(prompts), len(streams), sum(streams), slack_s))
         self.cached[row] = cached
         return row
 

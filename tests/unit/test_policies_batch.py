@@ -19,6 +19,7 @@ from bascule.policies.batch import (
     Stream,
     allowed_seconds,
     grant_tokens,
+    slack_seconds,
 )
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
 from bascule.policies.order import AGEING, place_in_line
@@ -108,6 +109,20 @@ def test_a_stream_that_misses_its_tpot_anyway_asks_for_its_gap_alone() -> None:
     lost = Stream(gap_s=0.2, tpot_s=0.06, gaps=10, elapsed_s=2.0, left=20)
     assert allowed_seconds(lost, 0.02, 0.03) == pytest.approx(GAP_MARGIN * 0.2)
     assert allowed_seconds(structs.replace(lost, left=200), 0.02, 0.05) < 0.02, "this one can still catch up"
+
+
+def test_slack_is_what_the_stream_with_the_least_of_it_has_saved_or_lends() -> None:
+    saved = Stream(tpot_s=0.06, gaps=10, elapsed_s=0.2)
+    lost = Stream(tpot_s=0.06, gaps=10, elapsed_s=2.0, left=20)
+    cost = CostModel(step_s=0.01, token_s=0.0001)
+    assert slack_seconds([saved], 0, cost) == pytest.approx(TPOT_MARGIN * 0.6 - 0.2)
+    assert slack_seconds([saved, structs.replace(saved, elapsed_s=0.5)], 0, cost) == pytest.approx(0.04)
+    assert slack_seconds([structs.replace(saved, elapsed_s=0.59)], 0, cost) == 0.0, "it is behind, and cannot lend"
+    lends = slack_seconds([structs.replace(saved, left=100)], 0, cost)
+    assert lends is not None and lends > 0.34 + 16 * 0.04
+    assert slack_seconds([saved, lost], 0, cost) == slack_seconds([saved], 0, cost), "who is late anyway says nothing"
+    for nobody in ([], [lost], [GAP]):
+        assert slack_seconds(nobody, 0, cost) is None
 
 
 costs = st.builds(

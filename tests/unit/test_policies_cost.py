@@ -89,7 +89,6 @@ def test_columns_take_in_several_rows_of_streams_at_once() -> None:
     alone, beside, more = columns.steps(streams, 10 * streams)
     assert alone[1].tolist() == columns.steps(streams[1], 10 * streams[1])[0].tolist()
     assert beside[0, 1] == pytest.approx(step_seconds(CONVEX, [PrefillPart(0, 0)], 3, 30))
-    assert np.all(beside >= alone)
     assert more[0, 1] == pytest.approx(0.001)
 
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from tests.unit.routing_rig import COST, Cluster
 
+from bascule.policies.batch import TPOT_MARGIN, BatchLimits, Row, Stream, grant_tokens, slack_seconds
+from bascule.policies.cost import PrefillPart, step_seconds
 from bascule.policies.predict import predict
 from bascule.policies.route import adaptive, priced
 from bascule.policies.snapshot import Decision
@@ -35,6 +38,7 @@ workers = st.fixed_dictionaries(
         "hands_off": st.sampled_from([True, True, False]),
         "placeable": st.sampled_from([True, True, True, False]),
         "cost": st.sampled_from([COST, FAST, BENT, CostModel()]),
+        "slack_s": st.sampled_from([None, 0.0, 0.3]),
     }
 )
 clusters = st.lists(workers, min_size=1, max_size=6)
@@ -43,6 +47,7 @@ queries = st.fixed_dictionaries(
         "tokens": st.integers(2, 5000),
         "slo": st.sampled_from([Slo(), STANDARD, TIGHT]),
         "gap_planned_s": st.sampled_from([0.05, 0.2, math.inf]),
+        "tpot_planned_s": st.sampled_from([0.015, 0.06, math.inf]),
         "output_tokens": st.sampled_from([1.0, 50.0, 400.0]),
         "waited_s": st.sampled_from([0.0, 0.7]),
     }
@@ -394,3 +399,37 @@ def test_a_worker_that_cuts_prompts_smaller_takes_more_steps_and_disturbs_its_st
     assert prefill.prefill_s[1] > prefill.prefill_s[0]
     assert prefill.step_s[1] < prefill.step_s[0]
     assert prefill.last_tokens[1] == 64
+
+
+@pytest.mark.parametrize("saved_s", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_a_prompt_takes_as_long_as_the_streams_beside_it_let_it(saved_s: float, count: int) -> None:
+    planned_s = TPOT_MARGIN * STANDARD.tpot_s
+    stream = Stream(gap_s=STANDARD.gap_s, tpot_s=STANDARD.tpot_s, gaps=1000, elapsed_s=1000 * planned_s - saved_s)
+    slack_s = slack_seconds([stream] * count, 100 * count, COST)
+    assert slack_s == pytest.approx(saved_s)
+    cluster = Cluster()
+    cluster.add("a", streams=(100,) * count, slack_s=slack_s)
+    query = cluster.query(1200, gap_planned_s=STANDARD.gap_s, tpot_planned_s=STANDARD.tpot_s)
+    expected = predict(cluster.snapshot(), query)[0].prefill_s[0]
+    taken, computed = 0.0, 0
+    while computed < 1200:
+        rows = [*[Row(100, 101, stream)] * count, Row(computed, 1200)]
+        grant = grant_tokens(rows, BatchLimits(chunk_tokens=512, step_tokens=512), COST)[-1]
+        step_s = step_seconds(COST, [PrefillPart(grant, computed)], count, 100 * count)
+        stream = structs.replace(stream, gaps=stream.gaps + 1, elapsed_s=stream.elapsed_s + step_s)
+        taken, computed = taken + step_s, computed + grant
+    assert expected == pytest.approx(taken, rel=0.1)
+
+
+def test_however_many_prompts_come_a_stream_is_expected_at_the_pace_that_is_kept() -> None:
+    cluster = Cluster()
+    row = cluster.add("a", streams=(100,) * 4)
+    for number in range(400):
+        cluster.columns.stepped(row, 0.01, 0.15 * number)
+    cluster.now = 60.0
+    planned, free = (
+        predict(cluster.snapshot(), cluster.query(100, tpot_planned_s=bound))[1].tpot_s[0] for bound in (0.06, math.inf)
+    )
+    assert planned == pytest.approx(TPOT_MARGIN * 0.06)
+    assert free > 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -163,12 +165,31 @@ def test_steps_that_take_longer_than_their_streams_stretch_what_is_predicted_and
 def test_late_first_tokens_count_for_prompts_of_their_kind_and_fade() -> None:
     columns = one()
     for _ in range(50):
-        columns.arrived(0, chunked=False, predicted_s=0.1, actual_s=0.3)
-        columns.arrived(0, chunked=True, predicted_s=0.0, actual_s=9.0)
+        columns.arrived(0, chunked=False, queue_s=0.0, own_s=0.1, actual_s=0.3)
+        columns.arrived(0, chunked=True, queue_s=0.0, own_s=0.0, actual_s=9.0)
     now = snapshot(columns, 1.0).lag[0]
     assert 2.0 < now[0] <= 8.0
-    assert now[1] == 1.0
+    assert now[1:].tolist() == [1.0, 1.0]
     assert snapshot(columns, 400.0).lag[0, 0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_a_queue_took_longer_is_not_taken_for_the_prompts_own() -> None:
+    columns = one()
+    for _ in range(50):
+        columns.arrived(0, chunked=False, queue_s=0.3, own_s=0.1, actual_s=1.0)
+        columns.arrived(0, chunked=False, queue_s=0.1, own_s=0.1, actual_s=1.0)
+        columns.arrived(0, chunked=True, queue_s=0.1, own_s=1.0, actual_s=1.6)
+    short, long, queue = snapshot(columns, 1.0).lag[0].tolist()
+    assert (short, long > 1.3, 2.0 < queue <= 8.0) == (1.0, True, True)
+
+
+def test_streams_without_a_bound_let_prompts_take_what_they_want() -> None:
+    columns = one()
+    assert snapshot(columns, 0.0).slack_s[0] == math.inf
+    columns.report(0, StepLoad(0, 0, 0, 2, 100, 0.25))
+    assert snapshot(columns, 0.0).slack_s[0] == 0.25
+    columns.report(0, StepLoad(0, 0, 0, 0, 0, None))
+    assert snapshot(columns, 0.0).slack_s[0] == math.inf
 
 
 def test_nothing_is_on_its_way_to_a_worker_that_owes_no_first_token() -> None:

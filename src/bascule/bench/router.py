@@ -171,6 +171,7 @@ class _Decider:
             slo=SLO,
             kv_token_bytes=CARD.layout.block_bytes // BLOCK_TOKENS,
             gap_planned_s=SLO.gap_s,
+            tpot_planned_s=SLO.tpot_s,
         )
 
 

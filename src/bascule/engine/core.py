@@ -295,14 +295,16 @@ class Engine:
         with self._lock:
             waiting, every = len(self._scheduler.waiting), self._scheduler.sequences.values()
             behind = [sequence.to_compute for sequence in every if sequence.behind > 1]
-            streams = [len(sequence.tokens) for sequence in every if sequence.decodes]
+            streams = [sequence for sequence in every if sequence.decodes]
+            context = sum(len(sequence.tokens) for sequence in streams)
             return EngineLoad(
                 len(every) - waiting,
                 waiting,
                 len(behind),
                 sum(behind),
                 len(streams),
-                sum(streams),
+                context,
+                self._scheduler.slack(streams, context, self._now()),
             )
 
     def has_work(self) -> bool:

@@ -26,7 +26,7 @@ from bascule.engine.sequence import Found, Key, Phase, Sequence
 from bascule.engine.work import Admitted
 from bascule.errors import ConfigError
 from bascule.kv.books import Books, Lease
-from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens
+from bascule.policies.batch import ASSUMED_COST, BatchLimits, Row, grant_tokens, slack_seconds
 from bascule.policies.cost import PrefillPart, part_seconds
 from bascule.policies.order import place_in_line
 from bascule.types import BlockHash, CostModel, Slo
@@ -169,6 +169,11 @@ class Scheduler:
         plan = [Grant(each, each.room_for(count)) for each, count in zip(ready, tokens, strict=True) if count]
         self._stuck_at = None if plan else self._available()
         return plan
+
+    def slack(self, streams: Tokens[Sequence], context: int, now: float) -> float | None:
+        """What prompts may take from `streams`, of `context` tokens together; see `policies.batch.slack_seconds`."""
+        readers = [reader for each in streams if (reader := each.stream(self._slo, now)) is not None]
+        return slack_seconds(readers, context, self._reckoned)
 
     def acquire(self, hashes: Tokens[BlockHash], tokens: Tokens[int], blocks: int, room: int) -> Lease | None:
         """Lease `blocks` blocks, but leave one for every running sequence that may need it next; None if too few."""

@@ -141,6 +141,8 @@ class EngineLoad(Struct, frozen=True):
     """Sequences that decode."""
     context_tokens: int
     """Tokens of context of these."""
+    slack_s: float | None
+    """What prompts may take from these at once; see `policies.batch.slack_seconds`."""
 
 
 def check_fits(work: Work, card: ModelCard, capacity: int) -> None:

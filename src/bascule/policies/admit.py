@@ -55,7 +55,7 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate, usual: Sl
     alone, beside, _ = snapshot.cost.steps(
         streams, np.array([snapshot.context_tokens, np.zeros(len(snapshot.ids))]) + own
     )
-    paces = beside[:, row] + LEAST_CHUNK * snapshot.cost.token_s[row]
+    paces = np.maximum(beside[:, row] + LEAST_CHUNK * snapshot.cost.token_s[row], alone[:, row])
     crowded, lone = paces if paces[1] <= bound else alone[:, row]
     return bool(crowded <= bound or lone > bound)
 

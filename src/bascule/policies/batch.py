@@ -109,14 +109,40 @@ def grant_tokens(rows: Sequence[Row], limits: BatchLimits, cost: CostModel = ASS
 def allowed_seconds(stream: Stream, alone_s: float, least_s: float) -> float:
     """How long the next step may take for `stream`, if steps of streams alone take `alone_s`, and `least_s` those with
     the least that prompts get."""
-    gap_s = GAP_MARGIN * stream.gap_s - stream.since_s
+    return min(GAP_MARGIN * stream.gap_s - stream.since_s, _kept_seconds(stream, alone_s, least_s))
+
+
+def _kept_seconds(stream: Stream, alone_s: float, least_s: float) -> float:
+    """The same for its TPOT alone; infinite where that is no reason to hold prompts up."""
     if math.isinf(stream.tpot_s):
-        return gap_s
+        return math.inf
     if stream.elapsed_s + stream.left * alone_s > stream.tpot_s * (stream.gaps + stream.left):
-        return gap_s
+        return math.inf
     planned_s = TPOT_MARGIN * stream.tpot_s
     lent_s = min(stream.left - 1, LOOKAHEAD_TOKENS) * max(planned_s - least_s, 0.0)
-    return min(gap_s, planned_s * (stream.gaps + 1) - stream.elapsed_s + lent_s)
+    return planned_s * (stream.gaps + 1) - stream.elapsed_s + lent_s
+
+
+def slack_seconds(streams: Sequence[Stream], context: int, cost: CostModel) -> float | None:
+    """How long steps may be, all together, beyond steps that just keep the TPOT of each of `streams`, which have so
+    many tokens of context: what prompts may take at once. None where no TPOT bounds them."""
+    if all(math.isinf(stream.tpot_s) for stream in streams):
+        return None
+    alone_s, _, least_s = _step_seconds(len(streams), context, 0, cost)
+    slack = [
+        allowed - TPOT_MARGIN * stream.tpot_s
+        for stream in streams
+        if (allowed := _kept_seconds(stream, alone_s, least_s)) < math.inf
+    ]
+    return max(min(slack), 0.0) if slack else None
+
+
+def _step_seconds(streams: int, context: int, behind: int, cost: CostModel) -> tuple[float, float, float]:
+    """A step of streams alone, one with a prompt in it but for the prompt's own tokens, and one with the least that a
+    prompt of `behind` computed tokens gets."""
+    beside_s = step_seconds(cost, [PrefillPart(0, 0)], streams, context)
+    least_s = beside_s + part_seconds(cost, PrefillPart(LEAST_CHUNK, behind))
+    return decode_seconds(cost, streams, context), beside_s, least_s
 
 
 def _spare_seconds(streams: Sequence[Row], behind: int, cost: CostModel) -> float:
@@ -126,9 +152,7 @@ def _spare_seconds(streams: Sequence[Row], behind: int, cost: CostModel) -> floa
     if not readers:
         return math.inf
     context = sum(row.computed for row in streams)
-    alone_s = decode_seconds(cost, len(streams), context)
-    beside_s = step_seconds(cost, [PrefillPart(0, 0)], len(streams), context)
-    least_s = beside_s + part_seconds(cost, PrefillPart(LEAST_CHUNK, behind))
+    alone_s, beside_s, least_s = _step_seconds(len(streams), context, behind, cost)
     return min(allowed_seconds(stream, alone_s, least_s) for stream in readers) - beside_s
 
 

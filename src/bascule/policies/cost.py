@@ -103,10 +103,9 @@ class CostColumns(Struct, frozen=True):
             value += slope * (1 << knot)
 
     def steps(self, streams: Floats, context: Floats) -> tuple[Floats, Floats, Floats]:
-        """Seconds of a step of these streams alone; of a step with a prompt in it, the prompt's own tokens left out;
-        and what each stream more adds to the former. `context` must be 0 where there are no streams.
-
-        Row by row along the last axis. A prompt never makes a step shorter, whatever has been fitted.
+        """Seconds of a step of these streams alone; of a step with a prompt in it, the prompt's own tokens left out,
+        which may be less than the former; and what each stream more adds to the former. `context` must be 0 where there
+        are no streams. Row by row along the last axis.
         """
         reading = self.context_s * context
         line = np.minimum(np.frexp(streams)[1], KNOTS - 1)
@@ -117,7 +116,7 @@ class CostColumns(Struct, frozen=True):
         alone += reading
         reading += (self.token_s + self.draw_s) * streams
         reading += self.step_s
-        return alone, np.maximum(alone, reading), slope
+        return alone, reading, slope
 
 
 def _convex(values: list[float]) -> list[float]:

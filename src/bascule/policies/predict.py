@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK
+from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK, TPOT_MARGIN
 from bascule.policies.cost import Floats
 from bascule.policies.handoff import pushed_seconds
 from bascule.policies.snapshot import SIZES, RouteQuery, Snapshot
@@ -55,17 +55,54 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     """Predict the way to the first token, and the way on from there, on each worker."""
     context = snapshot.context_tokens
     own_context = query.prompt_tokens + query.output_tokens / 2
-    # On the first axis: the streams that run now, and those that will with this one.
-    streams = np.array([snapshot.streams, snapshot.decoding + 1.0])
-    contexts = np.array([context * (snapshot.streams > 0), context + own_context])
-    alone, beside, slope = snapshot.cost.steps(streams, contexts)
     brought = _worth_bringing(snapshot, query)
     new = np.maximum(query.prompt_tokens - brought.have, 1.0)
+    size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
+    size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
+    # On the first axis: the streams that run on average until the prompt is computed, of which those that go before it
+    # become some, and those that will with this one.
+    behind = snapshot.prompts_behind.take(size)
+    coming = (snapshot.prefilling - behind) / 2
+    streams = np.array([np.minimum(snapshot.streams + coming, snapshot.decoding), snapshot.decoding + 1.0])
+    contexts = np.array([context * (streams[0] > 0), context + own_context])
+    alone, beside, slope = snapshot.cost.steps(streams, contexts)
     token = snapshot.cost.token_s + snapshot.cost.pair_s * (query.prompt_tokens - new / 2)
     chunk = _chunk(snapshot, query, beside, token)
-    prefill = _prefill(snapshot, query, new, token, streams[0], beside[0], chunk[0], brought)
+    pace = _pace(snapshot, query, streams[0], alone[0], beside[0], token, chunk[0])
+    ahead = snapshot.ahead_tokens.take(size)
+    prefill = _prefill(snapshot, query, ahead, behind, new, token, pace, brought)
     more = slope[1] + snapshot.cost.context_s * own_context
-    return prefill, _decode(snapshot, query, alone[1], more, beside[1] + chunk[1] * token)
+    with_chunk, with_least = (np.maximum(beside[1] + tokens * token, alone[1]) for tokens in (chunk[1], LEAST_CHUNK))
+    return prefill, _decode(snapshot, query, alone[1], more, with_chunk, with_least)
+
+
+class _Pace(Struct, frozen=True):
+    """How prompts get on beside the streams of each worker, whose own part of a step is `base` seconds, and which take
+    `alone` seconds without: `chunk` tokens a step for the first `fast` tokens, which use up what the streams have saved
+    of their TPOT, then `paced` a step."""
+
+    alone: Floats
+    base: Floats
+    chunk: Floats
+    fast: Floats
+    paced: Floats
+
+    def steps(self, tokens: Floats) -> Floats:
+        """Steps that so many tokens take."""
+        slow = np.maximum(tokens - self.fast, 0.0)
+        found: Floats = (tokens - slow) / self.chunk + slow / self.paced
+        return found
+
+
+def _pace(
+    snapshot: Snapshot, query: RouteQuery, streams: Floats, alone: Floats, base: Floats, token: Floats, chunk: Floats
+) -> _Pace:
+    """`chunk` is what the gap lets through."""
+    chunk = np.where(streams > 0, chunk, snapshot.chunk_tokens)
+    kept = TPOT_MARGIN * query.tpot_planned_s
+    fast = snapshot.slack_s * chunk / np.maximum(base + chunk * token - kept, 1e-12)
+    paced = np.minimum(np.maximum((kept - base) / np.maximum(token, 1e-12), LEAST_CHUNK), chunk)
+    return _Pace(alone, base, chunk, fast, paced)
 
 
 class _Brought(Struct, frozen=True):
@@ -116,43 +153,48 @@ _NOWHERE = np.zeros(1, np.bool_)
 def _prefill(
     snapshot: Snapshot,
     query: RouteQuery,
+    ahead: Floats,
+    behind: Floats,
     new: Floats,
     token: Floats,
-    streams: Floats,
-    base: Floats,
-    chunk: Floats,
+    pace: _Pace,
     brought: _Brought,
 ) -> PrefillSide:
-    """`new` tokens of `token` seconds, beside streams that take `base` and let a step have `chunk` tokens."""
-    chunk = np.where(streams > 0, chunk, snapshot.chunk_tokens)
-    size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
-    size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
-    ahead, total = snapshot.ahead_tokens.take(size), snapshot.ahead_tokens[:, -1]
+    """`new` tokens of `token` seconds, with so many tokens of others ahead and so many prompts behind."""
+    base, chunk = pace.base, pace.chunk
+    total = snapshot.ahead_tokens[:, -1].copy()  # what lies side by side is quicker to read
     # The step that runs now: one of streams, or one with a chunk in it of those that have to keep a gap.
     chunk_now = np.minimum(np.minimum(total, snapshot.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
-    running = base * ((streams > 0) | (total > 0))
+    running = np.maximum(chunk_now + base * (total > 0), pace.alone)
     own = new * token
-    lag = snapshot.lag.take(np.arange(0, 2 * len(new), 2) + (new > snapshot.chunk_tokens))
-    queue = lag * (np.maximum(chunk_now + running - snapshot.step_age_s, 0.0) + ahead * (token + base / chunk))
+    steps = pace.steps(ahead)
+    waiting = np.maximum(running - snapshot.step_age_s, 0.0) + ahead * token + steps * base
+    queue = snapshot.lag[:, 2] * waiting
+    own_steps = np.maximum(np.ceil(new / chunk), pace.steps(ahead + new) - steps)
+    lag = snapshot.lag.take(np.arange(0, snapshot.lag.size, 3) + (new > snapshot.chunk_tokens))
     return PrefillSide(
         queue_s=queue,
         load_s=np.maximum(brought.seconds - queue, 0.0),
         have=brought.have,
         fetches=brought.fetches,
-        prefill_s=lag * (own + np.ceil(new / chunk) * base),
+        prefill_s=lag * np.maximum(own + own_steps * base, pace.alone),
         last_tokens=np.minimum(new, snapshot.chunk_tokens),
-        step_s=base + np.minimum(chunk, new) * token,
-        harm_s=(streams + snapshot.prompts_behind.take(size)) * own,
+        step_s=np.maximum(base + np.minimum(chunk, new) * token, pace.alone),
+        harm_s=(snapshot.streams + behind) * own,
     )
 
 
-def _decode(snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, shared: Floats) -> DecodeSide:
-    """Steps with this stream in them: of streams alone (`more` is its part), and with a chunk of somebody's prompt."""
+def _decode(
+    snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, shared: Floats, least: Floats
+) -> DecodeSide:
+    """Steps with this stream in them: of streams alone (`more` is its part), with a chunk of somebody's prompt, and
+    with the least of one. However many prompts come, workers keep the TPOT that they plan for, if they can."""
     share, stretch = snapshot.prefill_share, snapshot.stretch
     more = more * stretch
+    most = np.maximum(np.maximum(least, after), TPOT_MARGIN * query.tpot_planned_s)
     return DecodeSide(
         step_s=after,
-        tpot_s=after * stretch,
+        tpot_s=np.minimum(after * stretch, most),
         ahead_s=snapshot.ahead_tokens[:, -1] * snapshot.cost.token_s,
         tpot_more_s=more,
         gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared, after),

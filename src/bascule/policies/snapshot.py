@@ -63,9 +63,9 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """Most requests it decodes at once."""
     decoding: NDArray[np.int64]
     """Requests placed here to be decoded (from placement on)."""
-    prefilling: NDArray[np.int64]
+    prefilling: Floats
     """Requests placed here whose first token has not come."""
-    streams: NDArray[np.int64]
+    streams: Floats
     """Requests that decode here now, as the worker last said."""
     ahead_tokens: Floats
     """Tokens of those still to be computed, summed up to each size of prompt: [rows, SIZES]. What goes before a prompt
@@ -82,12 +82,14 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """How many times longer steps of its streams have lately been than of streams alone: for the prompts in them, and
     for all that a cost model does not know."""
     lag: Floats
-    """How many times longer prompts have lately taken to their first token than predicted: [rows, 2], of those that fit
-    into one chunk and of longer ones."""
+    """How many times longer than predicted prompts have lately taken: [rows, 3], to be computed those that fit into one
+    chunk, the same of longer ones, and in the queue."""
+    slack_s: Floats
+    """What prompts may take at once from the streams that decode, beyond what just keeps their TPOT."""
     step_age_s: Floats
     """Since the step that runs now has begun; 0 where none does."""
     cost: CostColumns
-    chunk_tokens: NDArray[np.int64]
+    chunk_tokens: Floats
     """Most prompt tokens in a step."""
     machine: NDArray[np.int64]
     """Workers of equal number share memory."""
@@ -140,6 +142,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """By way of what KV is handed over; `store` only between workers that share a tier."""
     gap_planned_s: float = 0.2
     """Gap that the workers cut their chunks for."""
+    tpot_planned_s: float = np.inf
+    """The same of TPOT."""
     session: int = -1
     """The row of the worker that answered this conversation's last turn, if there is one."""
     portable: bool = True

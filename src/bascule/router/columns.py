@@ -40,13 +40,13 @@ class Columns:
         """Others may fetch KV from it."""
         self.slots = np.zeros(rows, np.int64)
         self.decoding = np.zeros(rows, np.int64)
-        self.prefilling = np.zeros(rows, np.int64)
-        self.streams = np.zeros(rows, np.int64)
+        self.prefilling = np.zeros(rows)
+        self.streams = np.zeros(rows)
         self.context_tokens = np.zeros(rows)
         self.kv_tokens = np.zeros(rows, np.int64)
         self.machine = np.zeros(rows, np.int64)
         self.cost = CostColumns.empty(rows)
-        self.chunk_tokens = np.full(rows, CHUNK_TOKENS)
+        self.chunk_tokens = np.full(rows, float(CHUNK_TOKENS))
         self._placed = np.zeros((rows, SIZES))
         """Uncached tokens of the prompts whose first token has not come, summed up to each size."""
         self._left: Floats = np.full(rows, np.inf)
@@ -57,7 +57,8 @@ class Columns:
         """Tokens of the prompts that the worker has not confirmed."""
         self._share = np.zeros(rows)
         self._share_at = 0.0
-        self._lag = np.ones((rows, 2))
+        self._lag = np.ones((rows, 3))
+        self.slack_s = np.full(rows, np.inf)
         self._took = np.zeros((rows, 2))
         """Seconds that the latest steps with streams took, and would have taken with streams alone; older ones fade."""
         self._reported = np.full(rows, -np.inf)
@@ -111,7 +112,7 @@ class Columns:
             table[row] = 0
         self._on_the_way[row], self._share[row], self._left[row] = 0, 0, np.inf
         self._lag[row], self._took[row], self._reported[row] = 1.0, 0.0, -np.inf
-        self._busy_since[row] = np.inf
+        self._busy_since[row] = self.slack_s[row] = np.inf
         self.cost.put(row, CostModel())
         self._unreceived.pop(row, None)
         self._sent.pop(row, None)
@@ -183,17 +184,24 @@ class Columns:
         while waiting and waiting[0][0] <= load.received:
             self._on_the_way[row] -= waiting.popleft()[1]
         self.streams[row] = load.streams
+        self.slack_s[row] = np.inf if load.slack_s is None else load.slack_s
         self._left[row] = load.backlog_tokens
         if not load.streams and not load.backlog_tokens and not self._on_the_way[row]:
             self._busy_since[row] = np.inf
         self._stale.add(row)
 
-    def arrived(self, row: int, *, chunked: bool, predicted_s: float, actual_s: float) -> None:
-        """A first token has come from the worker, later or sooner than predicted when its prompt was placed."""
-        if predicted_s > 0:
-            ratio = min(max(actual_s / predicted_s, 1 / _MOST_LAG), _MOST_LAG)
-            lag = self._lag[row, int(chunked)] * ratio**_LEARNT
-            self._lag[row, int(chunked)] = min(max(lag, 1 / _MOST_LAG), _MOST_LAG)
+    def arrived(self, row: int, *, chunked: bool, queue_s: float, own_s: float, actual_s: float) -> None:
+        """A first token has come from the worker, later or sooner than the time in the queue and that of its own which
+        were predicted when its prompt was placed. One of them is the reason if it was by far the larger."""
+        if 0 <= _APART * queue_s <= own_s > 0:
+            kind, ratio = int(chunked), (actual_s - queue_s) / own_s
+        elif queue_s > own_s:
+            kind, ratio = _QUEUE, (actual_s - own_s) / queue_s
+        else:
+            return
+        ratio = min(max(ratio, 1 / _MOST_SURPRISE), _MOST_SURPRISE)
+        lag = self._lag[row, kind] * ratio**_LEARNT
+        self._lag[row, kind] = min(max(lag, 1 / _MOST_LAG), _MOST_LAG)
 
     def snapshot(
         self,
@@ -224,6 +232,7 @@ class Columns:
             prefill_share=share,
             stretch=self._stretch(share),
             lag=self._lag,
+            slack_s=self.slack_s,
             step_age_s=np.maximum(now - self._busy_since, 0.0),
             cost=self.cost,
             chunk_tokens=self.chunk_tokens,
@@ -271,7 +280,13 @@ _FEW_S, _SOME_S = 0.05, 1.0
 _LEAST_STRETCH = 0.8
 _LEARNT = 0.1
 """How much of a surprise the next prediction takes over."""
+_MOST_SURPRISE = 1.3
+"""What one arrival counts for at most: the typical one is to be foretold, not the mean of a few that came very late."""
 _MOST_LAG = 8.0
+_APART = 4.0
+"""How many times longer than the queue a prompt's own time is, to be learnt from by itself."""
+_QUEUE = 2
+"""The column of `_lag` for time in the queue."""
 _MEMORY_S = 60.0
 """Seconds after which a surprise counts for a third: else a worker that was slow once would be given nothing that could
 show it to be fast again."""

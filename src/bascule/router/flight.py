@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from bascule.errors import InvalidRequest, RequestError
 from bascule.observe.decisions import Record
 from bascule.policies.retry import Cause
+from bascule.policies.snapshot import Prediction
 from bascule.router.provenance import Provenance
 from bascule.types import BlockHash, Delta, FinishReason, Placement, Request, WorkerId
 from bascule.wire import Failed, Submit, TokenItem
@@ -47,8 +48,8 @@ class Flight:
         """Tokens of context that it counts for where it decodes."""
         self.hashes: tuple[BlockHash, ...] = ()
         """Of the full blocks of what it has to compute; the last known token is not among them."""
-        self.placed_at = self.expected_s = 0.0
-        """Seconds from then to the first token of this attempt, as predicted."""
+        self.placed_at, self.expected = 0.0, Prediction()
+        """When the current attempt was placed, and what it was predicted to take."""
         self.prefilling = False
         """Placed, and no token of this attempt has come."""
         self.first_leg = False

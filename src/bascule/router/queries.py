@@ -81,6 +81,7 @@ class Queries:
             kv_token_bytes=card.layout.block_bytes // card.layout.block_size if card else 0,
             handoff=self._handoff,
             gap_planned_s=self.slo.gap_s,
+            tpot_planned_s=self.slo.tpot_s,
             session=last.row if last is not None else -1,
             portable=flight.portable,
             excluded=flight.excluded,

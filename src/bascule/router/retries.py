@@ -53,7 +53,9 @@ class Retries:
         worker, since = flight.placed.prefill, flight.placed_at
         if flight.handed_over:
             worker, since = flight.placed.decode, max(since, flight.latest_at)
-        if seems_hung(now - max(since, self._heard.get(worker, since)), flight.expected_s):
+        terms = flight.expected
+        expected_s = terms.queue_s + terms.load_s + terms.prefill_s
+        if seems_hung(now - max(since, self._heard.get(worker, since)), expected_s):
             self._struck(worker, flight.placed_at, now)
 
     def _struck(self, worker: WorkerId, placed_at: float, now: float) -> None:

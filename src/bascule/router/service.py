@@ -184,7 +184,7 @@ class Service:
             if flight.prefilling:
                 self.tallies.prefilled(flight)
                 flight.first_at = min(flight.first_at, now)
-                self.view.arrived(flight.placed, flight.uncached, flight.expected_s, now - flight.placed_at)
+                self.view.arrived(flight.placed, flight.uncached, flight.expected, now - flight.placed_at)
                 freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._queries.ended(flight)
@@ -314,8 +314,7 @@ class Service:
         self.retries.placed(placement, now)
         self.view.expect(placement, flight.hashes, now)
         flight.place(placement, uncached, context, chosen.fetch_from)
-        terms = chosen.predicted
-        flight.placed_at, flight.expected_s = now, terms.queue_s + terms.load_s + terms.prefill_s
+        flight.placed_at, flight.expected = now, chosen.predicted
         submission = replace(
             flight.submission(now),
             decode=self.view.members[placement.decode].registration.peer if placement.remote else None,

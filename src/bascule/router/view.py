@@ -17,7 +17,7 @@ from bascule.kv.hashing import BlockHasher
 from bascule.kv.index_audit import IndexAudit
 from bascule.kv.prefix_index import PrefixIndex
 from bascule.policies.cost import PrefillPart, decode_seconds, step_seconds
-from bascule.policies.snapshot import ROLES, Candidate, Snapshot
+from bascule.policies.snapshot import ROLES, Candidate, Prediction, Snapshot
 from bascule.router.columns import Columns
 from bascule.router.found import Found, find
 from bascule.router.kv_feed import KvFeed
@@ -213,11 +213,12 @@ class ClusterView:
         self.columns.stepped(member.row, alone_s, now)
         self.columns.report(member.row, load)
 
-    def arrived(self, placement: Placement, uncached: int, predicted_s: float, actual_s: float) -> None:
-        """A first token has come, `actual_s` after its prompt was placed."""
+    def arrived(self, placement: Placement, uncached: int, terms: Prediction, actual_s: float) -> None:
+        """A first token has come, `actual_s` after its prompt was placed with these predictions."""
         if (member := self.members.get(placement.prefill)) is not None:
             chunked = uncached > member.registration.chunk_tokens
-            self.columns.arrived(member.row, chunked=chunked, predicted_s=predicted_s, actual_s=actual_s)
+            own_s = terms.load_s + terms.prefill_s
+            self.columns.arrived(member.row, chunked=chunked, queue_s=terms.queue_s, own_s=own_s, actual_s=actual_s)
 
     def excuse(self, seconds: float) -> None:
         """Silence does not count while nobody listened: the router itself stood still for that long."""

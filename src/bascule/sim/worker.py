@@ -322,4 +322,5 @@ class SimWorker:
             load.backlog_tokens + sum(waiting.values()),
             load.streams,
             load.context_tokens,
+            load.slack_s,
         )

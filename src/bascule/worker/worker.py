@@ -360,6 +360,7 @@ class Worker:
             load.backlog_tokens + self._arrivals.waiting_tokens,
             load.streams,
             load.context_tokens,
+            load.slack_s,
         )
 
     def _load(self) -> WorkerLoad:
