@@ -433,3 +433,18 @@ def test_however_many_prompts_come_a_stream_is_expected_at_the_pace_that_is_kept
     )
     assert planned == pytest.approx(TPOT_MARGIN * 0.06)
     assert free > 0.1
+
+
+def test_prompts_that_wait_slow_a_stream_to_the_pace_that_is_kept_and_no_further() -> None:
+    def expected(prompts: tuple[int, ...], line_s: float, role: Role = Role.MIXED, tpot_s: float = 0.06) -> float:
+        cluster = Cluster()
+        cluster.add("a", role, streams=(100,), prompts=prompts)
+        query = cluster.query(100, tpot_planned_s=tpot_s, gap_planned_s=0.2, line_s=line_s, output_tokens=100.0)
+        return float(predict(cluster.snapshot(), query)[1].tpot_s[0])
+
+    alone = expected((), 0.0)
+    assert expected((1000,), 0.0) == pytest.approx(alone + 1000 * COST.token_s / 100, rel=0.2)
+    assert expected((), 1.0) == pytest.approx(alone + 0.01)
+    assert expected((), 1.0, Role.DECODE) == alone, "they go elsewhere"
+    assert expected((3000,), 30.0) == pytest.approx(TPOT_MARGIN * 0.06)
+    assert TPOT_MARGIN * 0.06 < expected((3000,), 30.0, tpot_s=math.inf) < 0.2, "the gap holds where no TPOT does"

@@ -44,12 +44,15 @@ def test_requests_leave_from_anywhere_and_take_their_work_with_them() -> None:
     for at, each in enumerate(flights):
         line.push(each, (0, at), 0.5)
     assert line.ahead_s(flights[2]) == pytest.approx(1.0)
+    assert line.others_s(flights[2]) == line.others_s(flights[0]) == pytest.approx(1.0)
     line.remove(flights[0])
     line.remove(flights[0])
     assert flights[0] not in line
     assert flights[1] in line
     assert line.ahead_s(flights[2]) == pytest.approx(0.5)
+    assert (line.others_s(flights[2]), line.others_s(flights[0])) == pytest.approx((0.5, 1.0)), "one that waits no more"
     assert drained(line) == "bc"
+    assert line.others_s(flights[1]) == 0.0
 
 
 def test_only_those_that_go_first_are_ahead_and_who_is_moved_back_is_not() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK, TPOT_MARGIN
 from bascule.policies.cost import Floats
 from bascule.policies.handoff import pushed_seconds
-from bascule.policies.snapshot import SIZES, RouteQuery, Snapshot
+from bascule.policies.snapshot import MIXED, SIZES, RouteQuery, Snapshot
 
 _SHARED = 0.02
 """A worker that spends less of its time on prompts than this decodes undisturbed."""
@@ -43,8 +43,7 @@ class DecodeSide(Struct, frozen=True):
     step_s: Floats
     """A step with this stream in it and no prompt."""
     tpot_s: Floats
-    ahead_s: Floats
-    """Work on prompts that are there, which this stream's steps have to carry."""
+    """With the prompts that wait now, there and in the line, which this stream's steps have to carry."""
     tpot_more_s: Floats
     """By how much this stream slows those beside it."""
     gap_s: Floats
@@ -191,11 +190,16 @@ def _decode(
     with the least of one. However many prompts come, workers keep the TPOT that they plan for, if they can."""
     share, stretch = snapshot.prefill_share, snapshot.stretch
     more = more * stretch
-    most = np.maximum(np.maximum(least, after), TPOT_MARGIN * query.tpot_planned_s)
+    prompts = snapshot.ahead_tokens[:, -1] * snapshot.cost.token_s
+    if query.line_s:
+        mixed = snapshot.placeable & (snapshot.role == MIXED)
+        prompts += mixed * (query.line_s / max(int(np.count_nonzero(mixed)), 1))
+    pace = after * stretch
+    carried = np.minimum(pace + prompts / query.output_tokens, np.maximum(pace, shared))
+    planned = np.maximum(np.maximum(least, after), TPOT_MARGIN * query.tpot_planned_s)
     return DecodeSide(
         step_s=after,
-        tpot_s=np.minimum(after * stretch, most),
-        ahead_s=snapshot.ahead_tokens[:, -1] * snapshot.cost.token_s,
+        tpot_s=np.minimum(carried, planned),
         tpot_more_s=more,
         gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared, after),
         harm_s=query.output_tokens * snapshot.decoding * more,

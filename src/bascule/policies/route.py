@@ -121,7 +121,7 @@ def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
     if query.session >= 0:
         load[query.session] -= _LOAD_S
     prefill_price = ttft + prefill.harm_s + worth * lost_here + load
-    decode_price = query.output_tokens * decode.tpot_s + decode.ahead_s + decode.harm_s + worth * lost_there + load
+    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + load
     return _Sides(
         prefill=prefill,
         decode=decode,

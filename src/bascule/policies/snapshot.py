@@ -144,6 +144,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     """Gap that the workers cut their chunks for."""
     tpot_planned_s: float = np.inf
     """The same of TPOT."""
+    line_s: float = 0.0
+    """Seconds of work of the prompts of others that wait unbound at the router."""
     session: int = -1
     """The row of the worker that answered this conversation's last turn, if there is one."""
     portable: bool = True

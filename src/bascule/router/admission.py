@@ -31,7 +31,7 @@ class Door:
         if pace is not None and (wait_s := self._line.among_s(flight) / pace) > _WAIT_SHARE * (flight.deadline - now):
             return wait_too_long(flight, wait_s)
         if self._by_slo:
-            query = self._queries.query(flight, now)
+            query = self._queries.query(flight, now, self._line.others_s(flight))
             verdict = worth_waiting(
                 self._queries.snapshot(flight, now), query, self._line.ahead_s(flight), pace, self._line.ahead(flight)
             )

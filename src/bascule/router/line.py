@@ -29,6 +29,8 @@ class Line:
         self._heap: list[tuple[Key, int, Flight]] = []
         self._live: dict[RequestId, int] = {}
         self._work: dict[RequestId, float] = {}
+        self._work_s = 0.0
+        """All of it together."""
         self._keys: dict[RequestId, Key] = {}
         self._demoted: set[RequestId] = set()
         self._numbers = count()
@@ -49,6 +51,7 @@ class Line:
         self._live[flight.request.id] = number
         self._keys[flight.request.id] = key
         self._work[flight.request.id] = work_s
+        self._work_s += work_s
         heapq.heappush(self._heap, (key, number, flight))
 
     def head(self) -> Flight | None:
@@ -76,6 +79,10 @@ class Line:
         own = self._keys[flight.request.id]
         ahead = sum(self._work[other] for other, key in self._keys.items() if key <= own)
         return ahead - self._work[flight.request.id]
+
+    def others_s(self, flight: Flight) -> float:
+        """Seconds of work of all others that wait."""
+        return max(self._work_s - self._work.get(flight.request.id, 0.0), 0.0)
 
     def ahead(self, flight: Flight) -> int:
         """How many will be placed before this one, as things are."""
@@ -111,11 +118,11 @@ class Line:
     def remove(self, flight: Flight) -> None:
         """Take a request out, wherever it stands; does nothing for one that does not wait."""
         if self._live.pop(flight.request.id, None) is not None:
-            del self._work[flight.request.id]
+            self._work_s -= self._work.pop(flight.request.id)
             del self._keys[flight.request.id]
             self._demoted.discard(flight.request.id)
             if not self._live:
-                self._waits_since = None
+                self._waits_since, self._work_s = None, 0.0
             if len(self._heap) > 2 * len(self._live) + _STALE:
                 self._heap = [entry for entry in self._heap if self._live.get(entry[2].request.id) == entry[1]]
                 heapq.heapify(self._heap)

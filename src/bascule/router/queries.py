@@ -60,8 +60,8 @@ class Queries:
         placeable[rows] = False
         return replace(snapshot, placeable=placeable)
 
-    def query(self, flight: Flight, now: float) -> RouteQuery:
-        """What the policy is to know, at this moment."""
+    def query(self, flight: Flight, now: float, line_s: float = 0.0) -> RouteQuery:
+        """What the policy is to know, at this moment; the prompts of others that wait unbound are `line_s` of work."""
         card = self._view.card
         found = self._view.found(flight.hashes)
         last = self._view.members.get(self._sessions.get(_session_of(flight), WorkerId("")))
@@ -82,6 +82,7 @@ class Queries:
             handoff=self._handoff,
             gap_planned_s=self.slo.gap_s,
             tpot_planned_s=self.slo.tpot_s,
+            line_s=line_s,
             session=last.row if last is not None else -1,
             portable=flight.portable,
             excluded=flight.excluded,

@@ -282,7 +282,8 @@ class Service:
                 return True
             self._queries.prepare(flight)
         now = self._clock.now()
-        snapshot, query = self._queries.snapshot(flight, now), self._queries.query(flight, now)
+        snapshot = self._queries.snapshot(flight, now)
+        query = self._queries.query(flight, now, self._line.others_s(flight))
         decision = self._policy(snapshot, query)
         if decision.placement is None:
             self.journal.waits(flight, decision.reason)
