@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bascule.engine.protocol import Slice
 from bascule.engine.torch.cuda.decoder import CudaDecoder
-from bascule.engine.torch.forms import Forward
+from bascule.engine.torch.cuda.launch import Chunks
 from bascule.engine.torch.model import Decoder
-from bascule.engine.torch.plan import plan_step
+from bascule.engine.torch.plan import Forward, plan_step
 from bascule.engine.torch.weights import load_weights
 from bascule.models.hf_directory import ModelDirectory
 from bascule.models.source import resolve
@@ -82,7 +82,8 @@ def plain(spec: ModelSpec, directory: Path) -> Decoder:
 
 
 def by_kernels(spec: ModelSpec, directory: Path, **more: Any) -> CudaDecoder:
-    return CudaDecoder(spec, weights(spec, directory), processors=4, **more)
+    """In small tiles: a chunk then has several, and the interpreter less to do."""
+    return CudaDecoder(spec, weights(spec, directory), processors=4, chunks=Chunks(32, 32), **more)
 
 
 def memory(spec: ModelSpec, blocks: int = BLOCKS) -> Tensor:

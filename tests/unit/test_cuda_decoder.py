@@ -19,7 +19,7 @@ from bascule.engine.torch.cuda.graphs import BATCHES, Bucket, bucket_of
 from bascule.engine.torch.cuda.inputs import fill, numbers_in, shape_of
 from bascule.engine.torch.plan import plan_step
 
-STEPS = ([5], [1], [1, 3, 17], [9, 1, 1], [1, 1, 1], [130, 8], [1, 1, 1, 1])
+STEPS = ([5], [1], [1, 3, 17], [9, 1, 1], [1, 1, 1], [70, 8], [1, 1, 1, 1])
 """Chunks below, at and above a block, behind cached context and not, beside single tokens and alone."""
 
 

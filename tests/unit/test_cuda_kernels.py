@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 
@@ -15,13 +14,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'bascule[dev]'")
 
+from cuda_support import DEVICE, DTYPE
+
 from bascule.engine.torch.cuda import launch
 from bascule.engine.torch.cuda.launch import Chunks, Heads
 from bascule.engine.torch.model import rms_norm
 
-DEVICE = torch.device(os.environ.get("BASCULE_TEST_DEVICE", "cpu"))
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-"""The interpreter cannot multiply bfloat16."""
 EPS = 1e-5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,6 +66,19 @@ class StepPlan:
     drawn: NDArray[np.int32]
     """Rows after which a token is drawn."""
     sequences: tuple[SequencePlan, ...]
+
+
+class Forward(Protocol):
+    """What a step needs of a decoder."""
+
+    weight_bytes: int
+
+    def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
+        """Compute one step; returns float32 logits [rows drawn, vocab] and writes the step's KV into `kv`.
+
+        The logits are the caller's until the next step.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, linear
 from bascule.engine.torch.cuda.graphs import Capture, CudaCapture, Graphs
 from bascule.engine.torch.cuda.inputs import Inputs, StepNumbers, numbers_in, shape_of
 from bascule.engine.torch.cuda.launch import (
+    Chunks,
     Heads,
     add_norm,
     attend_chunks,
@@ -35,15 +36,22 @@ class CudaDecoder:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: dict[str, Tensor], *, processors: int, capture: Capture | None = None
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        *,
+        processors: int,
+        chunks: Chunks | None = None,
+        capture: Capture | None = None,
     ) -> None:
         """`weights` by Hugging Face name, all of one dtype and device; taken out of the dictionary as they are used.
 
-        `processors` is the number of the device's multiprocessors; steps of decoding are recorded with `capture`.
+        `processors` is the number of the device's multiprocessors, `chunks` how prompts are cut (default: as suits the
+        heads); steps of decoding are recorded with `capture`.
         """
         self._spec = spec
         self._heads = Heads(spec.heads, spec.kv_heads, spec.head_dim)
-        self._chunks = chunks_of(spec.head_dim)
+        self._chunks = chunks or chunks_of(spec.head_dim)
         self._processors = processors
         table = 0 if spec.tied_embeddings else weights["model.embed_tokens.weight"].nbytes
         self.weight_bytes = sum(weight.nbytes for weight in weights.values()) - table

@@ -41,6 +41,16 @@ def chunks_of(dim: int) -> Chunks:
     return Chunks(64, 32) if dim > 128 else Chunks(128, 64)
 
 
+def warps_of(chunks: Chunks, dim: int) -> int:
+    """Of a program for such a tile."""
+    return 8 if chunks.rows * dim > 64 * 128 else 4
+
+
+def keys_of(dim: int) -> int:
+    """Positions at a time of the attention of single tokens."""
+    return 32 if dim > 128 else 64
+
+
 def parts_of(sequences: int, kv_heads: int, context: int, processors: int) -> int:
     """Into how many parts a context of at most `context` positions is cut, a power of two.
 
@@ -161,7 +171,7 @@ def attend_one(
         PAD=max(16, _power(group)),
         DIM=heads.dim,
         BLOCK=block_size,
-        TILE=keys or (32 if heads.dim > 128 else 64),
+        TILE=keys or keys_of(heads.dim),
         SPLITS=parts,
         num_warps=4,
         num_stages=2,
@@ -203,7 +213,7 @@ def attend_chunks(
         BLOCK=block_size,
         ROWS=chunks.rows,
         TILE=chunks.keys,
-        num_warps=8 if chunks.rows * heads.dim > 64 * 128 else 4,
+        num_warps=warps_of(chunks, heads.dim),
         num_stages=2,
     )
 
