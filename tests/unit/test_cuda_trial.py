@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'basc
 from cuda_support import DEVICE, DTYPE, saved
 
 from bascule.engine.torch.cuda import decoder, trial
-from bascule.engine.torch.cuda.copies import pieces
 from bascule.engine.torch.cuda.decoder import CudaDecoder
 from bascule.engine.torch.cuda.launch import Chunks
 from bascule.models.spec import ModelSpec
@@ -68,17 +67,3 @@ def test_what_the_kernels_are_not_for_is_said(tmp_path: Path) -> None:
     spec = saved("llama3-untied", tmp_path)
     device = torch.device("cuda", 0)
     assert "bfloat16 only" in str(trial.why_not(spec, torch.float32, device))
-
-
-def test_blocks_are_copied_run_by_run_and_plane_by_plane() -> None:
-    source = torch.arange(3 * 48 * 2 * 4.0).view(3, 48, 2, 4)
-    target = torch.full_like(source, -1)
-    found = list(pieces(source, target, [4, 5, 1], block_size=8))
-    for there, here in found:
-        assert there.is_contiguous() and here.is_contiguous()
-        here.copy_(there)
-    assert [len(there) for there, _ in found] == [16] * 3 + [8] * 3
-    copied = [*range(32, 48), *range(8, 16)]
-    others = [slot for slot in range(48) if slot not in copied]
-    assert torch.equal(target[:, copied], source[:, copied])
-    assert (target[:, others] == -1).all()

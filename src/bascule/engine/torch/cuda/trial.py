@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ def why_not(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | 
     from bascule.engine.torch.cuda.decoder import cuda_decoder  # needs Triton
 
     obstacle = difference(spec, dtype, device, cuda_decoder)
+    gc.collect()  # a decoder and its graphs know each other
     torch.cuda.empty_cache()
     return obstacle
 
