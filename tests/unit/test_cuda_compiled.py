@@ -23,7 +23,7 @@ from bascule.engine.torch.cuda import kernels, launch
 POINTERS = {name: "*bf16" for name in "delta out qkv keys values gate_up query".split()}
 POINTERS |= {name: "*fp32" for name in "hidden weight cos sin norm parts weights".split()}
 POINTERS |= {name: "*i32" for name in "rows slots table lengths tiles".split()}
-NUMBERS = {"width": "i32", "eps": "fp32", "scale": "fp32"}
+NUMBERS = {"width": "i32", "splits": "i32", "eps": "fp32", "scale": "fp32"}
 
 def compiled(name, capability, warps, **constants):
     kernel = getattr(kernels, name)
@@ -47,12 +47,11 @@ for capability in (80, 90):
     for norms in (False, True):
         compiled("turn", capability, 4, HEADS=32, KV_HEADS=8, HALF=64, NORMS=norms, TILE=8)
     compiled("gate", capability, 4, WIDTH=14336, TILE=1024)
-    compiled("join", capability, 4, HEADS=32, DIM=128, SPLITS=64)
+    compiled("join", capability, 4, HEADS=32, DIM=128, MOST=launch.MOST_PARTS)
     for dim in DIMS:
         shape = {"KV_HEADS": 8, "GROUP": 4, "DIM": dim, "BLOCK": 16}
-        for parts in (1, 8):
-            tile = launch.keys_of(dim)
-            compiled("attend_one", capability, 4, PAD=16, TILE=tile, SPLITS=parts, **shape)
+        for alone in (True, False):
+            compiled("attend_one", capability, 4, PAD=16, TILE=launch.keys_of(dim), ALONE=alone, **shape)
         chunks = launch.chunks_of(dim)
         compiled("attend_chunk", capability, launch.warps_of(chunks, dim), ROWS=chunks.rows, TILE=chunks.keys, **shape)
 """

@@ -91,7 +91,7 @@ def test_padding_touches_no_slot(tmp_path: Path) -> None:
     spec = saved("llama3-untied", tmp_path)
     decoder = by_kernels(spec, tmp_path, capture=Doubles())
     kv = torch.full_like(memory(spec), 7.0)
-    for count in (3, 5, 7, 9):
+    for count in (3, 9):
         kv.fill_(7.0)
         batch = [Slice([row + 1], 4, [3 * row + 2], GREEDY) for row in range(count)]
         found = decoder.forward(plan_step(batch, BLOCK), kv)

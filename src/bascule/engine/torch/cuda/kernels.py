@@ -131,19 +131,20 @@ def attend_one(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """One of SPLITS parts of a sequence's context, for the GROUP queries of its one token that share a key head.
+    """One part of a sequence's context, of as many as there are programs, for the GROUP queries that share a key head.
 
     `query` is [tokens, HEADS + 2 * KV_HEADS, DIM], of which the first HEADS are read; `table` is [sequences, width],
     ids of blocks of BLOCK slots; sequence i has row `rows[i]` of `query` and sees `lengths[i]` positions, which its
-    parts share in whole tiles. Each part leaves its mean of the values and the logarithm of its weight; a single one
+    parts share in whole tiles. Each part leaves its mean of the values and the logarithm of its weight; with ALONE it
     goes straight to `out` [tokens, HEADS, DIM]. A sequence of no positions gets zeros.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence).to(tl.int64)
     member = tl.arange(0, PAD)
@@ -151,7 +152,7 @@ def attend_one(
     real = (member < GROUP)[:, None]
     head = kv_head * GROUP + member
     q = tl.load(query + row * ((HEADS + 2 * KV_HEADS) * DIM) + head[:, None] * DIM + dim[None, :], mask=real, other=0.0)
-    share = tl.cdiv(tl.cdiv(length, TILE), SPLITS) * TILE
+    share = tl.cdiv(tl.cdiv(length, TILE), splits) * TILE
     begin = split * share
     end = tl.minimum(begin + share, length)
     best = tl.full([PAD], float("-inf"), tl.float32)
@@ -175,29 +176,34 @@ def attend_one(
     # A part of no positions has the weight zero; its mean must be a number all the same.
     divisor = tl.where(total == 0.0, 1.0, total)
     mean = sums / divisor[:, None]
-    if SPLITS == 1:
+    if ALONE:
         target = out + row * (HEADS * DIM) + head[:, None] * DIM + dim[None, :]
         tl.store(target, mean.to(out.dtype.element_ty), mask=real)
     else:
-        part = (sequence.to(tl.int64) * HEADS + head) * SPLITS + split
+        part = (sequence.to(tl.int64) * HEADS + head) * splits + split
         tl.store(parts + part[:, None] * DIM + dim[None, :], mean, mask=real)
         tl.store(weights + part, best + tl.log2(divisor), mask=member < GROUP)
 
 
-@triton.jit
-def join(parts, weights, rows, out, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """One head of one sequence: the parts' means, by their weights, to its row of `out` [tokens, HEADS, DIM]."""
+@triton.jit(do_not_specialize=["splits"])
+def join(parts, weights, rows, out, splits, HEADS: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr):
+    """One head of one sequence: the parts' means, by their weights, to its row of `out` [tokens, HEADS, DIM].
+
+    There are `splits` parts, at most MOST.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = tl.load(rows + sequence).to(tl.int64)
-    part = (sequence * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
+    split = tl.arange(0, MOST)
+    part = (sequence * HEADS + head) * splits + split
     dim = tl.arange(0, DIM)
-    weight = tl.load(weights + part)
+    there = split < splits
+    weight = tl.load(weights + part, mask=there, other=float("-inf"))
+    means = tl.load(parts + part[:, None] * DIM + dim[None, :], mask=there[:, None], other=0.0)
     best = tl.max(weight, 0)
     share = tl.exp2(weight - tl.where(best == float("-inf"), 0.0, best))
     total = tl.sum(share, 0)
-    mean = tl.sum(tl.load(parts + part[:, None] * DIM + dim[None, :]) * share[:, None], 0)
-    mean = mean / tl.where(total == 0.0, 1.0, total)
+    mean = tl.sum(means * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + (row * HEADS + head) * DIM + dim, mean.to(out.dtype.element_ty))
 
 

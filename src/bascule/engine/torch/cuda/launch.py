@@ -16,7 +16,9 @@ from bascule.engine.torch.cuda import kernels
 
 _PART = 128
 """Fewest positions of a context that are worth a part of their own."""
-_MOST_PARTS = 64
+MOST_PARTS = 64
+_PROGRAMS = 4
+"""At a time on a multiprocessor: their tiles fit its memory together, and one reads while another computes."""
 _HEADS_AT_ONCE = 8
 _NUMBERS_AT_ONCE = 1024
 
@@ -52,12 +54,12 @@ def keys_of(dim: int) -> int:
 
 
 def parts_of(sequences: int, kv_heads: int, context: int, processors: int) -> int:
-    """Into how many parts a context of at most `context` positions is cut, a power of two.
+    """Into how many parts a context of at most `context` positions is cut.
 
-    Enough that each of the device's `processors` has two programs to run, and no part is smaller than is worth it.
+    Enough that each of the device's `processors` has `_PROGRAMS` to run; no part is smaller than is worth it.
     """
-    wanted = min(2 * processors / (sequences * kv_heads), context / _PART, _MOST_PARTS)
-    return 1 << int(math.log2(max(1.0, wanted)))
+    wanted = min(_PROGRAMS * processors // (sequences * kv_heads), context // _PART, MOST_PARTS)
+    return max(1, wanted)
 
 
 def add_norm(
@@ -146,7 +148,7 @@ def attend_one(
 
     `query` is what `turn` leaves in `qkv`; `table` int32 [sequences, width] are block ids, `rows` and `lengths` int32
     [sequences] each sequence's row and the positions that it sees (0: its row becomes zeros). The context is cut into
-    `parts`, a power of two; `keys` positions at a time (0: what suits the heads).
+    `parts`, at most MOST_PARTS; `keys` positions at a time (0: what suits the heads).
     """
     sequences, group = len(rows), heads.query // heads.kv
     several = parts > 1
@@ -172,13 +174,13 @@ def attend_one(
         DIM=heads.dim,
         BLOCK=block_size,
         TILE=keys or keys_of(heads.dim),
-        SPLITS=parts,
+        ALONE=not several,
         num_warps=4,
         num_stages=2,
     )
     if several:
         kernels.join[(sequences, heads.query)](
-            means, weights, rows, out, HEADS=heads.query, DIM=heads.dim, SPLITS=parts, num_warps=4
+            means, weights, rows, out, parts, HEADS=heads.query, DIM=heads.dim, MOST=MOST_PARTS, num_warps=4
         )
 
 
