@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := torch==2.13.0
 
-.PHONY: setup dev serve test test-all chaos recovery soak overload fuzz check format bench clean
+.PHONY: setup dev serve test test-all test-cuda chaos recovery soak overload fuzz check format bench clean
 
 setup: $(VENV)/.engine
 
@@ -38,6 +38,11 @@ test: dev
 
 test-all: dev
 	$(PYTEST)
+
+CUDA := cuda:0
+
+test-cuda: dev
+	BASCULE_TEST_DEVICE=$(CUDA) $(BIN)/python -m pytest -q tests/unit/test_cuda_*.py
 
 CHAOS := --seed 1
 

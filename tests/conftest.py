@@ -14,6 +14,8 @@ from support.oracle import LONG_OUTPUT_TOKENS, OUTPUT_TOKENS, Reference, generat
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "BASCULE_TEST_DEVICE" not in os.environ:  # which names a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

@@ -40,6 +40,7 @@ WRONG = [
     (("--batches", "100000", "--contexts", "2000"), "GiB of KV memory"),
     (("--rounds", "0"), "must be at least 1"),
     (("--threads", "4000"), "4000 threads were asked for"),
+    (("--device", "cuda:63"), "CUDA devices here"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -260,3 +261,26 @@ def test_a_wide_nucleus_ends_where_sorting_everything_says(spread: float, top_p:
         kept = np.count_nonzero(probabilities >= _wide_nucleus_floor(probabilities, top_p))
         # Summing in another order may move the end by one token where the sum meets top_p to the last bits.
         assert abs(kept - expected) <= 1
+
+
+def test_greedy_draws_take_what_they_need_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def counted(name: str) -> Callable[..., object]:
+        taking = getattr(torch.Tensor, name)
+
+        def take(tensor: torch.Tensor, *arguments: object) -> object:
+            taken.append(name)
+            return taking(tensor, *arguments)
+
+        return take
+
+    for name in ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "nonzero", "numpy", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    logits = random_logits(rows=3)
+    plain = [Case(params()).draw()] * 3
+    assert len(sample(logits, plain, STOPS)) == 3 and taken == ["tolist"]
+    logits[1, 5] = float("nan")
+    with pytest.raises(ModelError, match=r"rows \[1\]"):
+        sample(logits, plain, STOPS)
+    assert taken == ["tolist", "tolist"]

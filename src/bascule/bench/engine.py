@@ -13,11 +13,12 @@ import psutil
 from msgspec import Struct, field
 
 from bascule.engine.protocol import Slice
-from bascule.engine.torch.limits import Limits
+from bascule.engine.torch.limits import Limits, device_name, free_bytes
 from bascule.engine.torch.runner import TorchRunner
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
-from bascule.models import LoadedModel
+from bascule.models.source import ModelSource
+from bascule.models.spec import ModelSpec
 from bascule.types import SamplingParams
 from bascule.worker.profile import cpu_name
 
@@ -75,18 +76,21 @@ class EngineReport(Struct, kw_only=True):
 class EngineBench:
     """A model in each form of its weights that decoding may use, over one KV memory."""
 
-    def __init__(self, name: str, loaded: LoadedModel, threads: int, most_tokens: int) -> None:
-        """`most_tokens` is what the largest cell keeps in KV memory. Takes seconds.
+    def __init__(
+        self, name: str, spec: ModelSpec, source: ModelSource, threads: int, most_tokens: int, device: str = "cpu"
+    ) -> None:
+        """`most_tokens` is what the largest cell keeps in KV memory; `device` is `cpu` or `cuda:N`. Takes seconds.
 
-        Raises ConfigError if the machine has not got that memory.
+        Raises ConfigError if there is no such device, or if the machine has not got that memory.
         """
         self._runners: dict[str, TorchRunner] = {}
-        for form, quantize in (("bf16", "none"), ("int4", "auto")):
+        on_cpu = device == "cpu"
+        for form, quantize in (("bf16", "none"), ("int4", "auto"))[: 2 if on_cpu else 1]:
             self._runners[form] = TorchRunner(
-                loaded.spec,
-                loaded.source,
+                spec,
+                source,
                 dtype="bfloat16",
-                device="cpu",
+                device=device,
                 threads=threads,
                 name=name,
                 block_size=_BLOCK,
@@ -94,12 +98,14 @@ class EngineBench:
                 dense_twin=False,
             )
         self._dense_bytes = self._runners["bf16"].weight_bytes(1)
-        if self._runners["int4"].weight_bytes(1) == self._dense_bytes:
+        if on_cpu and self._runners["int4"].weight_bytes(1) == self._dense_bytes:
             del self._runners["int4"]  # the file holds no codes
         card = self._runners["bf16"].card
         self._layout = card.layout
         blocks = -(-most_tokens // _BLOCK)
         needed, free = blocks * card.layout.block_bytes, psutil.virtual_memory().available
+        if not on_cpu:
+            free = min(free, free_bytes(device))  # it has the same bytes, and hands them over in the host's memory
         if needed > free:
             raise ConfigError(
                 f"the largest cell needs {needed / 2**30:.1f} GiB of KV memory, and {free / 2**30:.1f} GiB are free;"
@@ -109,7 +115,8 @@ class EngineBench:
         arena.bytes.view(np.uint16)[...] = 0x3C10  # 0.009 in bfloat16: a context of plain numbers
         for runner in self._runners.values():
             runner.bind(arena)
-        self._limits = Limits(loaded.spec)
+            runner.absorb(range(blocks))
+        self._limits = Limits(spec, device)
         self.forms = list(self._runners)
 
     def run(
@@ -194,6 +201,8 @@ def in_blocks(sequences: int, tokens: int) -> int:
     return sequences * -(-tokens // _BLOCK) * _BLOCK
 
 
-def machine() -> str:
-    """The CPU's name and how many cores this process may use."""
+def machine(device: str = "cpu") -> str:
+    """The name of the CPU or of the CUDA device."""
+    if device != "cpu":
+        return device_name(device)
     return cpu_name() or platform.processor() or platform.machine()

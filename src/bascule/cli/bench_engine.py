@@ -25,6 +25,7 @@ def engine(
     chunks: str = "512",
     rounds: int = 5,
     threads: int = 1,
+    device: str = "cpu",
     json: JsonTarget = None,
 ) -> None:
     """Measure decode and prefill steps, beside the rate of memory and of matrix products in the same run.
@@ -47,6 +48,8 @@ def engine(
         Every cell is measured this often, in turns with all others; the median counts.
     threads
         Cores to use; the process is pinned to that many.
+    device
+        `cpu` or `cuda:N`, whose own memory and matrix products are then the limits.
     json
         File for the figures, - for standard output.
     """
@@ -68,9 +71,10 @@ def engine(
         if size > loaded.spec.context:
             raise ConfigError(f"{size} tokens were asked for, but {model} has a context of {loaded.spec.context}")
     cells = [*product(batch_sizes, context_sizes), *((1, length) for length in prompt_sizes)]
-    rig = bench.EngineBench(model, loaded, threads, max(bench.in_blocks(*cell) for cell in cells))
+    most_tokens = max(bench.in_blocks(*cell) for cell in cells)
+    rig = bench.EngineBench(model, loaded.spec, loaded.source, threads, most_tokens, device)
     report = bench.EngineReport(
-        machine=bench.machine(), model=model, threads=threads, rounds=rounds, limits=bench.LimitRates()
+        machine=bench.machine(device), model=model, threads=threads, rounds=rounds, limits=bench.LimitRates()
     )
     decode = [
         bench.DecodeCell(weights=form, batch=batch, context=context)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bascule.engine.torch.cuda import trial
 from bascule.engine.torch.model import Decoder
 from bascule.engine.torch.native import NativeDecoder, why_not
 from bascule.engine.torch.packed import PackedWeights, kept, pack
 from bascule.engine.torch.packing import Quantised
-from bascule.engine.torch.plan import StepPlan
+from bascule.engine.torch.plan import Forward
 from bascule.engine.torch.weights import WeightForm, load_native_weights, load_weights
 from bascule.errors import ConfigError
 from bascule.models.fingerprint import fingerprint
@@ -25,16 +25,6 @@ FEW = 6
 """Tokens of a step up to which codes are faster than bfloat16: what one pass over them can take (see ADR 0007)."""
 
 logger = logging.getLogger(__name__)
-
-
-class Forward(Protocol):
-    """What a step needs of a decoder."""
-
-    weight_bytes: int
-
-    def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
-        """Compute one step; returns float32 logits [rows drawn, vocab] and writes the step's KV into `kv`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +60,20 @@ def load_decoders(
         return _native(spec, source, threads, quantize, dense_twin)
     if quantize in ("int8", "int4"):
         raise ConfigError(f"quantize {quantize} cannot be had: {obstacle}; use auto or none")
-    if dtype is torch.bfloat16 and device.type == "cpu":
+    if device.type == "cuda":
+        obstacle = trial.why_not(spec, dtype, device)
+    if obstacle is not None and dtype is torch.bfloat16:
         logger.info("computing with torch: %s", obstacle)
     weights = load_weights(spec, source, dtype)
-    decoder = Decoder(spec, {key: weights.pop(key).to(device) for key in list(weights)})
+    there = {key: weights.pop(key).to(device) for key in list(weights)}
+    if obstacle is not None:
+        return _both(Decoder(spec, there))
+    from bascule.engine.torch.cuda.decoder import cuda_decoder  # needs Triton
+
+    return _both(cuda_decoder(spec, there))
+
+
+def _both(decoder: Forward) -> Decoders:
     return Decoders(decoder, decoder)
 
 

@@ -56,7 +56,7 @@ class Decoder:
         """What a step reads of the weights, in bytes: all but the embedding, unless that is the head too."""
         self._embedding = weights.pop("model.embed_tokens.weight")
         self._rope = Rope(spec, self._embedding.device)
-        self._layers = [_layer(spec, weights, f"model.layers.{index}.") for index in range(spec.layers)]
+        self._layers = [take_layer(spec, weights, index) for index in range(spec.layers)]
         self._norm = weights.pop("model.norm.weight").float()
         self._head = Head(self._embedding if spec.tied_embeddings else weights.pop("lm_head.weight"))
 
@@ -92,8 +92,9 @@ class Decoder:
         return layer.attention_output(attend(turned[:, : spec.heads], kv, plan.sequences, step.masks))
 
 
-def _layer(spec: ModelSpec, weights: dict[str, Tensor], prefix: str) -> Layer:
+def take_layer(spec: ModelSpec, weights: dict[str, Tensor], index: int) -> Layer:
     """Take one layer's weights out of `weights`, joining the matrices that share an input."""
+    prefix = f"model.layers.{index}."
 
     def joined(names: tuple[str, ...], bias: bool) -> Linear:
         matrix = torch.cat([weights.pop(f"{prefix}{name}.weight") for name in names])

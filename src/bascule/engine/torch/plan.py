@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,21 +16,38 @@ from bascule.engine.protocol import Slice
 from bascule.kv.arena import runs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SequencePlan:
     """One slice of the batch, as attention sees it.
 
-    `rows` are its tokens among the packed tokens of the step, the first at position `start`. `context` are the runs of
-    arena slots that hold its keys and values from position 0 through its last token, in order.
+    `rows` are its tokens among the packed tokens of the step, the first at position `start`. `blocks`, of `block_size`
+    slots each, hold its keys and values from position 0 through its last token, in order.
     """
 
     rows: slice
     start: int
-    context: tuple[slice, ...]
+    blocks: Sequence[int]
+    block_size: int
 
     @property
     def tokens(self) -> int:
         return int(self.rows.stop - self.rows.start)
+
+    @property
+    def end(self) -> int:
+        """The position behind its last token, which is how many it sees."""
+        return self.start + self.tokens
+
+    @cached_property
+    def context(self) -> tuple[slice, ...]:
+        """The slots of its blocks through its last token, one `slice` a run of adjacent blocks."""
+        found: list[slice] = []
+        left = self.end
+        for run in runs(self.blocks):
+            count = min(left, run.count * self.block_size)
+            found.append(slice(run.start * self.block_size, run.start * self.block_size + count))
+            left -= count
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,19 @@ class StepPlan:
     drawn: NDArray[np.int32]
     """Rows after which a token is drawn."""
     sequences: tuple[SequencePlan, ...]
+
+
+class Forward(Protocol):
+    """What a step needs of a decoder."""
+
+    weight_bytes: int
+
+    def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
+        """Compute one step; returns float32 logits [rows drawn, vocab] and writes the step's KV into `kv`.
+
+        The logits are the caller's until the next step.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +102,15 @@ def plan_step(batch: Sequence[Slice], block_size: int) -> StepPlan:
     sequences: list[SequencePlan] = []
     for part in batch:
         first, end = len(tokens), part.start + len(part.tokens)
-        context = _context(part, block_size)
+        blocks = part.blocks[: -(-end // block_size)]
+        if not part.tokens or len(blocks) * block_size < end:
+            raise ValueError(f"a slice of {len(part.tokens)} tokens from {part.start} over {len(part.blocks)} blocks")
         tokens.extend(part.tokens)
         positions.extend(range(part.start, end))
-        slots.extend(_slots_from(context, part.start))
+        slots.extend(_slots(blocks, block_size, part.start, end))
         if part.sampling is not None:
             drawn.append(len(tokens) - 1)
-        sequences.append(SequencePlan(rows=slice(first, len(tokens)), start=part.start, context=context))
+        sequences.append(SequencePlan(slice(first, len(tokens)), part.start, blocks, block_size))
     return StepPlan(
         tokens=np.array(tokens, np.int32),
         positions=np.array(positions, np.int32),
@@ -97,28 +131,12 @@ def on_device(plan: StepPlan, dtype: torch.dtype, device: torch.device) -> StepT
     )
 
 
-def _context(part: Slice, block_size: int) -> tuple[slice, ...]:
-    """The slots of positions 0 through the slice's last token, one `slice` a run of adjacent blocks."""
-    end = part.start + len(part.tokens)
-    blocks = part.blocks[: -(-end // block_size)]
-    if not part.tokens or len(blocks) * block_size < end:
-        raise ValueError(f"a slice of {len(part.tokens)} tokens from {part.start} over {len(part.blocks)} blocks")
-    found: list[slice] = []
-    left = end
-    for run in runs(blocks):
-        count = min(left, run.count * block_size)
-        found.append(slice(run.start * block_size, run.start * block_size + count))
-        left -= count
-    return tuple(found)
-
-
-def _slots_from(context: tuple[slice, ...], start: int) -> list[int]:
-    """The slots of the positions from `start` on."""
+def _slots(blocks: Sequence[int], block_size: int, start: int, end: int) -> list[int]:
+    """The slots of the positions from `start` up to `end`."""
     found: list[int] = []
-    passed = 0
-    for piece in context:
-        found.extend(range(piece.start + max(0, start - passed), piece.stop))
-        passed += piece.stop - piece.start
+    for index in range(start // block_size, len(blocks)):
+        base = (blocks[index] - index) * block_size
+        found.extend(range(base + max(start, index * block_size), base + min(end, (index + 1) * block_size)))
     return found
 
 

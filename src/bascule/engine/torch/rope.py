@@ -26,12 +26,16 @@ class Rope:
 
     def tables(self, positions: Tensor) -> RopeTables:
         """Tables for `positions` [tokens]."""
-        angles = torch.outer(positions.float(), self._frequencies)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self.angles(positions)
         return RopeTables(
             cos=torch.cat((cos, cos), dim=-1).unsqueeze(1),
             sin=torch.cat((-sin, sin), dim=-1).unsqueeze(1),
         )
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for `positions` [tokens], each [tokens, head_dim / 2] and float32."""
+        angles = torch.outer(positions.float(), self._frequencies)
+        return angles.cos(), angles.sin()
 
 
 def rotate(heads: Tensor, tables: RopeTables) -> Tensor:

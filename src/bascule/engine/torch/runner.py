@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bascule.engine.protocol import Sampled, Slice
+from bascule.engine.torch.cuda.copies import Copies, pin
 from bascule.engine.torch.forms import Decoders, load_decoders
 from bascule.engine.torch.penalties import Draw
 from bascule.engine.torch.plan import plan_step
 from bascule.engine.torch.sampling import sample
 from bascule.engine.torch.weights import WeightForm
 from bascule.errors import ConfigError
-from bascule.kv.arena import Arena, runs
+from bascule.kv.arena import Arena
 from bascule.models.card import card_of
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
@@ -54,6 +55,7 @@ class TorchRunner:
             spec, source, dtype=dtype, quantize=quantize, name=name, block_size=block_size, context=context
         )
         self.stop_tokens = frozenset(spec.eos_token_ids)
+        self._copies: Copies | None = None
         self._decoders: Decoders = load_decoders(
             spec, source, self._dtype, self._device, threads, quantize=quantize, dense_twin=dense_twin
         )
@@ -68,8 +70,12 @@ class TorchRunner:
             raise ValueError(f"an arena of {arena.layout} for a model of {layout}")
         slots = arena.num_blocks * layout.block_size
         shape = (layout.planes, slots, layout.kv_heads, layout.head_dim)
-        self._staging: Tensor = torch.from_numpy(arena.bytes).view(self._dtype).view(shape)
-        self._kv = self._staging if self._device.type == "cpu" else torch.zeros_like(self._staging, device=self._device)
+        memory: Tensor = torch.from_numpy(arena.bytes).view(self._dtype).view(shape)
+        self._kv, self._copies = memory, None
+        if self._device.type == "cuda":
+            self._kv = torch.zeros_like(memory, device=self._device)
+            pin(memory, self._device)
+            self._copies = Copies(memory, self._kv, layout.block_size)
 
     def weight_bytes(self, tokens: int) -> int:
         """Bytes of weights that a step of `tokens` tokens reads at the least."""
@@ -82,23 +88,20 @@ class TorchRunner:
         logits = self._decoders.for_rows(len(plan.tokens)).forward(plan, self._kv)
         draws = [Draw(part.sampling, part.history, part.prompt_tokens) for part in batch if part.sampling is not None]
         drawn = iter(sample(logits, draws, self.stop_tokens) if draws else ())
+        if not draws and self._device.type == "cuda":
+            # Drawing waits for the device. Without it, the time of this step would be counted to the next one.
+            torch.cuda.current_stream(self._device).synchronize()
         return [None if part.sampling is None else next(drawn) for part in batch]
 
     def publish(self, blocks: Sequence[int]) -> None:
         """Copy `blocks` from the device into the arena; nothing to do on a CPU."""
-        self._copy(blocks, source=self._kv, target=self._staging)
+        if self._copies is not None:
+            self._copies.out(blocks)
 
     def absorb(self, blocks: Sequence[int]) -> None:
         """Copy `blocks` from the arena to the device; nothing to do on a CPU."""
-        self._copy(blocks, source=self._staging, target=self._kv)
-
-    def _copy(self, blocks: Sequence[int], *, source: Tensor, target: Tensor) -> None:
-        if source is target:
-            return
-        size = self.card.layout.block_size
-        for run in runs(blocks):
-            slots = slice(run.start * size, (run.start + run.count) * size)
-            target[:, slots].copy_(source[:, slots])
+        if self._copies is not None:
+            self._copies.back(blocks)
 
 
 def _usable_device(name: str) -> torch.device:

@@ -38,15 +38,11 @@ def sample(logits: Tensor, draws: Sequence[Draw], stop_tokens: frozenset[int]) -
 
     Raises ModelError where a row is not finite, or where nothing is left to draw.
     """
-    _require_finite(logits)
     adjusted = logits.clone() if any(draw.adjusts for draw in draws) else logits
     for row, draw in zip(adjusted, draws, strict=True):
         if draw.adjusts:
             adjust(row, draw, stop_tokens)
-    best = adjusted.max(dim=-1)
-    if adjusted is not logits and not bool(best.values.isfinite().all()):
-        raise ModelError("logit_bias and min_tokens leave no token of the vocabulary to draw")
-    tokens = best.indices.tolist()
+    tokens = _most_likely(logits, adjusted)
     random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
     if random:
         drawn = _draw(adjusted[random], [draws[row] for row in random])
@@ -56,14 +52,25 @@ def sample(logits: Tensor, draws: Sequence[Draw], stop_tokens: frozenset[int]) -
     return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
 
 
-def _require_finite(logits: Tensor) -> None:
-    finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
+def _most_likely(logits: Tensor, adjusted: Tensor) -> list[int]:
+    """The most likely token of each row of `adjusted`, which may be `logits` itself; errors as in `sample`.
+
+    Tokens and checks come from the device in one piece: it is waited for once.
+    """
+    best = adjusted.max(dim=-1)
+    highest = best.values if adjusted is logits else logits.amax(dim=-1)
+    finite = logits.amin(dim=-1).isfinite() & highest.isfinite()
+    tokens, are_finite, are_left = torch.stack((best.indices, finite.long(), best.values.isfinite().long())).tolist()
+    if not all(are_finite):
+        rows = [row for row, is_finite in enumerate(are_finite) if not is_finite]
         raise ModelError(
             f"the model's logits are not finite in rows {rows} of {len(logits)}: its weights or KV are damaged, or its"
             " numbers overflow; check the model's files, or serve it in float32"
         )
+    if not all(are_left):
+        raise ModelError("logit_bias and min_tokens leave no token of the vocabulary to draw")
+    found: list[int] = tokens
+    return found
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
