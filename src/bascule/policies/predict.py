@@ -6,6 +6,8 @@ One request more on a worker, waiting or decoding, never makes any of this bette
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -57,7 +59,7 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     brought = _worth_bringing(snapshot, query)
     new = np.maximum(query.prompt_tokens - brought.have, 1.0)
     size = np.minimum(np.frexp(new)[1] - 1, SIZES - 1)
-    size += np.arange(0, snapshot.ahead_tokens.size, SIZES)
+    size += _starts(len(new), SIZES)
     # On the first axis: the streams that run on average until the prompt is computed, of which those that go before it
     # become some, and those that will with this one.
     behind = snapshot.prompts_behind.take(size)
@@ -69,10 +71,17 @@ def predict(snapshot: Snapshot, query: RouteQuery) -> tuple[PrefillSide, DecodeS
     chunk = _chunk(snapshot, query, beside, token)
     pace = _pace(snapshot, query, streams[0], alone[0], beside[0], token, chunk[0])
     ahead = snapshot.ahead_tokens.take(size)
-    prefill = _prefill(snapshot, query, ahead, behind, new, token, pace, brought)
+    total = snapshot.ahead_tokens[:, -1].copy()  # what lies side by side is quicker to read
+    prefill = _prefill(snapshot, query, ahead, total, behind, new, token, pace, brought)
     more = slope[1] + snapshot.cost.context_s * own_context
     with_chunk, with_least = (np.maximum(beside[1] + tokens * token, alone[1]) for tokens in (chunk[1], LEAST_CHUNK))
-    return prefill, _decode(snapshot, query, alone[1], more, with_chunk, with_least)
+    return prefill, _decode(snapshot, query, total, alone[1], more, with_chunk, with_least)
+
+
+@lru_cache(maxsize=4)
+def _starts(rows: int, width: int) -> NDArray[np.intp]:
+    """Where each row begins in a flat table [rows, width]."""
+    return np.arange(0, rows * width, width)
 
 
 class _Pace(Struct, frozen=True):
@@ -153,15 +162,15 @@ def _prefill(
     snapshot: Snapshot,
     query: RouteQuery,
     ahead: Floats,
+    total: Floats,
     behind: Floats,
     new: Floats,
     token: Floats,
     pace: _Pace,
     brought: _Brought,
 ) -> PrefillSide:
-    """`new` tokens of `token` seconds, with so many tokens of others ahead and so many prompts behind."""
+    """`new` tokens of `token` seconds, with so many tokens of others ahead, in `total`, and so many prompts behind."""
     base, chunk = pace.base, pace.chunk
-    total = snapshot.ahead_tokens[:, -1].copy()  # what lies side by side is quicker to read
     # The step that runs now: one of streams, or one with a chunk in it of those that have to keep a gap.
     chunk_now = np.minimum(np.minimum(total, snapshot.chunk_tokens) * token, GAP_MARGIN * query.gap_planned_s)
     running = np.maximum(chunk_now + base * (total > 0), pace.alone)
@@ -170,7 +179,7 @@ def _prefill(
     waiting = np.maximum(running - snapshot.step_age_s, 0.0) + ahead * token + steps * base
     queue = snapshot.lag[:, 2] * waiting
     own_steps = np.maximum(np.ceil(new / chunk), pace.steps(ahead + new) - steps)
-    lag = snapshot.lag.take(np.arange(0, snapshot.lag.size, 3) + (new > snapshot.chunk_tokens))
+    lag = snapshot.lag.take(_starts(len(new), 3) + (new > snapshot.chunk_tokens))
     return PrefillSide(
         queue_s=queue,
         load_s=np.maximum(brought.seconds - queue, 0.0),
@@ -184,13 +193,13 @@ def _prefill(
 
 
 def _decode(
-    snapshot: Snapshot, query: RouteQuery, after: Floats, more: Floats, shared: Floats, least: Floats
+    snapshot: Snapshot, query: RouteQuery, total: Floats, after: Floats, more: Floats, shared: Floats, least: Floats
 ) -> DecodeSide:
     """Steps with this stream in them: of streams alone (`more` is its part), with a chunk of somebody's prompt, and
     with the least of one. However many prompts come, workers keep the TPOT that they plan for, if they can."""
     share, stretch = snapshot.prefill_share, snapshot.stretch
     more = more * stretch
-    prompts = snapshot.ahead_tokens[:, -1] * snapshot.cost.token_s
+    prompts = total * snapshot.cost.token_s
     if query.line_s:
         mixed = snapshot.placeable & (snapshot.role == MIXED)
         prompts += mixed * (query.line_s / max(int(np.count_nonzero(mixed)), 1))

@@ -199,7 +199,11 @@ def _chance(predicted: Floats, bound: float, width: float = _WIDTH) -> Floats:
     """How probable it is that a bound is broken, given that predictions err."""
     if math.isinf(bound):
         return _NEVER
-    chance: Floats = 0.5 + 0.5 * np.tanh((predicted - bound) * (0.5 / (width * bound)))
+    chance = predicted - bound
+    chance *= 0.5 / (width * bound)
+    np.tanh(chance, out=chance)
+    chance *= 0.5
+    chance += 0.5
     return chance
 
 
