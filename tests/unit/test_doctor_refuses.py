@@ -133,3 +133,13 @@ def test_a_name_is_for_a_worker_that_joins(doctor: Run) -> None:
     assert code == 2 and "--id decode-0 is for a worker that joins a router; give --join" in error
     code, _, error = doctor("--id=a b", "--join=tcp://127.0.0.1:1")
     assert code == 2 and "--id 'a b': use 1 to 64 letters, digits, dots, dashes or underscores" in error
+
+
+def test_doctor_looks_for_the_gpus_that_workers_are_to_use(doctor: Run, smollm2: Path) -> None:
+    code, out, _ = doctor(smollm2, "--port=0", "--devices=cuda:62,cuda:63")
+    wrong = [line for line in out.splitlines() if line.startswith("WRONG")]
+    assert code == 1
+    assert ["cuda:62" in wrong[0], "cuda:63" in wrong[1]] == [True, True]
+    assert all("CUDA devices here; " in line for line in wrong), "and what to do"
+    _, out, _ = doctor(smollm2, "--port=0", "--devices=cuda:62,cuda:63", "--engine=mock")
+    assert "CUDA" not in out

@@ -121,7 +121,8 @@ def test_slack_is_what_the_stream_with_the_least_of_it_has_saved_or_lends() -> N
     lends = slack_seconds([structs.replace(saved, left=100)], 0, cost)
     assert lends is not None and lends > 0.34 + 16 * 0.04
     assert slack_seconds([saved, lost], 0, cost) == slack_seconds([saved], 0, cost), "who is late anyway says nothing"
-    for nobody in ([], [lost], [GAP]):
+    assert slack_seconds([lost], 0, cost) == slack_seconds([lost, GAP], 0, cost) == 0.0, "nor makes it room for more"
+    for nobody in ([], [GAP]):
         assert slack_seconds(nobody, 0, cost) is None
 
 

@@ -55,6 +55,8 @@ def engine(
     """
     batch_sizes, context_sizes = _numbers(batches, "batches"), _numbers(contexts, "contexts")
     prompt_sizes, chunk_sizes = _numbers(lengths, "lengths"), _numbers(chunks, "chunks")
+    if device.partition(":")[0] not in ("cpu", "cuda") or device.startswith("cpu:"):
+        raise ConfigError(f"device {device!r}: write cpu (the threads' cores are chosen here) or for example cuda:0")
     if rounds < 1 or threads < 1:
         raise ConfigError("rounds and threads must be at least 1")
     _pin(threads)
@@ -121,8 +123,8 @@ def _numbers(text: str, key: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        found = [0]
-    if any(number < 1 for number in found):
+        found = []
+    if not found or any(number < 1 for number in found):
         raise ConfigError(f"{key}: {text!r} is not a list of positive whole numbers; write for example 1,8,32")
     return found
 

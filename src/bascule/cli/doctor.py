@@ -19,6 +19,7 @@ from bascule.cli.fitness import (
     Level,
     check_advertised,
     of_clear,
+    of_gpus,
     of_handoff,
     of_hardware,
     of_model,
@@ -117,6 +118,7 @@ def doctor(
     else:
         devices, wrong = _devices(workers, pools, routing, attached=len(attach_config.urls))
         findings += wrong or of_workers(engine_config, store_config, len(devices), dealt=pools.devices is None)
+        findings += of_gpus(devices if engine_config.engine == "torch" else ())
         findings += of_router(routing, engine_config, len(devices))
         findings += of_handoff(routing, handoff_config, store_config)
         findings += _attempt(lambda: _planes(http, security_config))

@@ -13,6 +13,8 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -113,6 +115,15 @@ def of_workers(engine: EngineConfig, store: StoreConfig, workers: int, *, dealt:
     yield _folder("the cache (BASCULE_CACHE)", cache_home(), Level.DOUBT)
     yield _sockets()
     yield _files("a worker", _BASE_FILES + _FILES_A_SEQUENCE * engine.max_sequences, "--max-sequences")
+
+
+def of_gpus(devices: Sequence[Device]) -> Iterator[Finding]:
+    """Whether torch can compute on those that are GPUs; nothing is said where it is missing."""
+    names = sorted({f"cuda:{device.index}" for device in devices if device.kind == "cuda"})
+    if names and find_spec("torch") is not None:
+        from bascule.engine.torch.runner import usable_device  # takes a second, which only GPUs are worth
+
+        yield from (tried(partial(usable_device, name), f"{name} is there") for name in names)
 
 
 def of_router(

@@ -125,16 +125,20 @@ def _kept_seconds(stream: Stream, alone_s: float, least_s: float) -> float:
 
 def slack_seconds(streams: Sequence[Stream], context: int, cost: CostModel) -> float | None:
     """How long steps may be, all together, beyond steps that just keep the TPOT of each of `streams`, which have so
-    many tokens of context: what prompts may take at once. None where no TPOT bounds them."""
+    many tokens of context: what prompts may take at once. None where no TPOT bounds them.
+
+    Streams that miss theirs anyway do not hold prompts up; but where all do, nothing may be taken: a worker must not
+    look the better for having fallen behind.
+    """
     if all(math.isinf(stream.tpot_s) for stream in streams):
         return None
     alone_s, _, least_s = _step_seconds(len(streams), context, 0, cost)
     slack = [
         allowed - TPOT_MARGIN * stream.tpot_s
         for stream in streams
-        if (allowed := _kept_seconds(stream, alone_s, least_s)) < math.inf
+        if stream.tpot_s < math.inf and (allowed := _kept_seconds(stream, alone_s, least_s)) < math.inf
     ]
-    return max(min(slack), 0.0) if slack else None
+    return max(min(slack, default=0.0), 0.0)
 
 
 def _step_seconds(streams: int, context: int, behind: int, cost: CostModel) -> tuple[float, float, float]:

@@ -81,11 +81,13 @@ class CostColumns(Struct, frozen=True):
     draw_s: Floats
     line_s: Floats
     slope_s: Floats
+    one_s: Floats
+    """A step of one stream alone: it reads all weights, and no step takes less."""
 
     @staticmethod
     def empty(rows: int) -> CostColumns:
         """Of workers that take no time."""
-        shapes = [(rows,)] * 5 + [(rows, KNOTS)] * 2
+        shapes = [(rows,)] * 5 + [(rows, KNOTS)] * 2 + [(rows,)]
         return CostColumns(*(np.zeros(shape) for shape in shapes))
 
     def put(self, row: int, model: CostModel) -> None:
@@ -95,7 +97,7 @@ class CostColumns(Struct, frozen=True):
         self.line_s[row, 0] = self.slope_s[row, 0] = 0.0
         known = min(max(len(model.stream_s), 2), KNOTS)
         slopes = _convex([decode_seconds(model, 1 << knot, 0) for knot in range(known)])
-        value = decode_seconds(model, 1, 0)
+        value = self.one_s[row] = decode_seconds(model, 1, 0)
         for knot in range(KNOTS - 1):
             slope = slopes[min(knot, known - 2)]
             self.slope_s[row, knot + 1] = slope

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bascule.policies.batch import GAP_MARGIN, LEAST_CHUNK, TPOT_MARGIN
 from bascule.policies.cost import Floats
 from bascule.policies.handoff import pushed_seconds
-from bascule.policies.snapshot import MIXED, SIZES, RouteQuery, Snapshot
+from bascule.policies.snapshot import DECODE, MIXED, SIZES, RouteQuery, Snapshot
 
 _SHARED = 0.02
 """A worker that spends less of its time on prompts than this decodes undisturbed."""
@@ -185,7 +185,7 @@ def _prefill(
         load_s=np.maximum(brought.seconds - queue, 0.0),
         have=brought.have,
         fetches=brought.fetches,
-        prefill_s=lag * np.maximum(own + own_steps * base, pace.alone),
+        prefill_s=lag * np.maximum(own + own_steps * base, np.maximum(pace.alone, snapshot.cost.one_s)),
         last_tokens=np.minimum(new, snapshot.chunk_tokens),
         step_s=np.maximum(base + np.minimum(chunk, new) * token, pace.alone),
         harm_s=(snapshot.streams + behind) * own,
@@ -196,19 +196,21 @@ def _decode(
     snapshot: Snapshot, query: RouteQuery, total: Floats, after: Floats, more: Floats, shared: Floats, least: Floats
 ) -> DecodeSide:
     """Steps with this stream in them: of streams alone (`more` is its part), with a chunk of somebody's prompt, and
-    with the least of one. However many prompts come, workers keep the TPOT that they plan for, if they can."""
+    with the least of one. Prompts slow a stream to the TPOT that workers plan for it, and not further; whatever else
+    makes steps longer than predicted, they cannot cut."""
     share, stretch = snapshot.prefill_share, snapshot.stretch
     more = more * stretch
     prompts = total * snapshot.cost.token_s
     if query.line_s:
-        mixed = snapshot.placeable & (snapshot.role == MIXED)
-        prompts += mixed * (query.line_s / max(int(np.count_nonzero(mixed)), 1))
+        feeders = snapshot.placeable & (snapshot.role != DECODE)
+        each_s = query.line_s / max(int(np.count_nonzero(feeders)), 1)
+        prompts += each_s * (feeders & (snapshot.role == MIXED))
     pace = after * stretch
     carried = np.minimum(pace + prompts / query.output_tokens, np.maximum(pace, shared))
-    planned = np.maximum(np.maximum(least, after), TPOT_MARGIN * query.tpot_planned_s)
+    planned = np.maximum(np.maximum(least, after), TPOT_MARGIN * query.slo.tpot_s)
     return DecodeSide(
         step_s=after,
-        tpot_s=np.minimum(carried, planned),
+        tpot_s=np.maximum(pace, np.minimum(carried, planned)),
         tpot_more_s=more,
         gap_s=np.where((share > _SHARED) | (snapshot.prefilling > 0), shared, after),
         harm_s=query.output_tokens * snapshot.decoding * more,

@@ -143,7 +143,7 @@ class RouteQuery(Struct, frozen=True, kw_only=True):
     gap_planned_s: float = 0.2
     """Gap that the workers cut their chunks for."""
     tpot_planned_s: float = np.inf
-    """The same of TPOT."""
+    """The same of TPOT, of requests that ask for nothing else."""
     line_s: float = 0.0
     """Seconds of work of the prompts of others that wait unbound at the router."""
     session: int = -1

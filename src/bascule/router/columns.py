@@ -184,7 +184,7 @@ class Columns:
         while waiting and waiting[0][0] <= load.received:
             self._on_the_way[row] -= waiting.popleft()[1]
         self.streams[row] = load.streams
-        self.slack_s[row] = np.inf if load.slack_s is None else load.slack_s
+        self.slack_s[row] = np.inf if load.slack_s is None else max(0.0, load.slack_s)
         self._left[row] = load.backlog_tokens
         if not load.streams and not load.backlog_tokens and not self._on_the_way[row]:
             self._busy_since[row] = np.inf

@@ -49,7 +49,7 @@ class TorchRunner:
         device, a context or a form of the weights that cannot be had.
         """
         self._dtype = _DTYPES[dtype]
-        self._device = _usable_device(device)
+        self._device = usable_device(device)
         torch.set_num_threads(threads)
         self.card = card_of(
             spec, source, dtype=dtype, quantize=quantize, name=name, block_size=block_size, context=context
@@ -104,7 +104,8 @@ class TorchRunner:
             self._copies.back(blocks)
 
 
-def _usable_device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device called `cpu`, `cuda` or `cuda:N`; raises ConfigError, with what to do, if it is not to be had here."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -112,5 +113,12 @@ def _usable_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} asked for, but torch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ConfigError(
+            f"device {name!r} asked for, but torch finds {torch.cuda.device_count()} CUDA devices here; "
+            + (
+                "see whether nvidia-smi lists it and CUDA_VISIBLE_DEVICES lets it through"
+                if torch.version.cuda
+                else f"this torch ({torch.__version__}) is built for CPUs: install its build for CUDA"
+            )
+        )
     return device
