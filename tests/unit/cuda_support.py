@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch_support import LLAMA3_ROPE, save_random
 
 from bascule.engine.protocol import Slice
 from bascule.engine.torch.cuda.decoder import CudaDecoder
@@ -41,16 +42,8 @@ SHAPE = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama3-untied": (transformers.LlamaConfig, {"rope_parameters": _LLAMA3, "tie_word_embeddings": False}),
+    "llama3-untied": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
     "llama-all-biases-no-gqa": (
         transformers.LlamaConfig,
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 6},
@@ -61,14 +54,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def saved(name: str, directory: Path) -> ModelSpec:
-    """Save a random model in which every parameter is random, so that one that is mixed up shows."""
-    torch.manual_seed(11)
     config_class, changes = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SHAPE | changes)), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in parameter_name else 0.0, std=0.2)
-    model.save_pretrained(directory)
+    save_random(config_class(**(SHAPE | changes)), directory, seed=11, vectors=0.2, matrices=0.2)
     return ModelDirectory(directory).spec()
 
 

@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch_support import BLOCK_SIZE, VOCAB, Running, generate, make_model, poisoned_arena, reference_greedy, step
+from torch_support import (
+    BLOCK_SIZE,
+    VOCAB,
+    Running,
+    generate,
+    make_model,
+    poisoned_arena,
+    reference_greedy,
+    runner_of,
+    step,
+)
 
 from bascule.engine.torch.runner import TorchRunner
-from bascule.models.hf_directory import ModelDirectory
-from bascule.models.source import resolve
 
 DEVICE = os.environ.get("BASCULE_TEST_DEVICE", "cpu")
 # Without a name Triton interprets in this process, which nothing could record.
@@ -25,15 +33,7 @@ BLOCKS = 96
 def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TorchRunner]:
     """Of a model with heads of 16 numbers: by torch in float32, by the kernels in bfloat16."""
     make_model("mistral-wide-heads", tmp_path)
-    found = TorchRunner(
-        ModelDirectory(tmp_path).spec(),
-        resolve(str(tmp_path)),
-        dtype=request.param,
-        device=DEVICE,
-        threads=1,
-        name="tiny",
-        block_size=BLOCK_SIZE,
-    )
+    found = runner_of(tmp_path, request.param, DEVICE)
     with poisoned_arena(found, BLOCKS) as arena:
         found.bind(arena)
         found.absorb(range(BLOCKS))
@@ -51,15 +51,7 @@ def test_the_kernels_are_what_computes_bfloat16(runner: TorchRunner) -> None:
 
 def test_float32_generates_the_tokens_of_transformers(tmp_path: Path) -> None:
     reference = make_model("llama3-untied", tmp_path)
-    exact = TorchRunner(
-        ModelDirectory(tmp_path).spec(),
-        resolve(str(tmp_path)),
-        dtype="float32",
-        device=DEVICE,
-        threads=1,
-        name="tiny",
-        block_size=BLOCK_SIZE,
-    )
+    exact = runner_of(tmp_path, "float32", DEVICE)
     with poisoned_arena(exact, BLOCKS) as arena:
         exact.bind(arena)
         assert generate(exact, Running(prompt(60), list(range(12))), 12, 25) == reference_greedy(

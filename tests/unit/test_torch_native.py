@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch_support import save_random
 
 from bascule.engine.native import build
 from bascule.engine.protocol import Slice
@@ -66,13 +67,8 @@ native = pytest.mark.skipif(bool(build.NEEDED - cpu_flags()), reason="this CPU h
 
 
 def saved(name: str, directory: Path) -> ModelSpec:
-    torch.manual_seed(11)
     config_class, changes = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SHAPE | changes)), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in parameter_name else 0.0, std=0.2 if parameter.dim() == 1 else 0.1)
-    model.save_pretrained(directory)
+    save_random(config_class(**(SHAPE | changes)), directory, seed=11, vectors=0.2, matrices=0.1)
     return ModelDirectory(directory).spec()
 
 

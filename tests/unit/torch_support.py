@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -34,7 +34,7 @@ _SHAPE = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -43,7 +43,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama3-untied": (transformers.LlamaConfig, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False}),
+    "llama3-untied": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
     "llama-linear-rope-all-biases-tied-no-gqa": (
         transformers.LlamaConfig,
         {
@@ -61,29 +61,39 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def make_model(family: str, directory: Path, seed: int = 7) -> Any:
-    """Save a random float32 model of `family` to `directory` and return the transformers model itself.
+    """Save a random float32 model of `family` to `directory` and return the transformers model itself."""
+    config_class, changes = FAMILIES[family]
+    return save_random(config_class(**(_SHAPE | changes)), directory, seed=seed, vectors=0.3, matrices=0.15)
+
+
+def save_random(config: Any, directory: Path, *, seed: int, vectors: float, matrices: float) -> Any:
+    """The same for any config, with parameters of these deviations.
 
     Every parameter is random, norms and biases included, so that one that is mixed up or dropped shows.
     """
     torch.manual_seed(seed)
-    config_class, changes = FAMILIES[family]
     model = transformers.AutoModelForCausalLM.from_config(
-        config_class(**(_SHAPE | changes)), dtype=torch.float32, attn_implementation="eager"
+        config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.dim() == 1 else 0.15)
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=vectors if parameter.dim() == 1 else matrices)
     model.save_pretrained(directory)
     return model
 
 
 def float_runner(directory: Path) -> TorchRunner:
     """Of a saved model, exact and in one thread."""
+    return runner_of(directory, "float32", "cpu")
+
+
+def runner_of(directory: Path, dtype: Literal["float32", "bfloat16"], device: str) -> TorchRunner:
+    """Of a saved model, in one thread."""
     return TorchRunner(
         ModelDirectory(directory).spec(),
         resolve(str(directory)),
-        dtype="float32",
-        device="cpu",
+        dtype=dtype,
+        device=device,
         threads=1,
         name="tiny",
         block_size=BLOCK_SIZE,

@@ -299,45 +299,14 @@ def attend_chunk(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DIM], tl.float32)
+    seen, end = start + offset, start + count
     # Tiles of keys that end at the first token or before it are seen by all rows.
     whole = (start + 1) // TILE * TILE
     best, total, sums = _over(
-        q,
-        keys,
-        values,
-        blocks,
-        start + offset,
-        best,
-        total,
-        sums,
-        0,
-        whole,
-        kv_head,
-        scale,
-        KV_HEADS,
-        DIM,
-        BLOCK,
-        TILE,
-        False,
+        q, keys, values, blocks, seen, best, total, sums, 0, whole, kv_head, scale, KV_HEADS, DIM, BLOCK, TILE, False
     )
     best, total, sums = _over(
-        q,
-        keys,
-        values,
-        blocks,
-        start + offset,
-        best,
-        total,
-        sums,
-        whole,
-        start + count,
-        kv_head,
-        scale,
-        KV_HEADS,
-        DIM,
-        BLOCK,
-        TILE,
-        True,
+        q, keys, values, blocks, seen, best, total, sums, whole, end, kv_head, scale, KV_HEADS, DIM, BLOCK, TILE, True
     )
     mean = (sums / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * (HEADS * DIM) + head * DIM + dim[None, :], mean, mask=real)
