@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from bascule.policies.cost import PrefillPart, step_seconds
 from bascule.policies.snapshot import RouteQuery, Snapshot
 from bascule.router.columns import Columns
-from bascule.types import CostModel, LinkCost, RequestId, Role, StepLoad, WorkerId
+from bascule.types import CostModel, LinkCost, RequestId, Role, Slo, StepLoad, WorkerId
 
 COST = CostModel(step_s=0.008, token_s=0.0008, pair_s=1e-7, context_s=5e-7, stream_s=(0.006, 0.007, 0.01, 0.016, 0.03))
+FAST = CostModel(step_s=0.004, token_s=5e-5, pair_s=1e-9, context_s=2e-8, stream_s=(0.004, 0.0042, 0.005, 0.006))
+BENT = CostModel(step_s=0.001, token_s=0.0004, pair_s=1e-8, context_s=1e-6, stream_s=(0.01, 0.004, 0.012, 0.013, 0.05))
+TIGHT = Slo(0.5, 0.02, 0.05)
+STANDARD = Slo(2.0, 0.06, 0.2)
 
 
 class Cluster:
@@ -83,3 +89,39 @@ class Cluster:
             "kv_token_bytes": 23_040,
         }
         return RouteQuery(**(values | changes))
+
+
+workers = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(list(Role)),
+        "prompts": st.lists(st.integers(1, 3000), max_size=3).map(tuple),
+        "streams": st.lists(st.integers(1, 2000), max_size=12).map(tuple),
+        "cached": st.sampled_from([0, 0, 64, 400, 2000]),
+        "slots": st.sampled_from([4, 64]),
+        "kv_tokens": st.sampled_from([500, 40_000]),
+        "machine": st.integers(0, 1),
+        "hands_off": st.sampled_from([True, True, False]),
+        "placeable": st.sampled_from([True, True, True, False]),
+        "cost": st.sampled_from([COST, FAST, BENT, CostModel()]),
+        "slack_s": st.sampled_from([None, 0.0, 0.3]),
+    }
+)
+clusters = st.lists(workers, min_size=1, max_size=6)
+queries = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(2, 5000),
+        "slo": st.sampled_from([Slo(), STANDARD, TIGHT]),
+        "gap_planned_s": st.sampled_from([0.05, 0.2, math.inf]),
+        "tpot_planned_s": st.sampled_from([0.015, 0.06, math.inf]),
+        "output_tokens": st.sampled_from([1.0, 50.0, 400.0]),
+        "waited_s": st.sampled_from([0.0, 0.7]),
+    }
+)
+Wish = dict[str, Any]
+
+
+def built(wishes: list[Wish]) -> Cluster:
+    cluster = Cluster()
+    for number, wish in enumerate(wishes):
+        cluster.add(f"w{number}", **wish)
+    return cluster

@@ -92,6 +92,8 @@ class Outputs:
     def usage(self) -> Usage:
         """Tokens of the whole answer; a prompt counts once, however many outputs it has."""
         usages = [output.usage for output in self.items]
+        if len(usages) == 1:
+            return usages[0]
         prompts = usages[:: self._n]
         return Usage(
             prompt_tokens=sum(usage.prompt_tokens for usage in prompts),

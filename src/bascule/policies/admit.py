@@ -7,9 +7,10 @@ from msgspec import Struct
 
 from bascule.policies.baselines import usable
 from bascule.policies.batch import LEAST_CHUNK
+from bascule.policies.inputs import Steps, own_context
 from bascule.policies.predict import predict
 from bascule.policies.route import broken_bounds
-from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Candidate, RouteQuery, Snapshot
+from bascule.policies.snapshot import DECODE, PREFILL, Candidate, RouteQuery, Snapshot
 from bascule.types import Slo
 
 LATE_S = 10.0
@@ -50,14 +51,16 @@ def has_room(snapshot: Snapshot, query: RouteQuery, chosen: Candidate, usual: Sl
     bound = max(usual.tpot_s, query.slo.tpot_s)
     if not snapshot.decoding[row]:
         return True
-    own = query.prompt_tokens + query.output_tokens / 2
-    streams = np.array([snapshot.decoding + 1.0, np.ones(len(snapshot.ids))])
-    alone, beside, _ = snapshot.cost.steps(
-        streams, np.array([snapshot.context_tokens, np.zeros(len(snapshot.ids))]) + own
+    cost, own = snapshot.cost, own_context(query)
+    among, alone = (
+        Steps(*cost.steps_of(row, streams, context + own))
+        for streams, context in ((snapshot.decoding.item(row) + 1.0, snapshot.context_tokens.item(row)), (1.0, 0.0))
     )
-    paces = np.maximum(beside[:, row] + LEAST_CHUNK * snapshot.cost.token_s[row], alone[:, row])
-    crowded, lone = paces if paces[1] <= bound else alone[:, row]
-    return bool(crowded <= bound or lone > bound)
+    least = LEAST_CHUNK * cost.token_s.item(row)
+    crowded, lone = (max(steps.beside + least, steps.alone) for steps in (among, alone))
+    if lone > bound:
+        crowded, lone = among.alone, alone.alone
+    return crowded <= bound or lone > bound
 
 
 def worth_starting(snapshot: Snapshot, query: RouteQuery, chosen: Candidate) -> Verdict:
@@ -85,8 +88,8 @@ def worth_waiting(
     prompts are taken to do nothing else. Where all that decode have as many requests as they take, each in line waits
     for one to end, too: they are taken to be spread over the time that an output takes.
     """
-    feeders = usable(snapshot, query, (PREFILL, MIXED))
-    homes = usable(snapshot, query, (DECODE, MIXED))
+    feeders = usable(snapshot, query, besides=(DECODE,))
+    homes = usable(snapshot, query, besides=(PREFILL,))
     feeders = feeders if len(feeders) else homes
     homes = homes if len(homes) else feeders
     if not len(feeders):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bascule.policies.handoff import connected, left_out, within_reach
-from bascule.policies.snapshot import DECODE, MIXED, PREFILL, Decision, Policy, RouteQuery, Snapshot
+from bascule.policies.snapshot import DECODE, PREFILL, Decision, Policy, RouteQuery, Snapshot
 from bascule.types import Placement
 
 Rows = NDArray[np.intp]
@@ -53,7 +53,7 @@ def longest_prefix(snapshot: Snapshot, query: RouteQuery, rows: Rows, load: Numb
 
 def whole(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
     """Prefill and decode on one worker, any that is placeable."""
-    return _local(usable(snapshot, query, (PREFILL, DECODE, MIXED)), snapshot, query, pick, "whole requests")
+    return _local(usable(snapshot, query), snapshot, query, pick, "whole requests")
 
 
 def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
@@ -62,7 +62,7 @@ def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decis
     Where one of the pools has no worker left, the other serves whole requests: every worker can do both. Attached
     servers take, whole, what finds no room there.
     """
-    servers = usable(snapshot, query, (MIXED,))
+    servers = usable(snapshot, query, besides=(PREFILL, DECODE))
     servers = servers[~snapshot.hands_off[servers]]
     decision = _split(snapshot, query, pick)
     if decision.placement is None and len(servers):
@@ -72,9 +72,9 @@ def disaggregated(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decis
 
 def _split(snapshot: Snapshot, query: RouteQuery, pick: Pick) -> Decision:
     """Over workers of our own: no KV goes to or from an attached server."""
-    prefills = usable(snapshot, query, (PREFILL, MIXED))
+    prefills = usable(snapshot, query, besides=(DECODE,))
     prefills = prefills[snapshot.hands_off[prefills]]
-    decodes = usable(snapshot, query, (DECODE, MIXED))
+    decodes = usable(snapshot, query, besides=(PREFILL,))
     decodes = decodes[snapshot.hands_off[decodes]]
     if not len(prefills) or not len(decodes):
         missing = "decode" if len(prefills) else "prefill"
@@ -115,7 +115,7 @@ def _source(snapshot: Snapshot, query: RouteQuery, rows: Rows, pick: Pick) -> in
 
 def thresholds(snapshot: Snapshot, query: RouteQuery, *, pick: Pick) -> Decision:
     """Dynamo's rule: short and mostly cached prompts are prefilled where they decode, others on a prefill worker."""
-    decodes = usable(snapshot, query, (DECODE, MIXED))
+    decodes = usable(snapshot, query, besides=(PREFILL,))
     best = int(query.cached[decodes].max(initial=0))
     uncached = query.prompt_tokens - best
     if len(decodes) and uncached < min(_LOCAL_TOKENS, _LOCAL_SHARE * query.prompt_tokens):
@@ -134,15 +134,15 @@ def _local(rows: Rows, snapshot: Snapshot, query: RouteQuery, pick: Pick, why: s
     return Decision(placement=Placement(name, name), reason=f"{why}: {name} decodes {snapshot.decoding[row]}")
 
 
-def usable(snapshot: Snapshot, query: RouteQuery, roles: tuple[int, ...]) -> Rows:
-    """Rows of these roles that may be used; those that failed this request only when there is no other."""
-    allowed = snapshot.role == roles[0]
-    for role in roles[1:]:
-        allowed |= snapshot.role == role
-    allowed &= snapshot.placeable
+def usable(snapshot: Snapshot, query: RouteQuery, besides: tuple[int, ...] = ()) -> Rows:
+    """Rows that may be used, `besides` those of some roles; those that failed this request only when there is no
+    other."""
+    allowed = snapshot.placeable
+    for role in besides:
+        allowed = allowed & (snapshot.role != role)
     if not query.portable:
-        allowed &= snapshot.hands_off
-    rows = np.flatnonzero(allowed)
+        allowed = allowed & snapshot.hands_off
+    rows = allowed.nonzero()[0]
     if query.excluded:
         kept = [row for row in rows.tolist() if snapshot.ids[row] not in query.excluded]
         rows = np.array(kept, np.intp) if kept else rows

@@ -15,6 +15,7 @@ alone reads the weights more than it multiplies, and follows a table over B wher
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -119,6 +120,15 @@ class CostColumns(Struct, frozen=True):
         reading += (self.token_s + self.draw_s) * streams
         reading += self.step_s
         return alone, reading, slope
+
+    def steps_of(self, row: int, streams: float, context: float) -> tuple[float, float, float]:
+        """The same of a single row."""
+        reading = self.context_s.item(row) * context
+        line = min(math.frexp(streams)[1], KNOTS - 1)
+        slope = self.slope_s.item(row, line)
+        alone = slope * streams + self.line_s.item(row, line) + reading
+        reading += (self.token_s.item(row) + self.draw_s.item(row)) * streams
+        return alone, reading + self.step_s.item(row), slope
 
 
 def _convex(values: list[float]) -> list[float]:

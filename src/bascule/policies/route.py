@@ -7,7 +7,8 @@ work it delays; a bound of the SLO that is probably broken costs as much time as
 
 from __future__ import annotations
 
-import math
+from math import inf, isfinite
+from typing import Generic
 
 import numpy as np
 from msgspec import Struct
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from bascule.policies.cost import Floats
 from bascule.policies.handoff import Handoffs, Rows, connected, cut_off, handoffs, left_out
-from bascule.policies.predict import DecodeSide, PrefillSide, predict
+from bascule.policies.inputs import OF_ROWS, Arithmetic, Brought, Number, Workers, of_all, of_one
+from bascule.policies.predict import DecodeSide, PrefillSide, both_sides
 from bascule.policies.snapshot import DECODE, PREFILL, Candidate, Decision, Prediction, RouteQuery, Snapshot
-from bascule.types import Placement
+from bascule.types import Placement, Tier
 
 BEST = 6
 """Workers of each side that are combined."""
@@ -32,22 +34,21 @@ _GAP_WIDTH = 0.04
 """The same of the gap, for which workers cut their chunks with a margin."""
 _EQUAL = 1e-6
 """Prices that differ by less (s) are equal."""
-_LOAD_S = 1e-10
-"""Price of a request that is there, to order workers that are equal otherwise."""
 
 Mask = NDArray[np.bool_]
 
 
-class _Sides(Struct, frozen=True):
-    """What a request is told of each worker (row), and what either side of a placement there costs on its own."""
+class _Sides(Struct, Generic[Number], frozen=True):
+    """What a request is told of each worker, and what either side of a placement there costs on its own."""
 
-    prefill: PrefillSide
-    decode: DecodeSide
-    ttft_s: Floats
-    prefill_price_s: Floats
-    decode_price_s: Floats
+    brought: Brought[Number]
+    prefill: PrefillSide[Number]
+    decode: DecodeSide[Number]
+    ttft_s: Number
+    prefill_price_s: Number
+    decode_price_s: Number
     """Without what the bounds on the request's own TPOT and gap are worth, which a handoff changes."""
-    whole_price_s: Floats
+    whole_price_s: Number
     """Both together and those bounds, of a request that is prefilled where it is decoded."""
 
 
@@ -75,7 +76,7 @@ def adaptive(snapshot: Snapshot, query: RouteQuery) -> Decision:
     homes = homes & (snapshot.decoding < snapshot.slots)
     if not homes.any():
         return Decision(placement=None, reason="every worker that decodes is at its limit of requests")
-    sides = _sides(snapshot, query)
+    sides = _sides(of_all(snapshot, query), query)
     feeders = able & ((snapshot.prefilling == 0) | (sides.prefill.queue_s <= WINDOW_S))
     options = [_whole(sides, _least(sides.whole_price_s, homes & feeders, snapshot.turn))]
     feeders &= snapshot.hands_off & (snapshot.role != DECODE)
@@ -88,13 +89,23 @@ def adaptive(snapshot: Snapshot, query: RouteQuery) -> Decision:
 
 def priced(snapshot: Snapshot, query: RouteQuery, placement: Placement) -> Candidate:
     """What a placement that something else has chosen would bring; its workers must be in the snapshot."""
-    sides = _sides(snapshot, query)
-    prefill, decode = (
-        np.array([snapshot.ids.index(worker)], np.intp) for worker in (placement.prefill, placement.decode)
-    )
+    prefill, decode = (snapshot.row_of(worker) for worker in (placement.prefill, placement.decode))
     if placement.remote:
-        return _candidate(snapshot, query, sides, _handed_over(snapshot, query, sides, prefill, decode), 0)
-    return _candidate(snapshot, query, sides, _whole(sides, prefill), 0)
+        sides = _sides(of_all(snapshot, query), query)
+        handed = _handed_over(snapshot, query, sides, np.array([prefill], np.intp), np.array([decode], np.intp))
+        return _candidate(snapshot, query, sides, handed, 0)
+    one = _sides(of_one(snapshot, query, decode), query)
+    predicted = Prediction(
+        queue_s=one.prefill.queue_s,
+        load_s=one.prefill.load_s,
+        prefill_s=one.prefill.prefill_s,
+        ttft_s=one.ttft_s,
+        tpot_s=one.decode.tpot_s,
+        gap_s=one.decode.gap_s,
+        harm_s=one.prefill.harm_s + one.decode.harm_s,
+    )
+    bringing = one.brought.have, one.brought.fetches
+    return _told(snapshot, query, prefill, decode, predicted, bringing, one.whole_price_s)
 
 
 def _able(snapshot: Snapshot, query: RouteQuery, fits: Mask) -> Mask:
@@ -108,21 +119,19 @@ def _able(snapshot: Snapshot, query: RouteQuery, fits: Mask) -> Mask:
     return able
 
 
-def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
+def _sides(workers: Workers[Number], query: RouteQuery) -> _Sides[Number]:
     """Price each worker's two sides."""
-    prefill, decode = predict(snapshot, query)
-    slo, worth = query.slo, _worth(query)
+    prefill, decode = both_sides(workers, query)
+    math, slo, worth = workers.math, query.slo, _worth(query)
     ttft = query.waited_s + prefill.queue_s + prefill.load_s + prefill.prefill_s
-    lost_here = _chance(ttft, slo.ttft_s) + snapshot.streams * _chance(prefill.step_s, slo.gap_s, _GAP_WIDTH)
-    lost_there = snapshot.decoding * _more_chance(decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
-    own = _chance(decode.tpot_s, slo.tpot_s) + _chance(decode.gap_s, slo.gap_s, _GAP_WIDTH)
+    lost_here = _chance(math, ttft, slo.ttft_s) + workers.streams * _chance(math, prefill.step_s, slo.gap_s, _GAP_WIDTH)
+    lost_there = workers.decoding * _more_chance(math, decode.tpot_s, decode.tpot_more_s, slo.tpot_s)
+    own = _chance(math, decode.tpot_s, slo.tpot_s) + _chance(math, decode.gap_s, slo.gap_s, _GAP_WIDTH)
     # Of equal workers the least loaded must be among the best, though a load of one is no price.
-    load = _LOAD_S * (snapshot.decoding + snapshot.prefilling)
-    if query.session >= 0:
-        load[query.session] -= _LOAD_S
-    prefill_price = ttft + prefill.harm_s + worth * lost_here + load
-    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + load
+    prefill_price = ttft + prefill.harm_s + worth * lost_here + workers.order_s
+    decode_price = query.output_tokens * decode.tpot_s + decode.harm_s + worth * lost_there + workers.order_s
     return _Sides(
+        brought=workers.brought,
         prefill=prefill,
         decode=decode,
         ttft_s=ttft,
@@ -132,7 +141,7 @@ def _sides(snapshot: Snapshot, query: RouteQuery) -> _Sides:
     )
 
 
-def _whole(sides: _Sides, rows: Rows) -> _Priced:
+def _whole(sides: _Sides[Floats], rows: Rows) -> _Priced:
     return _Priced(
         prefill=rows,
         decode=rows,
@@ -143,7 +152,7 @@ def _whole(sides: _Sides, rows: Rows) -> _Priced:
     )
 
 
-def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask, homes: Mask) -> list[_Priced]:
+def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides[Floats], feeders: Mask, homes: Mask) -> list[_Priced]:
     """Prefill on one of the best feeders, decode on one of the best homes, and hand over in between."""
     if snapshot.unreached:
         kept = connected(snapshot, query, np.flatnonzero(feeders), np.flatnonzero(homes), whole=False)
@@ -160,14 +169,14 @@ def _remote(snapshot: Snapshot, query: RouteQuery, sides: _Sides, feeders: Mask,
     return [_handed_over(snapshot, query, sides, left, right)] if len(left) else []
 
 
-def _reached(snapshot: Snapshot, query: RouteQuery, sides: _Sides, source: int, homes: Mask) -> Rows:
+def _reached(snapshot: Snapshot, query: RouteQuery, sides: _Sides[Floats], source: int, homes: Mask) -> Rows:
     """The best homes that can be handed over to from `source`."""
     homes = homes.copy()
     homes[cut_off(snapshot, query, source)] = False
     return _least(sides.decode_price_s, homes, snapshot.turn)
 
 
-def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Rows, right: Rows) -> _Priced:
+def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides[Floats], left: Rows, right: Rows) -> _Priced:
     """Price the placements that prefill on `left` and decode on `right`: both sides, and the handoff in between."""
     slo, step = query.slo, sides.decode.step_s[right]
     ways = handoffs(snapshot, query, left, right, sides.prefill.last_tokens[left])
@@ -183,7 +192,7 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     own = (
         busy
         + query.output_tokens * late
-        + _worth(query) * (_chance(tpot, slo.tpot_s) + _chance(gap, slo.gap_s, _GAP_WIDTH))
+        + _worth(query) * (_chance(OF_ROWS, tpot, slo.tpot_s) + _chance(OF_ROWS, gap, slo.gap_s, _GAP_WIDTH))
     )
     return _Priced(
         prefill=left,
@@ -195,37 +204,29 @@ def _handed_over(snapshot: Snapshot, query: RouteQuery, sides: _Sides, left: Row
     )
 
 
-def _chance(predicted: Floats, bound: float, width: float = _WIDTH) -> Floats:
+def _chance(math: Arithmetic[Number], predicted: Number, bound: float, width: float = _WIDTH) -> Number | float:
     """How probable it is that a bound is broken, given that predictions err."""
-    if math.isinf(bound):
-        return _NEVER
-    chance = predicted - bound
-    chance *= 0.5 / (width * bound)
-    np.tanh(chance, out=chance)
-    chance *= 0.5
-    chance += 0.5
-    return chance
+    if bound == inf:
+        return 0.0
+    return 0.5 + 0.5 * math.tanh((predicted - bound) * (0.5 / (width * bound)))
 
 
-_NEVER = np.zeros(1)
-
-
-def _more_chance(predicted: Floats, more: Floats, bound: float) -> Floats:
+def _more_chance(math: Arithmetic[Number], predicted: Number, more: Number, bound: float) -> Number | float:
     """How much more probable a broken bound becomes for those that are slowed down by `more` to `predicted`.
 
     A bound that is broken already still counts as if it could be kept: else a worker would become the better, the more
     it had fallen behind.
     """
-    if math.isinf(bound):
-        return _NEVER
-    predicted = np.minimum(predicted, bound + more / 2)
-    return _chance(predicted, bound) - _chance(predicted - more, bound)
+    if bound == inf:
+        return 0.0
+    predicted = math.least(predicted, bound + more / 2)
+    return _chance(math, predicted, bound) - _chance(math, predicted - more, bound)
 
 
 def _worth(query: RouteQuery) -> float:
     """Seconds that a request at its bounds may take; what is lost with a broken one."""
-    ttft = query.slo.ttft_s if math.isfinite(query.slo.ttft_s) else 0.0
-    tpot = query.slo.tpot_s if math.isfinite(query.slo.tpot_s) else 0.0
+    ttft = query.slo.ttft_s if isfinite(query.slo.ttft_s) else 0.0
+    tpot = query.slo.tpot_s if isfinite(query.slo.tpot_s) else 0.0
     return ttft + query.output_tokens * tpot
 
 
@@ -249,7 +250,7 @@ def _least(values: Floats, rows: Mask, turn: int) -> Rows:
     return np.array(found, np.intp)
 
 
-def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides, options: list[_Priced]) -> Decision:
+def _choose(snapshot: Snapshot, query: RouteQuery, sides: _Sides[Floats], options: list[_Priced]) -> Decision:
     places = [(option, at) for option in options for at in range(len(option.price_s))]
     prices = _finite(np.concatenate([option.price_s for option in options]))
     best = prices.argsort(kind="stable")[:RECORDED].tolist()
@@ -271,7 +272,7 @@ def _load(snapshot: Snapshot, query: RouteQuery, option: _Priced, at: int) -> in
     return int(snapshot.decoding[home] + snapshot.prefilling[option.prefill[at]] - (home == query.session))
 
 
-def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Priced, at: int) -> Candidate:
+def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides[Floats], priced: _Priced, at: int) -> Candidate:
     prefill, decode = int(priced.prefill[at]), int(priced.decode[at])
     ways = priced.handoffs
     predicted = Prediction(
@@ -284,14 +285,31 @@ def _candidate(snapshot: Snapshot, query: RouteQuery, sides: _Sides, priced: _Pr
         gap_s=float(priced.gap_s[at]),
         harm_s=float(sides.prefill.harm_s[prefill] + sides.decode.harm_s[decode]),
     )
+    bringing = int(sides.brought.have[prefill]), bool(sides.brought.fetches.take(prefill, mode="clip"))
+    handed_by = None if ways is None else ways.by(at)
+    return _told(snapshot, query, prefill, decode, predicted, bringing, float(priced.price_s[at]), handed_by)
+
+
+def _told(
+    snapshot: Snapshot,
+    query: RouteQuery,
+    prefill: int,
+    decode: int,
+    predicted: Prediction,
+    bringing: tuple[int, bool],
+    cost_s: float,
+    handed_by: Tier | None = None,
+) -> Candidate:
+    """Of a placement on these rows, with so many tokens there then, and whether they are fetched from the peer."""
+    have, fetches = bringing
     return Candidate(
         placement=Placement(snapshot.ids[prefill], snapshot.ids[decode]),
         predicted=predicted,
-        handed_by=None if ways is None else ways.by(at),
-        cached_tokens=int(sides.prefill.have[prefill]),
-        loaded_tokens=int(sides.prefill.have[prefill] - query.cached[prefill]),
-        fetch_from=snapshot.ids[query.peer] if sides.prefill.fetches.take(prefill, mode="clip") else None,
-        cost_s=float(priced.price_s[at]),
+        handed_by=handed_by,
+        cached_tokens=have,
+        loaded_tokens=have - query.cached.item(prefill),
+        fetch_from=snapshot.ids[query.peer] if fetches else None,
+        cost_s=cost_s,
         why_not=broken_bounds(predicted, query),
     )
 

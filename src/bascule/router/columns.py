@@ -56,11 +56,12 @@ class Columns:
         self._on_the_way = np.zeros(rows)
         """Tokens of the prompts that the worker has not confirmed."""
         self._share = np.zeros(rows)
-        self._share_at = 0.0
+        self._aged_at = 0.0
         self._lag = np.ones((rows, 3))
         self.slack_s = np.full(rows, np.inf)
         self._took = np.zeros((rows, 2))
         """Seconds that the latest steps with streams took, and would have taken with streams alone; older ones fade."""
+        self._stretch = np.ones(rows)
         self._reported = np.full(rows, -np.inf)
         self._alone = np.zeros(rows)
         self._busy_since = np.full(rows, np.inf)
@@ -73,7 +74,7 @@ class Columns:
             if isinstance(value, np.ndarray):
                 getattr(self, name)[:rows] = value
         self.ids[:rows] = old["ids"]
-        self._share_at = old["_share_at"]
+        self._aged_at = old["_aged_at"]
         for column, value in zip(_arrays(self.cost), _arrays(old["cost"]), strict=True):
             column[:rows] = value
 
@@ -136,7 +137,7 @@ class Columns:
         size = size_of(uncached)
         self._placed[row, size:] += uncached
         self._behind[row, :size] += 1
-        self._decay(now)
+        self._age(now)
         self._share[row] += work_s / SHARE_S
         if self._busy_since[row] == np.inf:
             self._busy_since[row] = now
@@ -213,9 +214,7 @@ class Columns:
     ) -> Snapshot:
         """The columns as they are; valid until the next change."""
         self._refresh()
-        self._decay(now)
-        self._took[now - self._reported > _IDLE_S] = 0.0
-        share = np.minimum(self._share, _MOST_SHARE)
+        self._age(now)
         return Snapshot(
             ids=self.ids,
             role=self.role,
@@ -229,8 +228,8 @@ class Columns:
             prompts_behind=self._behind,
             context_tokens=self.context_tokens,
             kv_tokens=self.kv_tokens,
-            prefill_share=share,
-            stretch=self._stretch(share),
+            prefill_share=np.minimum(self._share, _MOST_SHARE),
+            stretch=self._stretch,
             lag=self._lag,
             slack_s=self.slack_s,
             step_age_s=np.maximum(now - self._busy_since, 0.0),
@@ -246,33 +245,31 @@ class Columns:
 
     def _refresh(self) -> None:
         """Backlogs of the rows that have changed: what was placed, less what is done of it, short prompts first."""
-        if not self._stale:
-            return
-        rows = list(self._stale)
+        for row in self._stale:
+            placed = self._placed[row]
+            done = placed.item(-1) - self._on_the_way.item(row) - self._left.item(row)
+            np.maximum(placed - max(done, 0.0), 0.0, out=self._ahead[row])
         self._stale.clear()
-        placed = self._placed[rows]
-        done = np.maximum(placed[:, -1] - self._on_the_way[rows] - self._left[rows], 0.0)
-        self._ahead[rows] = np.maximum(placed - done[:, None], 0.0)
 
-    def _stretch(self, share: Floats) -> Floats:
-        """By the steps that have been seen of a worker; where these are few by those of all, and else by the share of
-        time that prompts take."""
+    def _age(self, now: float) -> None:
+        """What was seen fades, and the stretch follows: by the steps that have been seen of a worker; where these are
+        few by those of all, and else by the share of time that prompts take."""
+        if now - self._aged_at < _AGE_EACH_S:
+            return
+        self._share *= math.exp((self._aged_at - now) / SHARE_S)
+        self._lag **= math.exp((self._aged_at - now) / _MEMORY_S)
+        self._aged_at = now
+        self._took[now - self._reported > _IDLE_S] = 0.0
         took, alone = self._took.sum(axis=0)
-        usual = (took + _FEW_S / (1.0 - share)) / (alone + _FEW_S)
-        stretch: Floats = (self._took[:, 0] + _SOME_S * usual) / (self._took[:, 1] + _SOME_S)
-        return np.maximum(stretch, _LEAST_STRETCH)
-
-    def _decay(self, now: float) -> None:
-        if now - self._share_at > _DECAY_EACH_S:
-            self._share *= math.exp((self._share_at - now) / SHARE_S)
-            self._lag **= math.exp((self._share_at - now) / _MEMORY_S)
-            self._share_at = now
+        usual = (took + _FEW_S / (1.0 - np.minimum(self._share, _MOST_SHARE))) / (alone + _FEW_S)
+        stretch = (self._took[:, 0] + _SOME_S * usual) / (self._took[:, 1] + _SOME_S)
+        self._stretch = np.maximum(stretch, _LEAST_STRETCH)
 
 
 _FADE = 1 - 1 / 200
 """What an earlier step counts beside the next."""
-_DECAY_EACH_S = 0.02
-"""What fades over many seconds need not be touched at every decision of the same moment."""
+_AGE_EACH_S = 0.02
+"""What changes over many seconds need not be touched at every decision of the same moment."""
 _IDLE_S = 2.0
 """A worker that reports no step for so long had none: what it took before says nothing of what comes."""
 _FEW_S, _SOME_S = 0.05, 1.0

@@ -71,6 +71,8 @@ def _peer(
     lends: NDArray[np.bool_],
 ) -> Peer:
     """The worker that has most, of equals the one that has most on its device."""
+    if len(hashes) < _LEAST_BLOCKS:
+        return Peer()
     device, near = match.device[: len(lends)], match.tiers[Tier.HOST][: len(lends)]
     lending = lends[: len(near)]
     if int(lending.sum()) == 0 or int(near.max(initial=0)) - int(device.min(initial=0)) < _LEAST_BLOCKS:

@@ -92,6 +92,10 @@ class Queries:
         """The request's own bounds, or the cluster's."""
         return flight.request.slo or self.slo
 
+    def due(self, flight: Flight) -> float:
+        """By when its first token should be there."""
+        return flight.received + min(self.slo_of(flight).ttft_s, flight.request.timeout)
+
     def output_tokens(self, flight: Flight) -> float:
         """Tokens that are probably still to come: what outputs have lately been, and no more than was asked for."""
         return max(1.0, min(self._usual, flight.request.sampling.max_tokens - len(flight.tokens)))

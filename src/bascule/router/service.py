@@ -109,8 +109,10 @@ class Service:
         now = self._clock.now()
         flight = Flight(request, now, now + request.timeout, self._cancelled)
         self._flights[request.id] = flight
-        self._wait(flight)
-        self._dispatch()
+        self._queries.prepare(flight)
+        self.journal.opened(flight, self._queries.slo_of(flight))
+        if len(self._line) or not self._try(flight):
+            self._wait(flight)
         if flight in self._line and (refusal := self._stranded(flight) or self._door.refusal(flight, now)) is not None:
             self._end_with(flight, refusal)
             raise refusal
@@ -164,27 +166,26 @@ class Service:
 
     def tokens(self, message: StepTokens) -> None:
         """All tokens of one step of one worker."""
-        freed, now = False, self._clock.now()
+        freed, now, worker = False, self._clock.now(), message.worker
         for item in message.items:
             flight = self._flights.get(item.request)
             if flight is None or flight.attempt != item.attempt:
-                if item.finish is None and (client := self.clients.get(message.worker)) is not None:
+                if item.finish is None and (client := self.clients.get(worker)) is not None:
                     client.cancel(item.request, item.attempt)  # it still runs what has ended here: say again
                 continue
-            if flight.placed is None:
-                continue
-            if message.worker not in (flight.placed.prefill, flight.placed.decode) or not flight.take(item):
+            placed = flight.placed
+            if placed is None or worker not in (placed.prefill, placed.decode) or not flight.take(item):
                 continue
             if (gap := now - flight.latest_at) > flight.longest_gap_s:  # the first token's is minus infinity
                 flight.longest_gap_s = gap
             flight.latest_at = now
-            self.retries.brought(flight, message.worker, now)
-            self.relay.brought(flight, message.worker, now)
-            flight.handed_over |= message.worker == flight.placed.decode
+            self.retries.brought(flight, worker, now)
+            self.relay.brought(flight, worker, now)
+            flight.handed_over |= worker == placed.decode
             if flight.prefilling:
                 self.tallies.prefilled(flight)
                 flight.first_at = min(flight.first_at, now)
-                self.view.arrived(flight.placed, flight.uncached, flight.expected, now - flight.placed_at)
+                self.view.arrived(placed, flight.uncached, flight.expected, now - flight.placed_at)
                 freed |= self._settle_prefill(flight)
             if flight.ended:
                 self._queries.ended(flight)
@@ -253,26 +254,26 @@ class Service:
         return flight if flight is not None and flight.attempt == message.attempt else None
 
     def _wait(self, flight: Flight) -> None:
-        """Put a new request in line."""
-        self._queries.prepare(flight)
-        self.journal.opened(flight, self._queries.slo_of(flight))
+        """Put a new request in line, and see who is next if others were there."""
         work_s = self._queries.work_s(flight)
-        due = flight.received
-        if self._by_work:
-            due += min(self._queries.slo_of(flight).ttft_s, flight.request.timeout)
+        due = self._queries.due(flight) if self._by_work else flight.received
         self._line.push(flight, place_in_line(flight.request.priority, work_s if self._by_work else 0.0, due), work_s)
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Place waiting requests, each in its turn, while the policy finds room."""
-        while (flight := self._line.head()) is not None:
-            try:
-                if not self._place_next(flight):
-                    return
-            except Exception as error:
-                # One request must not stand in the way of all others, whatever is the matter with it.
-                log.exception("request %s could not be placed", flight.request.id)
-                self._stop_workers(flight)
-                self._end_with(flight, WorkerFailure(f"it could not be placed: {type(error).__name__}: {error}"))
+        while (flight := self._line.head()) is not None and self._try(flight):
+            pass
+
+    def _try(self, flight: Flight) -> bool:
+        """Place who is next: False if it has to wait. It must not stand in the way of others, whatever is wrong."""
+        try:
+            return self._place_next(flight)
+        except Exception as error:
+            log.exception("request %s could not be placed", flight.request.id)
+            self._stop_workers(flight)
+            self._end_with(flight, WorkerFailure(f"it could not be placed: {type(error).__name__}: {error}"))
+            return True
 
     def _place_next(self, flight: Flight) -> bool:
         """Place or refuse the head of the line, or move it back; False if it has to wait, and all others behind it."""
@@ -295,12 +296,11 @@ class Service:
         if self._holds_back and not has_room(snapshot, query, chosen, self._queries.slo):
             self.journal.waits(flight, "one stream more would break the TPOT of those that decode")
             return False
-        if self._config.admission == "slo" and not flight.let_in:
-            verdict = worth_starting(snapshot, query, chosen)
-            if not verdict.admitted:
-                self.journal.decided(flight, decision, chosen, now, taken=False)
-                self._end_with(flight, overloaded(verdict))
-                return True
+        asks = self._config.admission == "slo" and not flight.let_in
+        if asks and not (verdict := worth_starting(snapshot, query, chosen)).admitted:
+            self.journal.decided(flight, decision, chosen, now, taken=False)
+            self._end_with(flight, overloaded(verdict))
+            return True
         self._line.place(flight, now)
         self._place(flight, decision, chosen, now)
         return True
@@ -327,8 +327,7 @@ class Service:
         self.clients[placement.prefill].submit(submission)
 
     def _send_second_leg(self, flight: Flight, saved: Saved | None = None) -> None:
-        submission = self.relay.second_leg(flight, self._clock.now(), saved)
-        if submission is not None and flight.placed is not None:
+        if (submission := self.relay.second_leg(flight, self._clock.now(), saved)) is not None and flight.placed:
             self.clients[flight.placed.decode].submit(submission)
 
     def _again(self, flight: Flight, cause: Cause, why: str, failed: WorkerId | None = None) -> None:
