@@ -16,14 +16,15 @@ from bascule.types import BlockHash, Epoch, Tier, WorkerId
 from bascule.wire import KvEvents, TierChanges
 
 LIFETIME = 5.0
-ROWS = range(3)
+ROWS = ((0, 1, 2), (0, 1, 20))
+"""Of few rows lookups count one by one, of many all at once."""
 TIERS = (Tier.DEVICE, Tier.HOST)
 HASHER = BlockHasher("model", 1)
 PROMPTS = [HASHER.chain(tokens) for tokens in product((0, 1), repeat=3)]
 NAMES = sorted({name for prompt in PROMPTS for name in prompt})
 CAPACITY = {Tier.DEVICE: 6, Tier.HOST: 3}
 
-numbers = st.integers(0, len(ROWS) - 1)
+numbers = st.integers(0, 2)
 names = st.lists(st.sampled_from(NAMES), unique=True, max_size=6)
 prompts = st.sampled_from(PROMPTS)
 Sets = dict[Tier, set[BlockHash]]
@@ -93,15 +94,16 @@ class IndexMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ workers
 
-    @initialize()
-    def all_join(self) -> None:
-        for _ in ROWS:
+    @initialize(rows=st.sampled_from(ROWS))
+    def all_join(self, rows: tuple[int, ...]) -> None:
+        self.rows = rows
+        for _ in rows:
             self.join()
 
-    @precondition(lambda self: len(self.workers) < len(ROWS))
+    @precondition(lambda self: len(self.workers) < len(self.rows))
     @rule()
     def join(self) -> None:
-        row = min(set(ROWS) - set(self.workers))
+        row = min(set(self.rows) - set(self.workers))
         self.index.join(row, CAPACITY)
         self.workers[row] = Worker()
         self.feeds[row] = KvFeed(self.index, row, Counter())

@@ -39,6 +39,8 @@ SHARDS = 256
 _NOBODY = 0
 """The slot that no worker ever gets; rows without a worker have it."""
 _EXPECTED_S = 10.0
+_FEW = 16
+"""Rows for which arrays cost more than they save."""
 
 _Shards = list[dict[BlockHash, int]]
 
@@ -84,7 +86,7 @@ class PrefixIndex:
 
     def __init__(self, expected_s: float = _EXPECTED_S) -> None:
         """`expected_s` seconds after a placement its blocks no longer count unless the worker has them."""
-        self._tiers: dict[Tier, _Shards] = {Tier.DEVICE: _empty()}
+        self._tiers: dict[Tier, _Shards] = {Tier.DEVICE: [{} for _ in range(SHARDS)]}
         """The device, and those that have ever held a block."""
         self._holders: dict[int, _Holder] = {}
         self._slots = np.zeros(0, np.int64)
@@ -106,7 +108,7 @@ class PrefixIndex:
     @property
     def blocks(self) -> int:
         """Blocks that workers have, in all tiers; one that two workers have counts twice."""
-        return sum(count for holder in self._holders.values() for count in holder.held.values())
+        return sum(sum(holder.held.values()) for holder in self._holders.values())
 
     @property
     def expected(self) -> int:
@@ -177,7 +179,7 @@ class PrefixIndex:
         if tier is Tier.DEVICE:
             self._expected.settle(holder.bit, names)
         if tier not in self._tiers:
-            self._tiers[tier] = _empty()
+            self._tiers[tier] = [{} for _ in range(SHARDS)]
         shards = self._tiers[tier]
         bit, added = holder.bit, 0
         before, after = 0, bit
@@ -297,11 +299,17 @@ class PrefixIndex:
 
     def _by_row(self, runs: list[int], ends: list[int]) -> Blocks:
         """Runs only ever shrink, so a slot that is in the first n of them came as far as `ends[n]`."""
-        width = -(-len(self._bits) // 8)
-        packed = np.frombuffer(b"".join([run.to_bytes(width, "little") for run in runs]), np.uint8)
-        bits = np.unpackbits(packed.reshape(len(runs), width), axis=1, bitorder="little")
-        counts = bits.sum(axis=0, dtype=np.uint8 if len(runs) < 256 else np.uint32)
-        return _frozen(np.array(ends, np.int32)[counts[self._slots]])
+        if len(self._slots) <= _FEW:
+            each = [ends[sum([run >> slot & 1 for run in runs])] for slot in self._slots.tolist()]
+            blocks = np.array(each, np.int32)
+        else:
+            width = -(-len(self._bits) // 8)
+            packed = np.frombuffer(b"".join([run.to_bytes(width, "little") for run in runs]), np.uint8)
+            bits = np.unpackbits(packed.reshape(len(runs), width), axis=1, bitorder="little")
+            counts = bits.sum(axis=0, dtype=np.uint8 if len(runs) < 256 else np.uint32)
+            blocks = np.array(ends, np.int32)[counts[self._slots]]
+        blocks.flags.writeable = False
+        return blocks
 
     # ------------------------------------------------------------ sweeping
 
@@ -383,15 +391,6 @@ class PrefixIndex:
         named = reduce(or_, (holders for counts in recount.counts.values() for holders in counts), 0)
         if named & ~self._live & ~sum(1 << slot for slot in self._retired):
             yield "a block names a slot that nobody has"
-
-
-def _empty() -> _Shards:
-    return [{} for _ in range(SHARDS)]
-
-
-def _frozen(blocks: Blocks) -> Blocks:
-    blocks.flags.writeable = False
-    return blocks
 
 
 def _unpacked(hashes: bytes) -> list[BlockHash]:
