@@ -245,11 +245,14 @@ class Columns:
 
     def _refresh(self) -> None:
         """Backlogs of the rows that have changed: what was placed, less what is done of it, short prompts first."""
-        for row in self._stale:
-            placed = self._placed[row]
-            done = placed.item(-1) - self._on_the_way.item(row) - self._left.item(row)
-            np.maximum(placed - max(done, 0.0), 0.0, out=self._ahead[row])
+        if not self._stale:
+            return
+        rows = list(self._stale)
         self._stale.clear()
+        at = rows if len(rows) > 1 else rows[0]  # a single row is looked up five times as fast
+        placed = self._placed[at]
+        done = np.maximum(placed[..., -1] - self._on_the_way[at] - self._left[at], 0.0)
+        self._ahead[at] = np.maximum(placed - done[..., None], 0.0)
 
     def _age(self, now: float) -> None:
         """What was seen fades, and the stretch follows: by the steps that have been seen of a worker; where these are
