@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bascule.engine.torch import sampling
 from bascule.engine.torch.penalties import Draw, adjust
 from bascule.engine.torch.sampling import _wide_nucleus_floor, sample, uniform
 from bascule.errors import ModelError
@@ -263,6 +264,17 @@ def test_a_wide_nucleus_ends_where_sorting_everything_says(spread: float, top_p:
         assert abs(kept - expected) <= 1
 
 
+def test_a_cpus_own_way_finds_the_first_of_the_highest_too() -> None:
+    logits = random_logits(rows=4).round(decimals=1)  # so that some tie
+    logits[0, [5, 9]] = 50.0
+    logits[1, 7] = math.inf
+    logits[2, [3, 9]] = math.nan
+    places, values = sampling._highest_here(logits)
+    assert places.tolist()[:3] == [5, 7, 3]
+    usual = sampling._highest(logits)[1]
+    assert torch.equal(values.nan_to_num(-1.0), usual.nan_to_num(-1.0)) and values[2].isnan() and usual[2].isnan()
+
+
 def test_greedy_draws_take_what_they_need_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
@@ -275,6 +287,7 @@ def test_greedy_draws_take_what_they_need_from_the_device_at_once(monkeypatch: p
 
         return take
 
+    monkeypatch.setattr(sampling, "_highest_here", sampling._highest)  # as if it were a device
     for name in ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "nonzero", "numpy", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     logits = random_logits(rows=3)
