@@ -13,6 +13,7 @@ from support.cluster import run_cli, run_clis
 
 def test_both_parts_report_what_scripts_rely_on() -> None:
     flags = ("--batches", "1,2", "--contexts", "40", "--lengths", "64", "--chunks", "32,512", "--rounds", "2")
+    flags += ("--temperature", "0.8", "--top-p", "0.9")
     ended = run_cli("bench", "engine", "smollm2", *flags, "--json", "-", timeout=240)
     assert ended.returncode == 0, ended.stderr[-4000:]
     report = json.loads(ended.stdout)
@@ -39,6 +40,7 @@ WRONG = [
     (("--contexts", "100000"), "100000 tokens were asked for, but smollm2 has a context of"),
     (("--batches", "100000", "--contexts", "2000"), "GiB of KV memory"),
     (("--rounds", "0"), "must be at least 1"),
+    (("--temperature", "-1"), "temperature must be at least 0"),
     (("--threads", "4000"), "4000 threads were asked for"),
     (("--device", "cuda:63"), "CUDA devices here"),
 ]

@@ -77,13 +77,22 @@ class EngineBench:
     """A model in each form of its weights that decoding may use, over one KV memory."""
 
     def __init__(
-        self, name: str, spec: ModelSpec, source: ModelSource, threads: int, most_tokens: int, device: str = "cpu"
+        self,
+        name: str,
+        spec: ModelSpec,
+        source: ModelSource,
+        threads: int,
+        most_tokens: int,
+        device: str = "cpu",
+        sampling: SamplingParams = _GREEDY,
     ) -> None:
-        """`most_tokens` is what the largest cell keeps in KV memory; `device` is `cpu` or `cuda:N`. Takes seconds.
+        """`most_tokens` is what the largest cell keeps in KV memory; `device` is `cpu` or `cuda:N`; `sampling` says how
+        decode steps draw. Takes seconds.
 
         Raises ConfigError if there is no such device, or if the machine has not got that memory.
         """
         self._runners: dict[str, TorchRunner] = {}
+        self._sampling = sampling
         on_cpu = device == "cpu"
         for form, quantize in (("bf16", "none"), ("int4", "auto"))[: 2 if on_cpu else 1]:
             self._runners[form] = TorchRunner(
@@ -176,7 +185,7 @@ class EngineBench:
         blocks = -(-cell.context // _BLOCK)
         history = [1] * cell.context
         batch = [
-            Slice([1], cell.context - 1, range(row * blocks, (row + 1) * blocks), _GREEDY, history, 1)
+            Slice([1], cell.context - 1, range(row * blocks, (row + 1) * blocks), self._sampling, history, 1)
             for row in range(cell.batch)
         ]
         start = time.perf_counter()

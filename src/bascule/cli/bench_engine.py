@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import product
+from math import inf
 
 from rich.console import Console
 from rich.progress import Progress
@@ -14,6 +15,7 @@ from bascule.cli.report import JsonTarget, write_json
 from bascule.errors import ConfigError
 from bascule.models import load
 from bascule.models.catalog import CATALOG
+from bascule.types import SamplingParams
 
 
 def engine(
@@ -26,6 +28,8 @@ def engine(
     rounds: int = 5,
     threads: int = 1,
     device: str = "cpu",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     json: JsonTarget = None,
 ) -> None:
     """Measure decode and prefill steps, beside the rate of memory and of matrix products in the same run.
@@ -50,6 +54,10 @@ def engine(
         Cores to use; the process is pinned to that many.
     device
         `cpu` or `cuda:N`, whose own memory and matrix products are then the limits.
+    temperature
+        At which decode steps draw their tokens; 0 takes the most likely ones.
+    top_p
+        Part of the probability that they are drawn from.
     json
         File for the figures, - for standard output.
     """
@@ -59,6 +67,8 @@ def engine(
         raise ConfigError(f"device {device!r}: write cpu (the threads' cores are chosen here) or for example cuda:0")
     if rounds < 1 or threads < 1:
         raise ConfigError("rounds and threads must be at least 1")
+    if not 0 <= temperature < inf or not 0 < top_p <= 1:
+        raise ConfigError("temperature must be at least 0, and top-p more than 0 and at most 1")
     _pin(threads)
     try:
         from bascule.bench import engine as bench
@@ -74,7 +84,8 @@ def engine(
             raise ConfigError(f"{size} tokens were asked for, but {model} has a context of {loaded.spec.context}")
     cells = [*product(batch_sizes, context_sizes), *((1, length) for length in prompt_sizes)]
     most_tokens = max(bench.in_blocks(*cell) for cell in cells)
-    rig = bench.EngineBench(model, loaded.spec, loaded.source, threads, most_tokens, device)
+    sampling = SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p)
+    rig = bench.EngineBench(model, loaded.spec, loaded.source, threads, most_tokens, device, sampling)
     report = bench.EngineReport(
         machine=bench.machine(device), model=model, threads=threads, rounds=rounds, limits=bench.LimitRates()
     )
