@@ -99,7 +99,7 @@ def distributions(decoder: forms.Forward, spec: ModelSpec, dtype: torch.dtype) -
             tokens = known[index][done[index] : done[index] + count]
             batch.append(Slice(tokens, done[index], tables[index], DRAW))
             done[index] += count
-        found.append(decoder.forward(plan_step(batch, BLOCK), kv))
+        found.append(decoder.forward(plan_step(batch, BLOCK), kv).clone())
     return torch.cat(found).log_softmax(dim=-1)
 
 

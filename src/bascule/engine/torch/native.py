@@ -114,6 +114,7 @@ class NativeDecoder:
         self.weight_bytes = sum(part.bytes for part in weights.parts.values()) - table
         """What a step reads of the weights, in bytes: all but the embedding, unless that is the head too."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0, spec.vocab)
 
     def forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
         """Compute one step; returns float32 logits [rows drawn, vocab]. Raises IndexError for what is out of bounds.
@@ -122,7 +123,9 @@ class NativeDecoder:
         into it.
         """
         self._check_bounds(plan, kv)
-        logits = torch.empty(len(plan.drawn), self._spec.vocab)
+        if len(self._logits) < len(plan.drawn):  # kept, for so much memory is given back at once and faulted in anew
+            self._logits = torch.empty(len(plan.drawn), self._spec.vocab)
+        logits = self._logits[: len(plan.drawn)]
         first_rows = np.array([sequence.rows.start for sequence in plan.sequences] + [len(plan.tokens)], np.int32)
         found = [run for sequence in plan.sequences for run in sequence.context]
         first_runs = np.cumsum([0, *(len(sequence.context) for sequence in plan.sequences)], dtype=np.int32)
