@@ -171,8 +171,8 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if not all(0 <= term < math.inf for term in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"cost model: {name} is {value}; coefficients are finite and not negative")
+            if not all(0 <= term <= 1e9 for term in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"cost model: {name} is {value}; coefficients are seconds, from 0 to 1e9")
 
 
 class LinkCost(Struct, frozen=True):

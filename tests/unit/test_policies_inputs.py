@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from tests.unit.routing_rig import Wish, built, clusters, queries
+from tests.unit.routing_rig import Cluster, Wish, built, clusters, queries
 
 from bascule.policies.inputs import of_all, of_one
 from bascule.policies.predict import both_sides
+from bascule.policies.route import priced
+from bascule.types import CostModel, Placement, Slo, WorkerId
 
 
 def brought(rows: int, tokens: int, data: st.DataObject) -> dict[str, Any]:
@@ -46,3 +49,20 @@ def test_one_worker_is_predicted_as_it_is_among_all(
             for name, value in structs.asdict(alone).items():
                 assert isinstance(value, float), name
                 assert value == pytest.approx(float(getattr(side, name)[row]), rel=1e-12), name
+
+
+@pytest.mark.parametrize("bound", [0.05, math.inf])
+@pytest.mark.parametrize("seconds", [0.0, 5e-324, 1e9])
+def test_whatever_steps_may_cost_predictions_are_numbers(seconds: float, bound: float) -> None:
+    cost = CostModel(step_s=seconds, token_s=seconds, pair_s=seconds, context_s=seconds, stream_s=(seconds, seconds))
+    cluster = Cluster()
+    cluster.add("a", streams=(100,), prompts=(3000,), cost=cost)
+    query = cluster.query(100_000, gap_planned_s=bound, tpot_planned_s=bound, slo=Slo(bound, bound, bound))
+    candidate = priced(cluster.snapshot(), query, Placement(WorkerId("a"), WorkerId("a")))
+    assert all(math.isfinite(term) for term in [*structs.astuple(candidate.predicted), candidate.cost_s])
+
+
+@pytest.mark.parametrize("seconds", [-1e-9, 1e10, math.inf, math.nan])
+def test_a_cost_that_cannot_be_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds, from 0 to 1e9"):
+        CostModel(context_s=seconds)

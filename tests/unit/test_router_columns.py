@@ -146,6 +146,13 @@ def test_the_share_of_prompts_fades_when_none_come_and_is_never_all() -> None:
     assert snapshot(columns, SHARE_S).prefill_share[0] == pytest.approx(0.9)
 
 
+def test_prompts_that_come_in_one_moment_stretch_what_is_predicted_in_that_moment() -> None:
+    columns = one()
+    for count in range(1, 6):
+        columns.submitted(0, 100, SHARE_S / 10, 0.0)
+        assert snapshot(columns).stretch[0] == pytest.approx(1 / (1 - 0.1 * count))
+
+
 def stepped(columns: Columns, at: float, took: float, steps: int, alone_s: float = 0.01) -> float:
     """Steps of one stream, one after another from `at` on; returns when the last is over."""
     for _ in range(steps):

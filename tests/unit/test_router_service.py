@@ -371,3 +371,16 @@ def test_missed_heartbeats_make_a_worker_suspect_and_then_dead() -> None:
     view.heartbeat(member, member.load, 5.0)
     assert not member.suspect
     assert view.overdue(15.5, 3.0, 10.0) == [member]
+
+
+@scenario
+async def test_who_has_to_wait_is_decided_on_once_when_it_comes() -> None:
+    bench = Bench()
+    asked: list[str] = []
+    policy = bench.service._policy
+    bench.service._policy = lambda snapshot, query: (asked.append(query.request), policy(snapshot, query))[1]
+    for name in ("a", "b", "c", "d", "e"):  # the decode worker takes four
+        bench.start(name)
+    await settle()
+    assert asked == ["a", "b", "c", "d", "e"]
+    assert bench.service.state().queued == 1

@@ -264,15 +264,21 @@ def test_a_wide_nucleus_ends_where_sorting_everything_says(spread: float, top_p:
         assert abs(kept - expected) <= 1
 
 
-def test_a_cpus_own_way_finds_the_first_of_the_highest_too() -> None:
-    logits = random_logits(rows=4).round(decimals=1)  # so that some tie
+def test_a_cpus_own_way_finds_the_first_of_the_highest_and_what_is_wrong_too() -> None:
+    logits = random_logits(rows=6).round(decimals=1)  # so that some tie
     logits[0, [5, 9]] = 50.0
     logits[1, 7] = math.inf
     logits[2, [3, 9]] = math.nan
-    places, values = sampling._highest_here(logits)
-    assert places.tolist()[:3] == [5, 7, 3]
-    usual = sampling._highest(logits)[1]
-    assert torch.equal(values.nan_to_num(-1.0), usual.nan_to_num(-1.0)) and values[2].isnan() and usual[2].isnan()
+    logits[3, 0] = -math.inf
+    adjusted = logits.clone()
+    adjusted[4] = -math.inf
+    for changed in (logits, adjusted):
+        tokens, are_finite, are_left = sampling._best_here(logits, changed)
+        usual, *flags = sampling._best(logits, changed)
+        assert tokens[:3] == [5, 7, 3]
+        assert changed[range(6), tokens].nan_to_num().tolist() == changed[range(6), usual].nan_to_num().tolist()
+        assert [are_finite, are_left] == flags
+    assert (are_finite, are_left) == ([True, False, False, False, True, True], [True, False, False, True, False, True])
 
 
 def test_greedy_draws_take_what_they_need_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +293,7 @@ def test_greedy_draws_take_what_they_need_from_the_device_at_once(monkeypatch: p
 
         return take
 
-    monkeypatch.setattr(sampling, "_highest_here", sampling._highest)  # as if it were a device
+    monkeypatch.setattr(sampling, "_best_here", sampling._best)  # as if it were a device
     for name in ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "nonzero", "numpy", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     logits = random_logits(rows=3)

@@ -99,7 +99,7 @@ def worth_waiting(
     turn_s = queued_s / (pace or len(feeders))
     if (snapshot.decoding[homes] >= snapshot.slots[homes]).all():
         ends_per_s = float(np.sum(snapshot.slots[homes] / np.maximum(decode.tpot_s[homes], 1e-9))) / query.output_tokens
-        turn_s = max(turn_s, (ahead + 1) / ends_per_s)
+        turn_s = max(turn_s, (ahead + 1) / max(ends_per_s, 1e-9))
     ttft = query.waited_s + turn_s + soonest
     if ttft > WAIT_MARGIN * query.slo.ttft_s:
         late = ttft - query.slo.ttft_s

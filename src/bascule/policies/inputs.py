@@ -38,7 +38,11 @@ class Arithmetic(Struct, Generic[Number], frozen=True):
 
 OF_ROWS: Arithmetic[Floats] = Arithmetic(np.minimum, np.maximum, np.where, np.ceil, np.tanh)
 _OF_ONE: Arithmetic[float] = Arithmetic(
-    min, max, lambda which, one, other: one if which else other, math.ceil, math.tanh
+    least=min,
+    most=max,
+    choose=lambda which, one, other: one if which else other,
+    up=lambda number: -(-number // 1.0),  # math.ceil raises where numpy's says that there is no number
+    tanh=math.tanh,
 )
 
 

@@ -61,7 +61,6 @@ class Columns:
         self.slack_s = np.full(rows, np.inf)
         self._took = np.zeros((rows, 2))
         """Seconds that the latest steps with streams took, and would have taken with streams alone; older ones fade."""
-        self._stretch = np.ones(rows)
         self._reported = np.full(rows, -np.inf)
         self._alone = np.zeros(rows)
         self._busy_since = np.full(rows, np.inf)
@@ -215,6 +214,7 @@ class Columns:
         """The columns as they are; valid until the next change."""
         self._refresh()
         self._age(now)
+        share = np.minimum(self._share, _MOST_SHARE)
         return Snapshot(
             ids=self.ids,
             role=self.role,
@@ -228,8 +228,8 @@ class Columns:
             prompts_behind=self._behind,
             context_tokens=self.context_tokens,
             kv_tokens=self.kv_tokens,
-            prefill_share=np.minimum(self._share, _MOST_SHARE),
-            stretch=self._stretch,
+            prefill_share=share,
+            stretch=self._stretch(share),
             lag=self._lag,
             slack_s=self.slack_s,
             step_age_s=np.maximum(now - self._busy_since, 0.0),
@@ -254,25 +254,26 @@ class Columns:
         done = np.maximum(placed[..., -1] - self._on_the_way[at] - self._left[at], 0.0)
         self._ahead[at] = np.maximum(placed - done[..., None], 0.0)
 
+    def _stretch(self, share: Floats) -> Floats:
+        """By the steps that have been seen of a worker; where these are few by those of all, and else by the share of
+        time that prompts take."""
+        took, alone = np.add.reduce(self._took, axis=0)
+        usual = (took + _FEW_S / (1.0 - share)) / (alone + _FEW_S)
+        stretch: Floats = (self._took[:, 0] + _SOME_S * usual) / (self._took[:, 1] + _SOME_S)
+        return np.maximum(stretch, _LEAST_STRETCH)
+
     def _age(self, now: float) -> None:
-        """What was seen fades, and the stretch follows: by the steps that have been seen of a worker; where these are
-        few by those of all, and else by the share of time that prompts take."""
-        if now - self._aged_at < _AGE_EACH_S:
-            return
-        self._share *= math.exp((self._aged_at - now) / SHARE_S)
-        self._lag **= math.exp((self._aged_at - now) / _MEMORY_S)
-        self._aged_at = now
-        self._took[now - self._reported > _IDLE_S] = 0.0
-        took, alone = self._took.sum(axis=0)
-        usual = (took + _FEW_S / (1.0 - np.minimum(self._share, _MOST_SHARE))) / (alone + _FEW_S)
-        stretch = (self._took[:, 0] + _SOME_S * usual) / (self._took[:, 1] + _SOME_S)
-        self._stretch = np.maximum(stretch, _LEAST_STRETCH)
+        if now - self._aged_at > _AGE_EACH_S:
+            self._share *= math.exp((self._aged_at - now) / SHARE_S)
+            self._lag **= math.exp((self._aged_at - now) / _MEMORY_S)
+            self._took[now - self._reported > _IDLE_S] = 0.0
+            self._aged_at = now
 
 
 _FADE = 1 - 1 / 200
 """What an earlier step counts beside the next."""
 _AGE_EACH_S = 0.02
-"""What changes over many seconds need not be touched at every decision of the same moment."""
+"""What fades over many seconds need not be touched at every decision of the same moment."""
 _IDLE_S = 2.0
 """A worker that reports no step for so long had none: what it took before says nothing of what comes."""
 _FEW_S, _SOME_S = 0.05, 1.0

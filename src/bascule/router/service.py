@@ -258,7 +258,8 @@ class Service:
         work_s = self._queries.work_s(flight)
         due = self._queries.due(flight) if self._by_work else flight.received
         self._line.push(flight, place_in_line(flight.request.priority, work_s if self._by_work else 0.0, due), work_s)
-        self._dispatch()
+        if len(self._line) > 1:
+            self._dispatch()
 
     def _dispatch(self) -> None:
         """Place waiting requests, each in its turn, while the policy finds room."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 import torch
@@ -55,14 +56,8 @@ def sample(logits: Tensor, draws: Sequence[Draw], stop_tokens: frozenset[int]) -
 
 
 def _most_likely(logits: Tensor, adjusted: Tensor) -> list[int]:
-    """The most likely token of each row of `adjusted`, which may be `logits` itself; errors as in `sample`.
-
-    Tokens and checks come from the device in one piece: it is waited for once.
-    """
-    best, values = (_highest_here if adjusted.device.type == "cpu" else _highest)(adjusted)
-    highest = values if adjusted is logits else logits.amax(dim=-1)
-    finite = logits.amin(dim=-1).isfinite() & highest.isfinite()
-    tokens, are_finite, are_left = torch.stack((best, finite.long(), values.isfinite().long())).tolist()
+    """The most likely token of each row of `adjusted`, which may be `logits` itself; errors as in `sample`."""
+    tokens, are_finite, are_left = (_best_here if logits.device.type == "cpu" else _best)(logits, adjusted)
     if not all(are_finite):
         rows = [row for row, is_finite in enumerate(are_finite) if not is_finite]
         raise ModelError(
@@ -71,20 +66,30 @@ def _most_likely(logits: Tensor, adjusted: Tensor) -> list[int]:
         )
     if not all(are_left):
         raise ModelError("logit_bias and min_tokens leave no token of the vocabulary to draw")
-    found: list[int] = tokens
-    return found
+    return tokens
 
 
-def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row is highest, first of all, and how high; NaN is higher than anything."""
-    values, places = logits.max(dim=-1)
-    return places, values
+_Best = tuple[list[int], list[bool], list[bool]]
+"""Of each row: where it is highest, first of all; whether all logits are finite; whether any token is left."""
 
 
-def _highest_here(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same on a CPU, where torch looks at number after number, and numpy at many at once."""
-    places = torch.from_numpy(logits.numpy().argmax(axis=-1))
-    return places, logits.gather(-1, places[:, None])[:, 0]
+def _best(logits: Tensor, adjusted: Tensor) -> _Best:
+    """All of it comes from the device in one piece: it is waited for once."""
+    best = adjusted.max(dim=-1)
+    highest = best.values if adjusted is logits else logits.amax(dim=-1)
+    finite = logits.amin(dim=-1).isfinite() & highest.isfinite()
+    tokens, are_finite, are_left = torch.stack((best.indices, finite.long(), best.values.isfinite().long())).tolist()
+    return tokens, are_finite, are_left
+
+
+def _best_here(logits: Tensor, adjusted: Tensor) -> _Best:
+    """The same on a CPU, where torch looks at number after number, and numpy at many at once, with less ado."""
+    plain, numbers = logits.numpy(), adjusted.numpy()
+    tokens: list[int] = numbers.argmax(axis=-1).tolist()  # NaN is higher than anything
+    values = [numbers.item(row, token) for row, token in enumerate(tokens)]
+    highest = values if adjusted is logits else plain.max(axis=-1).tolist()
+    are_finite = [isfinite(low) and isfinite(high) for low, high in zip(plain.min(axis=-1), highest, strict=True)]
+    return tokens, are_finite, [isfinite(value) for value in values]
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
