@@ -176,6 +176,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if not arguments.peers.joinpath("load.py").exists():
+        sys.exit(
+            f"{arguments.peers} has no load.py, the client of this comparison, which is no part of this repository: "
+            "name its folder with --peers. bascule bench compare compares our own layouts with a client of ours."
+        )
     arguments.client = arguments.peers
     if arguments.alone:
         arguments.peers = None

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,12 @@ def _limits(membership: Path, groups: Path) -> Iterator[int]:
                 yield int((folder / file).read_text())
             except (OSError, ValueError):  # not there, or `max`
                 continue
+
+
+def give_back_memory() -> None:
+    """What the C library keeps of freed memory goes back to the system, where it has a call for that."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def most_open_files() -> int:

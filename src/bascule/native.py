@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import shutil
@@ -15,6 +16,8 @@ from blake3 import blake3
 
 from bascule.errors import BasculeError
 from bascule.machine import cache_home
+
+log = logging.getLogger(__name__)
 
 DISABLE = "BASCULE_NO_NATIVE"
 """Environment variable that, when set, makes this machine one without compiled code."""
@@ -48,6 +51,7 @@ def load(sources: Sequence[Path], flags: Sequence[str], needed: frozenset[str], 
     try:
         built = cache_home() / "native" / f"{digest.hexdigest(16)}.so"
         if not _is_whole(built):
+            log.info("compiling the kernels for this CPU, once; this takes some seconds")
             _compile(command, [path for path in sources if path.suffix == ".c"], built)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise NativeUnavailable(f"cannot keep compiled kernels: {error}; set BASCULE_CACHE to a directory") from error

@@ -172,7 +172,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if not all(0 <= term <= 1e9 for term in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"cost model: {name} is {value}; coefficients are seconds, from 0 to 1e9")
+                raise ValueError(f"cost model: {name} is {value}; coefficients are not negative, and at most 1e9 s")
 
 
 class LinkCost(Struct, frozen=True):

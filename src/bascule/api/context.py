@@ -67,7 +67,10 @@ class Context:
 
 
 NOT_REGISTERED = "No worker has registered yet; the model may still be loading. Try again in a few seconds."
-NOT_PLACEABLE = "No worker can take a request now; GET /admin/state on the admin port says why. Try again later."
+NOT_PLACEABLE = (
+    "No worker can take a request now. Try again later. On the server's host, bascule admin workers lists those that "
+    "are there; where there are none, the log says how they ended, or that none has come."
+)
 ALL_DRAINED = (
     "Every worker is drained or being started again: new requests wait, at most until their time limit. Have a worker "
     "take requests again with bascule admin resume."

@@ -61,7 +61,7 @@ def let_go(error: BaseException) -> None:
 
 def unknown_path(path: str) -> Response:
     """The answer where nothing is served at `path`."""
-    where = "GET /v1/models says what is served; paths of /admin/ are on the admin API's own port"
+    where = "GET /v1/models says what is served; /admin/ is on a port of its own, which the server's log names"
     return error_response(NotFound(f"There is nothing at {path} here; {where}.", code="unknown_url"))
 
 

@@ -80,7 +80,7 @@ def front(
 
 def _show(report: dict[str, Any]) -> None:
     table = Table(
-        show_header=False, title=f"front, {report['model']}, medians of {report['runs']} runs", title_justify="left"
+        show_header=False, title=f"front, {report['model']}, medians of {report['runs']} run(s)", title_justify="left"
     )
     for name, key in (("mock engine", "added_ttft_s"), ("no engine", "added_ttft_without_engine_s")):
         p50, p99 = (f"{1000 * report[key][which]:.2f}" for which in ("p50", "p99"))

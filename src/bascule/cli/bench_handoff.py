@@ -85,6 +85,7 @@ def _show(report: HandoffReport, console: Console) -> None:
             f"{row.cpu_s_per_gb:.3f}",
             f"{row.baseline_cpu_s_per_gb:.3f}",
         )
+    moved.caption = f"medians of {report.runs} run(s), each ratio too: of a run's own two rates"
     console.print(moved)
     if not report.second_token:
         return

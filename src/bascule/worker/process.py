@@ -28,6 +28,7 @@ from bascule.kv.store.tiers import Tiers
 from bascule.kv.transfer.coding import Coding
 from bascule.machine import end_with_parent
 from bascule.models import LoadedModel, load
+from bascule.native import DISABLE
 from bascule.types import CostModel, Epoch, ModelCard, Role, WorkerId
 from bascule.wire import Starting
 from bascule.worker.card import as_offered, layout_of, mock_card_of
@@ -122,6 +123,13 @@ def build(settings: WorkerSettings) -> Parts:
     stores = open_stores(settings.store_config)
     arena = Arena.create(layout, num_blocks)
     books = Books(num_blocks, layout.block_size)
+    if (tokens := num_blocks * layout.block_size) < runner.card.context:
+        log.warning(
+            "the KV memory holds %d tokens, and the model's context is %d: longer requests are refused; --kv-memory "
+            "takes more",
+            tokens,
+            runner.card.context,
+        )
     hasher = BlockHasher(runner.card.fingerprint, layout.block_size)
     tiers = None
     if stores:
@@ -184,7 +192,7 @@ def _measured(settings: WorkerSettings, parts: Parts) -> CostModel:
     device = f"{settings.device_kind} {cpu_name()} {len(settings.cores)}"
     if settings.device_kind != "cpu":
         device = settings.device_name
-    how = f"{device}, {form.dtype} {form.quantize} {form.dense_twin}"
+    how = f"{device}, {form.dtype} {form.quantize} {form.dense_twin} {bool(os.environ.get(DISABLE))}"
     return profiled(parts.runner, how, parts.books.num_blocks, parts.max_sequences)
 
 

@@ -123,7 +123,7 @@ def profiled(
     if path is not None and (kept := _read(path)) is not None:
         if _holds(kept, runner, [cell for cell in CHECKED if fits(cell, card, num_blocks, max_sequences)], now):
             return kept
-        logger.info("what %s says of steps is no longer so; measuring again", path)
+        logger.info("steps do not take here and now what %s says; measuring again", path)
     begin = now()
     samples = measure(runner, num_blocks, max_sequences, BUDGET_S, now)
     cost = fit(samples, CostModel())
