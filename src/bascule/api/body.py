@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 
 import msgspec
 from starlette.requests import Request
 
+from bascule.api.context import WHOLE
 from bascule.api.errors import ClientGone, SlowBody
 from bascule.api.fields import type_name
 from bascule.errors import InvalidRequest, Overloaded, TooLarge
@@ -68,7 +70,7 @@ async def read_object(
     InvalidRequest for anything but a JSON object, SlowBody, and ClientGone.
     """
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with nullcontext() if request.scope.get(WHOLE) else asyncio.timeout(BODY_SECONDS):
             body = await _read(request, limit, share)
     except TimeoutError:
         raise SlowBody(f"The body did not arrive within {BODY_SECONDS:g} s; send it whole.", code="timeout") from None

@@ -12,7 +12,7 @@ import httptools
 from starlette.datastructures import Headers
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from bascule.api.context import REQUEST_ID, request_id_of
+from bascule.api.context import REQUEST_ID, WHOLE, request_id_of
 from bascule.api.errors import error_body
 from bascule.errors import InvalidRequest, RequestError, Unavailable
 from bascule.machine import open_files_allowed
@@ -124,6 +124,7 @@ class Connection(HttpToolsProtocol):
             self._lingering.cancel()
             self._lingering = None
         super().on_message_complete()
+        cast(dict[str, object], self.cycle.scope)[WHOLE] = True
 
     def on_response_complete(self) -> None:
         self._owed -= 1

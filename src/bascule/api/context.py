@@ -24,6 +24,8 @@ REQUEST_ID = "X-Request-Id"
 ROUTE = "X-Bascule-Route"
 TIMEOUT = "X-Request-Timeout"
 SLO_TTFT, SLO_TPOT, SLO_GAP = "X-SLO-TTFT", "X-SLO-TPOT", "X-SLO-Gap"
+WHOLE = "bascule.whole"
+"""In a request's scope where all of its body is here, so that reading it waits for nothing."""
 SESSION = "X-Session-Id"
 
 _SANE_ID = re.compile(r"[\x20-\x7e]{1,128}")

@@ -129,7 +129,9 @@ def _local(rows: Rows, snapshot: Snapshot, query: RouteQuery, pick: Pick, why: s
     rows = rows[(snapshot.decoding[rows] < snapshot.slots[rows]) & takes_prompt(snapshot, query, rows)]
     if not len(rows):
         return Decision(placement=None, reason="every worker is at its limit of requests or of prompt tokens in flight")
-    row = pick(snapshot, query, rows, prompt_load(snapshot, rows) + decode_load(snapshot, rows))
+    row = int(rows[0])
+    if len(rows) > 1:
+        row = pick(snapshot, query, rows, prompt_load(snapshot, rows) + decode_load(snapshot, rows))
     name = snapshot.ids[row]
     return Decision(placement=Placement(name, name), reason=f"{why}: {name} decodes {snapshot.decoding[row]}")
 
