@@ -24,7 +24,7 @@ from torch import Tensor
 from bascule import models
 from bascule.engine.native import build
 from bascule.engine.torch.packing import Quantised, interleaved, pack_bfloat16, pack_nibbles
-from bascule.machine import cache_home, give_back_memory
+from bascule.machine import cache_home
 from bascule.models.catalog import locked
 from bascule.models.spec import ModelSpec
 
@@ -107,7 +107,6 @@ def kept(identity: str, make: Callable[[], PackedWeights]) -> PackedWeights:
         if (found := _mapped(path)) is not None:
             return found  # another worker has made it meanwhile
         made = make()
-        give_back_memory()  # several times the weights were there for a moment
         return (_mapped(path) if _write(path, made) else None) or made
 
 

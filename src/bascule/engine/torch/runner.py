@@ -17,6 +17,7 @@ from bascule.engine.torch.sampling import sample
 from bascule.engine.torch.weights import WeightForm
 from bascule.errors import ConfigError
 from bascule.kv.arena import Arena
+from bascule.machine import give_back_memory
 from bascule.models.card import card_of
 from bascule.models.source import ModelSource
 from bascule.models.spec import ModelSpec
@@ -59,6 +60,7 @@ class TorchRunner:
         self._decoders: Decoders = load_decoders(
             spec, source, self._dtype, self._device, threads, quantize=quantize, dense_twin=dense_twin
         )
+        give_back_memory()  # several times the weights were there for a moment
 
     def bind(self, arena: Arena) -> None:
         """Keep KV in `arena` from now on: on a CPU in its very bytes, on CUDA in a device tensor of the same shape.
